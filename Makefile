@@ -1,0 +1,54 @@
+# make demo       train, export and look: the paper's argument in miniature, into demo_output/
+# make test       ruff and the tests a developer waits for
+# make test-all   everything: also the slow tests, the test-suite of transformers, the lowest supported versions
+PYTHON ?= python3
+# The floor is tested on the lowest Python at hand, because that is where it will be used.
+FLOOR_PYTHON ?= $(shell for p in python3.10 python3.11 python3.12 $(PYTHON); do \
+	$$p -c '' 2>/dev/null && echo $$p && break; done)
+WORKERS ?= 2
+
+VENV := .venv
+FLOOR := .venv-floor
+BIN := $(VENV)/bin
+# loadfile: the tests of one file share their fixtures in one worker. One thread each: the workers share the cores.
+PARALLEL := -n $(WORKERS) --dist loadfile
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all test-slow test-official test-floor lint clean
+
+demo: $(VENV)/.installed
+	env -u OMP_NUM_THREADS $(BIN)/python -m demo
+
+test: lint
+	$(BIN)/python -m pytest -q $(PARALLEL)
+
+test-all: test test-slow test-official test-floor
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -q $(PARALLEL) -m slow
+
+test-official: $(VENV)/.installed
+	$(BIN)/python -m pytest -q $(PARALLEL) tests/official
+
+test-floor: $(FLOOR)/.installed
+	$(FLOOR)/bin/python -m pytest -q $(PARALLEL)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# torch and torchvision are resolved together: each torchvision belongs to one torch.
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(FLOOR)/.installed: pyproject.toml tests/floor.txt
+	test -x $(FLOOR)/bin/python || $(FLOOR_PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --upgrade pip
+	$(FLOOR)/bin/python -m pip install --quiet --constraint tests/floor.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(FLOOR) .cache build demo_output
