@@ -1,0 +1,256 @@
+"""What the families share: stochastic depth, masks, position embeddings, losses, the probe head, the feature pyramid."""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import is_tracing
+
+from .image_processing_locatvit import LocAtViTImageProcessor
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a sample's residual branch is dropped with this probability, else scaled up."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.probability == 0.0 or not self.training:
+            return hidden_states
+        keep = 1.0 - self.probability
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        return hidden_states * (hidden_states.new_empty(shape).bernoulli_(keep) / keep)
+
+    def extra_repr(self) -> str:
+        return f"probability={self.probability}"
+
+
+class LayerScale(nn.Module):
+    """A learned factor a channel on a residual branch."""
+
+    def __init__(self, hidden_size: int, init_value: float):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((hidden_size,), float(init_value)))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.scale
+
+
+def drop_path_rates(rate: float, num_layers: int) -> list[float]:
+    """Stochastic depth grows linearly from zero at the first layer to `rate` at the last."""
+    return [rate * index / max(num_layers - 1, 1) for index in range(num_layers)]
+
+
+def check_pixel_values(pixel_values: torch.Tensor, num_channels: int) -> None:
+    """Raises ValueError unless `pixel_values` is (batch, num_channels, height, width) with at least one pixel."""
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+        raise ValueError(
+            f"pixel_values must be (batch, {num_channels}, height, width), got {tuple(pixel_values.shape)}; "
+            "prepare images with the image processor of the checkpoint."
+        )
+    if pixel_values.shape[2] == 0 or pixel_values.shape[3] == 0:
+        raise ValueError(f"pixel_values holds no pixels: its shape is {tuple(pixel_values.shape)}.")
+
+
+def patch_grid(pixel_values: torch.Tensor, patch_shape: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in patches of (batch, channels, height, width), patches at the edge counted whole."""
+    height, width = pixel_values.shape[-2:]
+    return -(-height // patch_shape[0]), -(-width // patch_shape[1])
+
+
+def pad_to_multiple(pixel_values: torch.Tensor, multiple: tuple[int, int]) -> torch.Tensor:
+    """Zeros on the right and at the bottom of (batch, channels, height, width) until both sides are multiples."""
+    height, width = pixel_values.shape[-2:]
+    bottom, right = -height % multiple[0], -width % multiple[1]
+    if not is_tracing() and bottom == 0 and right == 0:
+        return pixel_values
+    return F.pad(pixel_values, (0, right, 0, bottom))
+
+
+def additive_attention_mask(
+    attention_mask: torch.Tensor | None, batch_size: int, num_tokens: int, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """An additive mask of `dtype`, broadcastable to (batch, heads, tokens, tokens).
+
+    attention_mask: (batch, tokens) of bool or 0/1 over the keys, or anything broadcastable to (batch, heads, tokens,
+        tokens): bool or integer (true attends), or additive float. Tokens count the prefix tokens.
+    Raises ValueError for any other shape.
+    """
+    if attention_mask is None:
+        return None
+    lowest = torch.finfo(dtype).min
+    shape = tuple(attention_mask.shape)
+    if attention_mask.ndim == 2 and shape[0] == batch_size and shape[1] == num_tokens:
+        attention_mask = attention_mask.bool()[:, None, None, :]
+    elif attention_mask.ndim > 4 or any(size not in (1, num_tokens) for size in shape[-2:]):
+        raise ValueError(
+            f"attention_mask must be (batch, tokens) = ({batch_size}, {num_tokens}), or broadcast to (batch, heads, tokens, "
+            f"tokens), prefix tokens counted; got {shape}."
+        )
+    attention_mask = attention_mask[(None,) * (4 - attention_mask.ndim)]
+    if attention_mask.is_floating_point():
+        # Infinities are made finite, so that a query whose keys are all masked gets a mean and not a NaN.
+        return attention_mask.to(dtype).clamp(min=lowest)
+    blocked = ~attention_mask.bool()
+    return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, lowest)
+
+
+def resample_position_embeddings(
+    position_embeddings: torch.Tensor, native_grid: tuple[int, int], grid: tuple[int, int], num_prefix_tokens: int
+) -> torch.Tensor:
+    """Position embeddings of `grid` from those of `native_grid`: antialiased bicubic, in at least float32.
+
+    position_embeddings: (1, prefix + patches, channels); the first `num_prefix_tokens` rows are kept as they are.
+    """
+    # Resampling to the same grid is the identity; while tracing it stays, so that a graph serves every size.
+    if not is_tracing() and tuple(grid) == tuple(native_grid):
+        return position_embeddings
+    dtype = torch.promote_types(position_embeddings.dtype, torch.float32)
+    prefix, patches = position_embeddings.split(
+        [num_prefix_tokens, position_embeddings.shape[1] - num_prefix_tokens], dim=1
+    )
+    patches = patches.to(dtype).unflatten(1, native_grid).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
+
+
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:
+    """Mean loss of (batch, classes) logits. The config is read, never changed.
+
+    Without `config.problem_type`: class ids give cross-entropy, soft labels (batch, classes) soft cross-entropy, and a
+    single output regression. Raises ValueError for ids outside the classes.
+    """
+    problem_type = config.problem_type
+    num_labels = logits.shape[-1]
+    if problem_type == "regression" or (problem_type is None and num_labels == 1):
+        return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
+    if problem_type == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    if labels.is_floating_point():
+        if labels.shape != logits.shape:
+            raise ValueError(f"Soft labels must be {tuple(logits.shape)} like the logits, got {tuple(labels.shape)}.")
+        return F.cross_entropy(logits.float(), labels.float())
+    check_labels(labels, num_labels)
+    return F.cross_entropy(logits, labels.view(-1))
+
+
+def segmentation_loss(
+    logits: torch.Tensor, labels: torch.Tensor, cell: tuple[int, int], ignore_index: int
+) -> torch.Tensor:
+    """Mean cross-entropy over the pixels that are not ignored, at the size of the labels.
+
+    logits: (batch, classes, grid height, grid width), each covering `cell` (height, width) pixels of the padded image.
+    labels: (batch, height, width) of the images' size. Logits are upsampled bilinearly in float32 to the padded image and
+    the padding is cut off; the reference stretches the padded map over the image instead, which shifts every mask.
+    A batch without a valid pixel costs zero. Raises ValueError for labels of another size or outside the classes.
+    """
+    padded_size = [cells * pixels for cells, pixels in zip(logits.shape[-2:], cell, strict=True)]
+    padding = [padded - side for padded, side in zip(padded_size, labels.shape[-2:], strict=True)]
+    if len(labels) != len(logits) or any(not 0 <= pad < pixels for pad, pixels in zip(padding, cell, strict=True)):
+        raise ValueError(
+            f"labels must hold one map of its image's size for each image: {len(logits)} images of at most "
+            f"{tuple(padded_size)} pixels came with labels of shape {tuple(labels.shape)}."
+        )
+    check_labels(labels, logits.shape[1], ignore_index)
+    logits = F.interpolate(logits.float(), size=padded_size, mode="bilinear", align_corners=False)
+    logits = logits[..., : labels.shape[-2], : labels.shape[-1]]
+    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+def check_labels(labels: torch.Tensor, num_labels: int, ignore_index: int | None = None) -> None:
+    """Raises ValueError for a class id outside [0, num_labels) that is not ignored.
+
+    Only on CPU and outside tracing: elsewhere reading a value would stall the device, whose own assertion speaks up.
+    """
+    if is_tracing() or labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    wrong = (labels < 0) | (labels >= num_labels)
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+    if wrong.any():
+        raise ValueError(
+            f"labels hold the class id {int(labels[wrong][0])}, but the model has {num_labels} classes "
+            f"(0 to {num_labels - 1}{'' if ignore_index is None else f', {ignore_index} is ignored'})."
+        )
+
+
+class ProbeHead(nn.Module):
+    """The paper's segmentation probe: 1x1 convolution, GroupNorm over all channels and positions, GELU, 1x1 convolution."""
+
+    def __init__(self, in_channels: int, hidden_channels: int, num_labels: int):
+        super().__init__()
+        self.projection = nn.Conv2d(in_channels, hidden_channels, kernel_size=1, bias=False)
+        self.norm = nn.GroupNorm(1, hidden_channels)
+        self.activation = nn.GELU()
+        self.classifier = nn.Conv2d(hidden_channels, num_labels, kernel_size=1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(batch, in_channels, height, width) to (batch, num_labels, height, width)."""
+        return self.classifier(self.activation(self.norm(self.projection(features))))
+
+
+class FeaturePyramid(nn.Module):
+    """Brings four maps of one stride to a quarter, half, once and twice that stride (4, 8, 16, 32 for patches of 16)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.levels = nn.ModuleList(
+            [
+                nn.Sequential(
+                    nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2),
+                    nn.GroupNorm(1, channels),
+                    nn.GELU(),
+                    nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2),
+                ),
+                nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2),
+                nn.Identity(),
+                nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True),
+            ]
+        )
+
+    def forward(self, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [level(feature_map) for level, feature_map in zip(self.levels, feature_maps, strict=True)]
+
+
+class CompleteCheckpointMixin:
+    """Saving writes a folder that works elsewhere: a folder without an image processor gets the one of the config."""
+
+    _segments_images = False
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
+        """As in transformers, plus `preprocessor_config.json` and its code where the folder has none."""
+        hub_arguments = {
+            name: kwargs.pop(name)
+            for name in ("repo_id", "commit_message", "private", "create_pr", "revision", "tags")
+            if push_to_hub and name in kwargs
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+        is_main_process = kwargs.get("is_main_process", True)
+        if is_main_process and not os.path.isfile(os.path.join(save_directory, "preprocessor_config.json")):
+            processor = LocAtViTImageProcessor.from_model_config(self.config, segmentation=self._segments_images)
+            processor.save_pretrained(save_directory)
+        if push_to_hub and is_main_process:
+            repo_id = hub_arguments.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_arguments)
+
+
+__all__ = [
+    "CompleteCheckpointMixin",
+    "DropPath",
+    "FeaturePyramid",
+    "LayerScale",
+    "ProbeHead",
+    "additive_attention_mask",
+    "check_labels",
+    "check_pixel_values",
+    "classification_loss",
+    "drop_path_rates",
+    "pad_to_multiple",
+    "patch_grid",
+    "resample_position_embeddings",
+    "segmentation_loss",
+]

@@ -1,0 +1,510 @@
+"""The `locatvit` models: ViT, RegViT and RoPE-ViT, each plain or with LocAt."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    SemanticSegmenterOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_locat import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from .configuration_locatvit import LocAtViTConfig
+from .layers_locat import (
+    CompleteCheckpointMixin,
+    DropPath,
+    FeaturePyramid,
+    LayerScale,
+    ProbeHead,
+    additive_attention_mask,
+    check_pixel_values,
+    classification_loss,
+    drop_path_rates,
+    pad_to_multiple,
+    patch_grid,
+    resample_position_embeddings,
+    segmentation_loss,
+)
+from .locat import LocAtGaussian, refine
+
+
+class LocAtViTEmbeddings(nn.Module):
+    """Patches, the prefix tokens before them, and learned position embeddings where the model has them."""
+
+    def __init__(self, config: LocAtViTConfig):
+        super().__init__()
+        self.config = config
+        patch_shape = config.patch_shape
+        self.patch_embeddings = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=patch_shape, stride=patch_shape
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_class_token else None
+        self.register_tokens = None
+        if config.num_register_tokens > 0:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
+        self.num_positioned_prefix_tokens = config.num_prefix_tokens if config.prefix_position_embeddings else 0
+        self.position_embeddings = None
+        if config.position_embedding_type == "learned":
+            num_positions = self.num_positioned_prefix_tokens + math.prod(config.native_grid)
+            self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(batch, channels, height, width), both sides multiples of the patch, to (batch, tokens, hidden_size)."""
+        patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
+        patches = patches.flatten(2).transpose(1, 2)
+        tokens = [token for token in (self.cls_token, self.register_tokens) if token is not None]
+        prefix = torch.cat(tokens, dim=1).expand(len(patches), -1, -1) if tokens else patches[:, :0]
+        if self.position_embeddings is None:
+            return self.dropout(torch.cat([prefix, patches], dim=1))
+        num_prefix = self.num_positioned_prefix_tokens
+        positions = resample_position_embeddings(self.position_embeddings, self.config.native_grid, grid, num_prefix)
+        if num_prefix:
+            return self.dropout(torch.cat([prefix, patches], dim=1) + positions)
+        return self.dropout(torch.cat([prefix, patches + positions], dim=1))
+
+
+class LocAtViTRotaryEmbedding(nn.Module):
+    """Mixed rotary embedding of RoPE-ViT: every layer and head learns its own two-dimensional frequencies."""
+
+    def __init__(self, config: LocAtViTConfig):
+        super().__init__()
+        head_dim = config.hidden_size // config.num_attention_heads
+        self.temperature = config.rope_temperature
+        self.frequencies = nn.Parameter(
+            torch.zeros(2, config.num_hidden_layers, config.num_attention_heads, head_dim // 2)
+        )
+
+    def forward(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (layers, heads, patches, head_dim / 2), in at least float32.
+
+        The angle of patch n is x_n * frequencies[0] + y_n * frequencies[1], x its column and y its row, as integers.
+        """
+        height, width = grid
+        dtype = torch.promote_types(self.frequencies.dtype, torch.float32)
+        with maybe_autocast(self.frequencies.device.type, enabled=False):
+            along_x, along_y = self.frequencies.to(dtype)[..., None, :].unbind(0)
+            columns = torch.arange(width, dtype=dtype, device=self.frequencies.device).repeat(height)[:, None]
+            rows = torch.arange(height, dtype=dtype, device=self.frequencies.device).repeat_interleave(width)[:, None]
+            angles = columns * along_x + rows * along_y
+            return angles.cos(), angles.sin()
+
+    @torch.no_grad()
+    def initial_frequencies(self) -> torch.Tensor:
+        """Magnitudes fall geometrically with the channel, directions are random; the second half is turned by 90 degrees."""
+        _, layers, heads, half = self.frequencies.shape
+        magnitude = self.temperature ** -(torch.arange(0, 2 * half, 4).float() / (2 * half))
+        direction = 2 * math.pi * torch.rand(layers, heads, 1)
+        along_x = torch.cat([magnitude * direction.cos(), magnitude * (direction + math.pi / 2).cos()], dim=-1)
+        along_y = torch.cat([magnitude * direction.sin(), magnitude * (direction + math.pi / 2).sin()], dim=-1)
+        return torch.stack([along_x, along_y])
+
+
+def rotate_patches(
+    states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], num_prefix_tokens: int
+) -> torch.Tensor:
+    """Rotates the channel pairs (2j, 2j + 1) of the patches of (batch, heads, tokens, head_dim); prefix tokens stay."""
+    cosines, sines = rotary
+    prefix, patches = states[:, :, :num_prefix_tokens], states[:, :, num_prefix_tokens:]
+    even, odd = patches[..., 0::2], patches[..., 1::2]
+    rotated = torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], dim=-1).flatten(-2)
+    return torch.cat([prefix, rotated.to(states.dtype)], dim=2)
+
+
+class LocAtViTAttention(nn.Module):
+    """Multi-head self-attention; with `use_gaussian` the logits get a bonus around each query patch."""
+
+    def __init__(self, config: LocAtViTConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.gaussian = None
+        if config.use_gaussian:
+            self.gaussian = LocAtGaussian(self.head_dim, config.native_grid, config.coarse_training)
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.attention_probs_dropout_prob
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        grid: tuple[int, int],
+        attention_mask: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+
+        num_prefix = self.config.num_prefix_tokens
+        # The Gaussian is read from the query before it is rotated or scaled.
+        gaussian = self.gaussian(query, grid, num_prefix) if self.gaussian is not None else None
+        if rotary is not None:
+            query, key = rotate_patches(query, rotary, num_prefix), rotate_patches(key, rotary, num_prefix)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+            gaussian=gaussian,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+
+class LocAtViTMLP(nn.Module):
+    def __init__(self, config: LocAtViTConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states)))))
+
+
+class LocAtViTLayer(GradientCheckpointingLayer):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, config: LocAtViTConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = LocAtViTAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = LocAtViTMLP(config)
+        if config.layer_scale_init_value is None:
+            self.layer_scale1, self.layer_scale2 = nn.Identity(), nn.Identity()
+        else:
+            self.layer_scale1 = LayerScale(config.hidden_size, config.layer_scale_init_value)
+            self.layer_scale2 = LayerScale(config.hidden_size, config.layer_scale_init_value)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = DropPath(drop_path_rates(config.drop_path_rate, config.num_hidden_layers)[index])
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attended, _ = self.attention(self.norm1(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
+        return hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states))))
+
+
+class LocAtViTPreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
+    """Loading, saving and initialisation, and the parts of timm's model contract that its optimiser tools read."""
+
+    config: LocAtViTConfig
+    config_class = LocAtViTConfig
+    base_model_prefix = "locatvit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # losses are means: the Trainer must not rescale them for accumulated steps
+    _no_split_modules = ["LocAtViTEmbeddings", "LocAtViTLayer"]  # noqa: RUF012  (the library's interface)
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False  # flash kernels have no additive bias
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": LocAtViTLayer, "attentions": LocAtViTAttention}  # noqa: RUF012
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the reference: truncated normal weights, zero biases, PyTorch's own initialisation of the patch convolution."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        rotary = self.config.position_embedding_type == "rope_mixed"
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            bound = math.prod(module.weight.shape[1:]) ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, LocAtViTEmbeddings):
+            if module.cls_token is not None:
+                init.trunc_normal_(module.cls_token, std=std if rotary else 1e-6)
+            if module.register_tokens is not None:
+                init.normal_(module.register_tokens, std=1e-6)
+            if module.position_embeddings is not None:
+                init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, LocAtViTRotaryEmbedding):
+            init.copy_(module.frequencies, module.initial_frequencies())
+        elif isinstance(module, LayerScale):
+            init.constant_(module.scale, self.config.layer_scale_init_value)
+        elif isinstance(module, LocAtViTLayer) and rotary:
+            # RoPE-ViT shrinks what each layer writes to the residual stream, more so in deeper layers.
+            for linear in (module.attention.o_proj, module.mlp.down_proj):
+                init.trunc_normal_(linear.weight, std=std / math.sqrt(2 * (module.index + 1)))
+        elif isinstance(module, LocAtViTForImageClassification) and rotary and module.config.num_labels > 0:
+            init.trunc_normal_(module.classifier.weight, std=std * 0.001)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.embeddings.patch_embeddings
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layer groups for timm's layer-wise learning-rate decay."""
+        prefix = "" if self.base_model is self else rf"{self.base_model_prefix}\."
+        stem = rf"^{prefix}(embeddings|rope)"
+        layers = [(rf"^{prefix}layers\.(\d+)", None), (rf"^{prefix}layernorm", (99999,))]
+        return {"stem": stem, "blocks": rf"^{prefix}layers\.(\d+)" if coarse else layers}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are not decayed besides those of one dimension."""
+        names = ("embeddings.cls_token", "embeddings.position_embeddings", "rope.frequencies")
+        return {name for name, _ in self.named_parameters() if name.endswith(names)}
+
+
+class LocAtViTModel(LocAtViTPreTrainedModel):
+    """The encoder.
+
+    add_pooling_layer: whether to compute `pooler_output`; heads that read patches do without.
+    """
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: LocAtViTConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = LocAtViTEmbeddings(config)
+        self.rope = LocAtViTRotaryEmbedding(config) if config.position_embedding_type == "rope_mixed" else None
+        self.layers = nn.ModuleList([LocAtViTLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.add_pooling_layer = add_pooling_layer
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        pixel_values: (batch, channels, height, width) of any size; padded on the right and at the bottom to whole patches.
+        attention_mask: (batch, tokens) of bool or 0/1 over the keys, or broadcastable to (batch, heads, tokens, tokens),
+            bool (true attends) or additive float. Tokens are the prefix tokens, then the patches row by row.
+
+        Returns `last_hidden_state` (batch, tokens, hidden_size) after the final norm and before the refinement,
+        `pooler_output` (batch, hidden_size), what a classifier reads, and on request `hidden_states`, the last of which is
+        the last layer's output before the norm, and `attentions`, Gaussians included (needs attn_implementation="eager").
+        Raises ValueError for images without pixels, other channel counts and masks of another shape.
+        """
+        check_pixel_values(pixel_values, self.config.num_channels)
+        grid = patch_grid(pixel_values, self.config.patch_shape)
+        hidden_states = self.embeddings(pad_to_multiple(pixel_values, self.config.patch_shape), grid)
+        mask = additive_attention_mask(attention_mask, *hidden_states.shape[:2], hidden_states.dtype)
+        rotary = self.rope(grid) if self.rope is not None else None
+        for index, layer in enumerate(self.layers):
+            layer_rotary = (rotary[0][index], rotary[1][index]) if rotary is not None else None
+            hidden_states = layer(hidden_states, grid=grid, attention_mask=mask, rotary=layer_rotary, **kwargs)
+        if self.config.pooling == "cls":
+            hidden_states = self.layernorm(hidden_states)
+        pooled = self.pool(hidden_states, mask, attention_mask) if self.add_pooling_layer else None
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def pool(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(batch, tokens, hidden_size) refined and reduced to (batch, hidden_size): class token, or mean of the patches.
+
+        A key mask (batch, tokens) also leaves its patches out of the mean.
+        """
+        pools_mean = self.config.pooling == "mean"
+        if self.config.use_refinement:
+            tokens = refine(tokens, self.config.num_attention_heads, mask, num_queries=None if pools_mean else 1)
+        if not pools_mean:
+            return tokens[:, 0]
+        patches = tokens[:, self.config.num_prefix_tokens :]
+        if attention_mask is not None and attention_mask.shape == tokens.shape[:2]:
+            weights = attention_mask[:, self.config.num_prefix_tokens :, None].to(patches.dtype)
+            return self.layernorm((patches * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1))
+        return self.layernorm(patches.mean(dim=1))
+
+
+class LocAtViTForImageClassification(LocAtViTPreTrainedModel):
+    """The encoder and a linear classifier on its pooled output."""
+
+    _auto_class = "AutoModelForImageClassification"
+
+    def __init__(self, config: LocAtViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.locatvit = LocAtViTModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """
+        pixel_values, attention_mask: as in `LocAtViTModel`.
+        labels: (batch,) class ids, or (batch, classes) soft labels; `config.problem_type` may say otherwise.
+
+        Returns `loss` where there are labels and `logits` (batch, classes).
+        """
+        outputs = self.locatvit(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        return ImageClassifierOutput(
+            loss=classification_loss(logits, labels, self.config) if labels is not None else None,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class LocAtViTForSemanticSegmentation(LocAtViTPreTrainedModel):
+    """The encoder and the paper's probe on the last layer's patches, before the final norm and without refinement."""
+
+    _auto_class = "AutoModelForSemanticSegmentation"
+    _segments_images = True
+
+    def __init__(self, config: LocAtViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.locatvit = LocAtViTModel(config, add_pooling_layer=False)
+        self.locatvit.layernorm.requires_grad_(False)  # never read: distributed training would wait for its gradient
+        self.segmentation_head = ProbeHead(config.hidden_size, config.segmentation_hidden_size, config.num_labels)
+        self.backbone_is_frozen = False
+        self.post_init()
+
+    def freeze_backbone(self) -> None:
+        """Trains only the head: the encoder gets no gradients and stays in evaluation mode whatever `train` is told."""
+        self.locatvit.requires_grad_(False)
+        self.backbone_is_frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "LocAtViTForSemanticSegmentation":
+        super().train(mode)
+        if self.backbone_is_frozen:
+            self.locatvit.eval()
+        return self
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SemanticSegmenterOutput:
+        """
+        pixel_values, attention_mask: as in `LocAtViTModel`.
+        labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left out.
+
+        Returns `loss` where there are labels and `logits` (batch, classes, grid height, grid width). The grid covers the
+        padded image; the processor's `post_process_semantic_segmentation` cuts the padding off.
+        """
+        wants_hidden_states = kwargs.pop("output_hidden_states", None)
+        if wants_hidden_states is None:
+            wants_hidden_states = self.config.output_hidden_states
+        outputs = self.locatvit(
+            pixel_values, attention_mask=attention_mask, output_hidden_states=True, return_dict=True, **kwargs
+        )
+        grid = patch_grid(pixel_values, self.config.patch_shape)
+        features = patch_feature_map(outputs.hidden_states[-1], grid, self.config.num_prefix_tokens)
+        logits = self.segmentation_head(features)
+        loss = None
+        if labels is not None:
+            loss = segmentation_loss(logits, labels, self.config.patch_shape, self.config.semantic_loss_ignore_index)
+        return SemanticSegmenterOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states if wants_hidden_states else None,
+            attentions=outputs.attentions,
+        )
+
+
+class LocAtViTBackbone(BackboneMixin, LocAtViTPreTrainedModel):
+    """Feature maps of chosen layers for the dense-prediction frameworks of transformers."""
+
+    _auto_class = "AutoBackbone"
+
+    def __init__(self, config: LocAtViTConfig):
+        super().__init__(config)
+        self.locatvit = LocAtViTModel(config, add_pooling_layer=False)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.pyramid = FeaturePyramid(config.hidden_size) if config.feature_pyramid else None
+        if config.pooling == "mean" or not config.apply_layernorm:
+            self.locatvit.layernorm.requires_grad_(False)  # never read, see LocAtViTForSemanticSegmentation
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        """
+        pixel_values, attention_mask: as in `LocAtViTModel`.
+
+        Returns `feature_maps`, one for each of `config.out_features`: (batch, hidden_size, grid height, grid width), or
+        with `reshape_hidden_states=False` (batch, class token + patches, hidden_size).
+        """
+        kwargs["output_hidden_states"] = True
+        outputs = self.locatvit(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
+        grid = patch_grid(pixel_values, self.config.patch_shape)
+        feature_maps = []
+        for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True):
+            if stage not in self.out_features:
+                continue
+            if self.config.apply_layernorm and self.config.pooling == "cls":
+                hidden_states = self.locatvit.layernorm(hidden_states)
+            if self.config.reshape_hidden_states:
+                feature_maps.append(patch_feature_map(hidden_states, grid, self.config.num_prefix_tokens))
+            else:
+                class_token = hidden_states[:, : int(self.config.use_class_token)]
+                feature_maps.append(torch.cat([class_token, hidden_states[:, self.config.num_prefix_tokens :]], dim=1))
+        if self.pyramid is not None:
+            feature_maps = self.pyramid(feature_maps)
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def patch_feature_map(tokens: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> torch.Tensor:
+    """(batch, tokens, channels) without its prefix tokens as (batch, channels, grid height, grid width)."""
+    return tokens[:, num_prefix_tokens:].unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
+
+
+__all__ = [
+    "LocAtViTBackbone",
+    "LocAtViTForImageClassification",
+    "LocAtViTForSemanticSegmentation",
+    "LocAtViTModel",
+    "LocAtViTPreTrainedModel",
+]
