@@ -123,7 +123,7 @@ class LocAtAttentionInterface(AttentionInterface):
     To add one: `ALL_ATTENTION_FUNCTIONS["name"] = function`, with the signature of `eager_attention_forward`.
     """
 
-    _global_mapping: dict = {}  # noqa: RUF012  (hides the library's table on purpose)
+    _global_mapping: dict = {}
 
     def get_interface(self, attn_implementation: str | None, default=None):
         """The function of that name; ValueError where it is not one of ours."""

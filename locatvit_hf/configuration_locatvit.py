@@ -21,8 +21,8 @@ class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a LocAtViT. With `use_gaussian` and `use_refinement` both off it is the plain baseline.
 
     Args:
-        image_size: pixels, one number or [height, width]: the size of pretraining, which fixes the native grid. Images of
-            any other size are accepted by every model, without a flag.
+        image_size: pixels, one number or [height, width]: the size of pretraining, which fixes the native grid. Every
+            model takes images of any other size too, without a flag.
         patch_size: pixels, one number or [height, width].
         num_channels: channels of an image.
         hidden_size: channels of a token, divisible by `num_attention_heads`.
@@ -119,7 +119,7 @@ class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "LocAtViTConfig":
-        """The sizes of the paper: "tiny", "small", "base" or "large", heads of 64 channels; any field can be overridden."""
+        """The paper's sizes "tiny", "small", "base", and "large"; heads of 64 channels. Any field can be overridden."""
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
@@ -142,7 +142,13 @@ class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_sizes(self):
         """Every size is positive, the heads divide the channels, and an image holds at least one patch."""
-        for name in ("num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads", "segmentation_hidden_size"):
+        for name in (
+            "num_channels",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "segmentation_hidden_size",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("image_size", "patch_size"):
@@ -166,7 +172,8 @@ class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
         """Names are known, and the fields agree with each other."""
         if self.position_embedding_type not in ("learned", "rope_mixed", "none"):
             raise ValueError(
-                f"position_embedding_type must be 'learned', 'rope_mixed' or 'none', got {self.position_embedding_type!r}."
+                "position_embedding_type must be 'learned', 'rope_mixed' or 'none', "
+                f"got {self.position_embedding_type!r}."
             )
         if self.pooling not in ("cls", "mean"):
             raise ValueError(f"pooling must be 'cls' or 'mean', got {self.pooling!r}.")
@@ -178,7 +185,9 @@ class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
         if self.feature_pyramid and (len(self.out_features) != 4 or not self.reshape_hidden_states):
-            raise ValueError("feature_pyramid=True needs four out_features (or out_indices) and reshape_hidden_states=True.")
+            raise ValueError(
+                "feature_pyramid=True needs four out_features (or out_indices) and reshape_hidden_states=True."
+            )
 
 
 def _pair(size) -> tuple[int, int]:

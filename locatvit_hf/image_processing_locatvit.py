@@ -1,4 +1,4 @@
-"""One image processor for all families: classification crops the centre, segmentation keeps every pixel in its place."""
+"""One image processor for all families: classification crops the centre, segmentation keeps every pixel in place."""
 
 import math
 
@@ -39,13 +39,13 @@ class LocAtViTImageProcessor(TorchvisionBackend):
     """
 
     valid_kwargs = LocAtViTImageProcessorKwargs
-    model_input_names = ["pixel_values"]  # noqa: RUF012  (the library's interface)
+    model_input_names = ["pixel_values"]
 
     resample = PILImageResampling.BICUBIC
     image_mean = (0.5, 0.5, 0.5)
     image_std = (0.5, 0.5, 0.5)
-    size = {"shortest_edge": 248}  # noqa: RUF012
-    crop_size = {"height": 224, "width": 224}  # noqa: RUF012
+    size = {"shortest_edge": 248}
+    crop_size = {"height": 224, "width": 224}
     default_to_square = False
     do_resize = True
     do_center_crop = True
@@ -70,7 +70,9 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         height, width = _pair(config.image_size)
         arguments = {"image_mean": list(config.image_mean), "image_std": list(config.image_std)}
         if config.num_channels == 1:
-            arguments.update(do_grayscale=True, image_mean=arguments["image_mean"][:1], image_std=arguments["image_std"][:1])
+            arguments.update(
+                do_grayscale=True, image_mean=arguments["image_mean"][:1], image_std=arguments["image_std"][:1]
+            )
         elif config.num_channels != 3:
             arguments.update(do_convert_rgb=False)
         if segmentation:
@@ -174,7 +176,9 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         height, width = self._resized_size(*image.shape[-2:], size, kwargs.pop("size_divisor", self.size_divisor))
         return super().resize(image, SizeDict(height=height, width=width), resample, **kwargs)
 
-    def _preprocess(self, images: list[torch.Tensor], do_resize: bool, size: SizeDict, resample, **kwargs) -> BatchFeature:
+    def _preprocess(
+        self, images: list[torch.Tensor], do_resize: bool, size: SizeDict, resample, **kwargs
+    ) -> BatchFeature:
         if do_resize:
             divisor = kwargs.get("size_divisor")
             images = [self.resize(image, size, resample, size_divisor=divisor) for image in images]
@@ -187,7 +191,10 @@ class LocAtViTImageProcessor(TorchvisionBackend):
             height, width = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
         elif size.shortest_edge:
             height, width = get_resize_output_image_size(
-                np.empty((1, height, width)), size.shortest_edge, default_to_square=False, input_data_format="channels_first"
+                np.empty((1, height, width)),
+                size.shortest_edge,
+                default_to_square=False,
+                input_data_format="channels_first",
             )
         elif size.height and size.width:
             height, width = size.height, size.width
@@ -207,7 +214,8 @@ class LocAtViTImageProcessor(TorchvisionBackend):
                 raise ValueError(f"pad_size={dict(pad_size)} is smaller than an image of {height} x {width} pixels.")
             height, width = pad_size.height, pad_size.width
         return [
-            F.pad(tensor, (0, width - tensor.shape[-1], 0, height - tensor.shape[-2]), value=value) for tensor in tensors
+            F.pad(tensor, (0, width - tensor.shape[-1], 0, height - tensor.shape[-2]), value=value)
+            for tensor in tensors
         ]
 
     def post_process_semantic_segmentation(
@@ -272,7 +280,7 @@ def _undo_center_crop(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tens
             logits = logits.narrow(axis, before, size[axis - 2])
         elif missing > 0:
             padding = (before, missing - before)
-            logits = F.pad(logits, padding + (0, 0) if axis == 3 else (0, 0) + padding, mode="replicate")
+            logits = F.pad(logits, (*padding, 0, 0) if axis == 3 else (0, 0, *padding), mode="replicate")
     return logits
 
 

@@ -1,4 +1,4 @@
-"""What the families share: stochastic depth, masks, position embeddings, losses, the probe head, the feature pyramid."""
+"""What the families share: stochastic depth, masks, position embeddings, losses, probe head, feature pyramid."""
 
 import os
 
@@ -87,8 +87,8 @@ def additive_attention_mask(
         attention_mask = attention_mask.bool()[:, None, None, :]
     elif attention_mask.ndim > 4 or any(size not in (1, num_tokens) for size in shape[-2:]):
         raise ValueError(
-            f"attention_mask must be (batch, tokens) = ({batch_size}, {num_tokens}), or broadcast to (batch, heads, tokens, "
-            f"tokens), prefix tokens counted; got {shape}."
+            f"attention_mask must be (batch, tokens) = ({batch_size}, {num_tokens}), or broadcast to "
+            f"(batch, heads, tokens, tokens), prefix tokens counted; got {shape}."
         )
     attention_mask = attention_mask[(None,) * (4 - attention_mask.ndim)]
     if attention_mask.is_floating_point():
@@ -143,8 +143,8 @@ def segmentation_loss(
     """Mean cross-entropy over the pixels that are not ignored, at the size of the labels.
 
     logits: (batch, classes, grid height, grid width), each covering `cell` (height, width) pixels of the padded image.
-    labels: (batch, height, width) of the images' size. Logits are upsampled bilinearly in float32 to the padded image and
-    the padding is cut off; the reference stretches the padded map over the image instead, which shifts every mask.
+    labels: (batch, height, width) of the images' size. Logits are upsampled bilinearly in float32 to the padded image
+    and the padding is cut off; the reference stretches the padded map over the image, which shifts every mask.
     A batch without a valid pixel costs zero. Raises ValueError for labels of another size or outside the classes.
     """
     padded_size = [cells * pixels for cells, pixels in zip(logits.shape[-2:], cell, strict=True)]
@@ -179,7 +179,10 @@ def check_labels(labels: torch.Tensor, num_labels: int, ignore_index: int | None
 
 
 class ProbeHead(nn.Module):
-    """The paper's segmentation probe: 1x1 convolution, GroupNorm over all channels and positions, GELU, 1x1 convolution."""
+    """The paper's segmentation probe: 1x1 convolution, GroupNorm(1), GELU, 1x1 convolution.
+
+    GroupNorm(1) takes its mean and variance over all channels and positions of a sample.
+    """
 
     def __init__(self, in_channels: int, hidden_channels: int, num_labels: int):
         super().__init__()
@@ -194,7 +197,7 @@ class ProbeHead(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Brings four maps of one stride to a quarter, half, once and twice that stride (4, 8, 16, 32 for patches of 16)."""
+    """Brings four maps of one stride to 1/4, 1/2, 1 and 2 times that stride (4, 8, 16, 32 for patches of 16)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -238,10 +241,29 @@ class CompleteCheckpointMixin:
             self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_arguments)
 
 
+class FreezableBackboneMixin:
+    """For a head whose encoder can be frozen while the head trains."""
+
+    backbone_is_frozen = False
+
+    def freeze_backbone(self) -> None:
+        """Trains only the head: the encoder gets no gradients and stays in evaluation mode whatever `train` is told."""
+        self.base_model.requires_grad_(False)
+        self.backbone_is_frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.backbone_is_frozen:
+            self.base_model.eval()
+        return self
+
+
 __all__ = [
     "CompleteCheckpointMixin",
     "DropPath",
     "FeaturePyramid",
+    "FreezableBackboneMixin",
     "LayerScale",
     "ProbeHead",
     "additive_attention_mask",

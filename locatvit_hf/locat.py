@@ -1,7 +1,7 @@
 """The two ideas of LocAt (Locality-Attending Vision Transformer, ICLR 2026): the Gaussian and the refinement.
 
-Words used throughout: `grid` is (height, width) in patches; `native grid` is the grid of the size a model was built for;
-`prefix tokens` stand before the patches (class token, registers, jumbo tokens); `variance` is in patches squared.
+Words used throughout: `grid` is (height, width) in patches; `native grid` is the grid of the size a model was built
+for; `prefix tokens` stand before the patches (class token, registers, jumbo tokens); `variance` is in patches squared.
 """
 
 import math
@@ -66,7 +66,7 @@ class LocAtGaussian(nn.Module):
     """Predicts a Gaussian for every query patch from the query itself (paper, Gaussian-augmented attention).
 
     Two linear maps on the head dimension, shared by all heads of a layer. With C the longer side of the native grid,
-    squared: `V = C * sigmoid(variance(q) - ln(C - 1))`, which is 1 where the map gives 0, and `a = softplus(amplitude(q))`.
+    squared: `V = C * sigmoid(variance(q) - ln(C - 1))`, which is 1 where the map gives 0; `a = softplus(amplitude(q))`.
     On another grid V is scaled by the ratio of the short sides; the cap and the epsilon stay those of the native grid.
 
     head_dim: channels of a head.
@@ -117,7 +117,7 @@ class LocAtGaussian(nn.Module):
 
 
 def _average_blocks(values: torch.Tensor, grid: tuple[int, int], block_size: int) -> torch.Tensor:
-    """Replaces (batch, heads, patches, channels) by the means of square blocks; those at the edge average what they hold."""
+    """(batch, heads, patches, channels) with each square block replaced by its mean; at the edge, of what it holds."""
     batch, heads, _, channels = values.shape
     height, width = grid
     values = values.flatten(0, 1).unflatten(1, grid).permute(0, 3, 1, 2)

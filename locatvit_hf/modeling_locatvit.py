@@ -26,6 +26,7 @@ from .layers_locat import (
     CompleteCheckpointMixin,
     DropPath,
     FeaturePyramid,
+    FreezableBackboneMixin,
     LayerScale,
     ProbeHead,
     additive_attention_mask,
@@ -103,7 +104,7 @@ class LocAtViTRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def initial_frequencies(self) -> torch.Tensor:
-        """Magnitudes fall geometrically with the channel, directions are random; the second half is turned by 90 degrees."""
+        """Magnitudes fall geometrically with the channel, directions are random, the second half turned by 90 degrees."""
         _, layers, heads, half = self.frequencies.shape
         magnitude = self.temperature ** -(torch.arange(0, 2 * half, 4).float() / (2 * half))
         direction = 2 * math.pi * torch.rand(layers, heads, 1)
@@ -221,18 +222,18 @@ class LocAtViTPreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # losses are means: the Trainer must not rescale them for accumulated steps
-    _no_split_modules = ["LocAtViTEmbeddings", "LocAtViTLayer"]  # noqa: RUF012  (the library's interface)
+    _no_split_modules = ["LocAtViTEmbeddings", "LocAtViTLayer"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = False  # flash kernels have no additive bias
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": LocAtViTLayer, "attentions": LocAtViTAttention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": LocAtViTLayer, "attentions": LocAtViTAttention}
     _input_embed_layer = "patch_embeddings"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the reference: truncated normal weights, zero biases, PyTorch's own initialisation of the patch convolution."""
+        """As the reference: truncated normal weights, zero biases, PyTorch's own bounds for the patch convolution."""
         super()._init_weights(module)
         std = self.config.initializer_range
         rotary = self.config.position_embedding_type == "rope_mixed"
@@ -305,13 +306,13 @@ class LocAtViTModel(LocAtViTPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
-        pixel_values: (batch, channels, height, width) of any size; padded on the right and at the bottom to whole patches.
-        attention_mask: (batch, tokens) of bool or 0/1 over the keys, or broadcastable to (batch, heads, tokens, tokens),
-            bool (true attends) or additive float. Tokens are the prefix tokens, then the patches row by row.
+        pixel_values: (batch, channels, height, width) of any size; padded right and bottom to whole patches.
+        attention_mask: (batch, tokens) of bool or 0/1 over the keys, or broadcastable to (batch, heads, tokens,
+            tokens), bool (true attends) or additive float. Tokens are the prefix tokens, then the patches row by row.
 
-        Returns `last_hidden_state` (batch, tokens, hidden_size) after the final norm and before the refinement,
-        `pooler_output` (batch, hidden_size), what a classifier reads, and on request `hidden_states`, the last of which is
-        the last layer's output before the norm, and `attentions`, Gaussians included (needs attn_implementation="eager").
+        Returns `last_hidden_state` (batch, tokens, hidden_size) after the final norm and before the refinement, and
+        `pooler_output` (batch, hidden_size), what a classifier reads; on request `hidden_states`, the last of which is
+        the last layer's output before the norm, and `attentions`, Gaussians included (attn_implementation="eager").
         Raises ValueError for images without pixels, other channel counts and masks of another shape.
         """
         check_pixel_values(pixel_values, self.config.num_channels)
@@ -333,7 +334,7 @@ class LocAtViTModel(LocAtViTPreTrainedModel):
         mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(batch, tokens, hidden_size) refined and reduced to (batch, hidden_size): class token, or mean of the patches.
+        """(batch, tokens, hidden_size) refined and reduced to (batch, hidden_size): class token or mean of the patches.
 
         A key mask (batch, tokens) also leaves its patches out of the mean.
         """
@@ -385,7 +386,7 @@ class LocAtViTForImageClassification(LocAtViTPreTrainedModel):
         )
 
 
-class LocAtViTForSemanticSegmentation(LocAtViTPreTrainedModel):
+class LocAtViTForSemanticSegmentation(FreezableBackboneMixin, LocAtViTPreTrainedModel):
     """The encoder and the paper's probe on the last layer's patches, before the final norm and without refinement."""
 
     _auto_class = "AutoModelForSemanticSegmentation"
@@ -397,20 +398,7 @@ class LocAtViTForSemanticSegmentation(LocAtViTPreTrainedModel):
         self.locatvit = LocAtViTModel(config, add_pooling_layer=False)
         self.locatvit.layernorm.requires_grad_(False)  # never read: distributed training would wait for its gradient
         self.segmentation_head = ProbeHead(config.hidden_size, config.segmentation_hidden_size, config.num_labels)
-        self.backbone_is_frozen = False
         self.post_init()
-
-    def freeze_backbone(self) -> None:
-        """Trains only the head: the encoder gets no gradients and stays in evaluation mode whatever `train` is told."""
-        self.locatvit.requires_grad_(False)
-        self.backbone_is_frozen = True
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "LocAtViTForSemanticSegmentation":
-        super().train(mode)
-        if self.backbone_is_frozen:
-            self.locatvit.eval()
-        return self
 
     @can_return_tuple
     def forward(
@@ -424,8 +412,8 @@ class LocAtViTForSemanticSegmentation(LocAtViTPreTrainedModel):
         pixel_values, attention_mask: as in `LocAtViTModel`.
         labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left out.
 
-        Returns `loss` where there are labels and `logits` (batch, classes, grid height, grid width). The grid covers the
-        padded image; the processor's `post_process_semantic_segmentation` cuts the padding off.
+        Returns `loss` where there are labels and `logits` (batch, classes, grid height, grid width). The grid covers
+        the padded image; the processor's `post_process_semantic_segmentation` cuts the padding off.
         """
         wants_hidden_states = kwargs.pop("output_hidden_states", None)
         if wants_hidden_states is None:
