@@ -49,7 +49,8 @@ class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_dropout_prob: dropout after the embeddings, the attention projection and inside the MLP.
         attention_probs_dropout_prob: dropout of the attention weights.
         initializer_range: standard deviation of fresh weights.
-        image_mean, image_std, crop_pct: what the image processor of this checkpoint uses.
+        image_mean, image_std, crop_pct: what the image processor of this checkpoint uses; mean and std are one number
+            for all channels, or one each.
         semantic_loss_ignore_index: label of pixels without a class.
         segmentation_hidden_size: channels of the segmentation head.
         apply_layernorm: whether the backbone normalises its feature maps with the final norm.
@@ -85,8 +86,8 @@ class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     initializer_range: float | int = 0.02
-    image_mean: list[float | int] | tuple[float | int, ...] = (0.5, 0.5, 0.5)
-    image_std: list[float | int] | tuple[float | int, ...] = (0.5, 0.5, 0.5)
+    image_mean: float | int | list[float | int] | tuple[float | int, ...] = (0.5, 0.5, 0.5)
+    image_std: float | int | list[float | int] | tuple[float | int, ...] = (0.5, 0.5, 0.5)
     crop_pct: float | int = 0.9
     semantic_loss_ignore_index: int = 255
     segmentation_hidden_size: int = 512

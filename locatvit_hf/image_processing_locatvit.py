@@ -42,8 +42,8 @@ class LocAtViTImageProcessor(TorchvisionBackend):
     model_input_names = ["pixel_values"]
 
     resample = PILImageResampling.BICUBIC
-    image_mean = (0.5, 0.5, 0.5)
-    image_std = (0.5, 0.5, 0.5)
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
     size = {"shortest_edge": 248}
     crop_size = {"height": 224, "width": 224}
     default_to_square = False
@@ -68,7 +68,11 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         segmentation: keep every pixel and resize to multiples of the patch, instead of cropping the centre.
         """
         height, width = _pair(config.image_size)
-        arguments = {"image_mean": list(config.image_mean), "image_std": list(config.image_std)}
+        mean, std = (
+            [value] * config.num_channels if isinstance(value, float | int) else list(value)
+            for value in (config.image_mean, config.image_std)
+        )
+        arguments = {"image_mean": mean, "image_std": std}
         if config.num_channels == 1:
             arguments.update(
                 do_grayscale=True, image_mean=arguments["image_mean"][:1], image_std=arguments["image_std"][:1]

@@ -104,7 +104,7 @@ class LocAtViTRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def initial_frequencies(self) -> torch.Tensor:
-        """Magnitudes fall geometrically with the channel, directions are random, the second half turned by 90 degrees."""
+        """Magnitudes fall geometrically with the channel, directions are random, the second half turned by 90°."""
         _, layers, heads, half = self.frequencies.shape
         magnitude = self.temperature ** -(torch.arange(0, 2 * half, 4).float() / (2 * half))
         direction = 2 * math.pi * torch.rand(layers, heads, 1)
@@ -206,8 +206,15 @@ class LocAtViTLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rates(config.drop_path_rate, config.num_hidden_layers)[index])
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attended, _ = self.attention(self.norm1(hidden_states), **kwargs)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cosines: torch.Tensor | None = None,
+        sines: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        rotary = (cosines, sines) if cosines is not None else None
+        attended, _ = self.attention(self.norm1(hidden_states), rotary=rotary, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
         return hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states))))
 
@@ -319,10 +326,10 @@ class LocAtViTModel(LocAtViTPreTrainedModel):
         grid = patch_grid(pixel_values, self.config.patch_shape)
         hidden_states = self.embeddings(pad_to_multiple(pixel_values, self.config.patch_shape), grid)
         mask = additive_attention_mask(attention_mask, *hidden_states.shape[:2], hidden_states.dtype)
-        rotary = self.rope(grid) if self.rope is not None else None
-        for index, layer in enumerate(self.layers):
-            layer_rotary = (rotary[0][index], rotary[1][index]) if rotary is not None else None
-            hidden_states = layer(hidden_states, grid=grid, attention_mask=mask, rotary=layer_rotary, **kwargs)
+        cosines, sines = self.rope(grid) if self.rope is not None else ([None] * len(self.layers),) * 2
+        for layer, layer_cosines, layer_sines in zip(self.layers, cosines, sines, strict=True):
+            # Positional: reentrant checkpointing finds the tensors that need a gradient among these only.
+            hidden_states = layer(hidden_states, layer_cosines, layer_sines, grid=grid, attention_mask=mask, **kwargs)
         if self.config.pooling == "cls":
             hidden_states = self.layernorm(hidden_states)
         pooled = self.pool(hidden_states, mask, attention_mask) if self.add_pooling_layer else None
@@ -401,6 +408,7 @@ class LocAtViTForSemanticSegmentation(FreezableBackboneMixin, LocAtViTPreTrained
         self.post_init()
 
     @can_return_tuple
+    @filter_output_hidden_states
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -415,12 +423,8 @@ class LocAtViTForSemanticSegmentation(FreezableBackboneMixin, LocAtViTPreTrained
         Returns `loss` where there are labels and `logits` (batch, classes, grid height, grid width). The grid covers
         the padded image; the processor's `post_process_semantic_segmentation` cuts the padding off.
         """
-        wants_hidden_states = kwargs.pop("output_hidden_states", None)
-        if wants_hidden_states is None:
-            wants_hidden_states = self.config.output_hidden_states
-        outputs = self.locatvit(
-            pixel_values, attention_mask=attention_mask, output_hidden_states=True, return_dict=True, **kwargs
-        )
+        kwargs["output_hidden_states"] = True
+        outputs = self.locatvit(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
         grid = patch_grid(pixel_values, self.config.patch_shape)
         features = patch_feature_map(outputs.hidden_states[-1], grid, self.config.num_prefix_tokens)
         logits = self.segmentation_head(features)
@@ -430,7 +434,7 @@ class LocAtViTForSemanticSegmentation(FreezableBackboneMixin, LocAtViTPreTrained
         return SemanticSegmenterOutput(
             loss=loss,
             logits=logits,
-            hidden_states=outputs.hidden_states if wants_hidden_states else None,
+            hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 

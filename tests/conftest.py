@@ -1,0 +1,29 @@
+"""What every test of the repository relies on: no network, one thread a worker, a fixed seed."""
+
+import os
+
+# Read when huggingface_hub is imported, so they come before everything else. A test that talks to a Hub (tests/remote)
+# starts processes of its own with their own environment; tests/official turns this off again to fetch its sources.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Every test starts from the same random state, alone or in a suite."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repository_root() -> Path:
+    """The checkout: where pyproject.toml, README.md and locatvit_hf/ are."""
+    return Path(__file__).resolve().parent.parent
