@@ -1,0 +1,72 @@
+"""Where one token looks."""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from PIL import Image
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def read_attentions(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    """Attention of every layer, the Gaussian included: a list of (batch, heads, tokens, tokens), rows sum to 1.
+
+    The model is in evaluation mode and on the "eager" back-end meanwhile, and as before afterwards.
+    """
+    with _eager(model):
+        return list(model(pixel_values=pixel_values, output_attentions=True).attentions)
+
+
+def attention_map(
+    attention: torch.Tensor, query: int, grid: tuple[int, int], num_prefix_tokens: int, head: int | None = None
+) -> np.ndarray:
+    """Attention of one query over the patches of the first image, as a (height, width) array.
+
+    Args:
+        attention: (batch, heads, tokens, tokens), one entry of `read_attentions`.
+        query: index of the token that looks; patch p of the row-major grid is `num_prefix_tokens + p`.
+        grid: (height, width) in patches.
+        head: one head, or None for the mean of all.
+    """
+    row = attention[0, :, query, num_prefix_tokens:]
+    row = row.mean(dim=0) if head is None else row[head]
+    if row.numel() != grid[0] * grid[1]:
+        raise ValueError(f"A grid of {grid[0]} x {grid[1]} patches does not fit {row.numel()} patch tokens.")
+    return row.reshape(grid).float().cpu().numpy()
+
+
+def draw_attention(
+    axes: Axes, image: Image.Image, heat: np.ndarray, query: int | None = None, opacity: float = 0.8
+) -> None:
+    """Lay an attention map over its image, and frame the patch that looks.
+
+    Args:
+        heat: (height, width) over the patches; colours span zero to its maximum.
+        query: index of the looking patch in the row-major grid; None for a class token, which has no place.
+        opacity: of the map.
+    """
+    extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
+    axes.imshow(image.convert("L"), cmap="gray", extent=extent)
+    axes.imshow(heat, cmap="inferno", vmin=0, alpha=opacity, extent=extent, interpolation="bilinear")
+    if query is not None:
+        height, width = image.height / heat.shape[0], image.width / heat.shape[1]
+        row, column = divmod(query, heat.shape[1])
+        corner = (column * width - 0.5, row * height - 0.5)
+        axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="#35d0ff", linewidth=1.8))
+    axes.set_axis_off()
+
+
+@contextlib.contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    implementation, training = model.config._attn_implementation, model.training
+    model.set_attn_implementation("eager")
+    model.eval()
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+        model.train(training)

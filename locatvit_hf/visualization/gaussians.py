@@ -1,0 +1,84 @@
+"""How far every patch's Gaussian reaches, and how strong it is."""
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import EllipseCollection
+from PIL import Image
+from transformers import PreTrainedModel
+
+from locatvit_hf.locat import Gaussian, LocAtGaussian
+
+
+@torch.no_grad()
+def read_gaussians(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[Gaussian]:
+    """The Gaussians that the layers predict for a batch of images, first layer first.
+
+    Raises ValueError for a model without them.
+    """
+    predictors = [module for module in model.modules() if isinstance(module, LocAtGaussian)]
+    if not predictors:
+        raise ValueError("The model has no Gaussians: it was built with use_gaussian=False.")
+    found: list[Gaussian] = []
+    hooks = [predictor.register_forward_hook(lambda *call: found.append(call[2])) for predictor in predictors]
+    training = model.training
+    try:
+        model.eval()(pixel_values=pixel_values)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def draw_gaussians(
+    axes: Axes,
+    image: Image.Image,
+    gaussian: Gaussian,
+    head: int = 0,
+    patches: list[int] | None = None,
+    colormap: str = "viridis",
+    amplitude_range: tuple[float, float] | None = None,
+) -> EllipseCollection:
+    """Draw the Gaussians of the first image of a batch: one ellipse a patch, at one standard deviation.
+
+    Args:
+        gaussian: one entry of `read_gaussians`.
+        head: which head.
+        patches: indices into the row-major grid; None for all.
+        colormap: colours the amplitude.
+        amplitude_range: amplitudes at the ends of the colours; None for those of this drawing.
+
+    Returns:
+        The ellipses, from which a colour bar can be made.
+    """
+    height, width = gaussian.grid
+    chosen = torch.arange(height * width) if patches is None else torch.as_tensor(patches)
+    # Variance along (rows, columns) in patches squared; the prediction holds its inverse.
+    deviations = gaussian.inverse_variance[0, head].float().cpu()[chosen].rsqrt()
+    amplitudes = gaussian.amplitude[0, head].float().cpu()[chosen]
+    patch_height, patch_width = image.height / height, image.width / width
+    centers = torch.stack(
+        [(chosen % width + 0.5) * patch_width - 0.5, (chosen // width + 0.5) * patch_height - 0.5], dim=1
+    )
+    axes.imshow(image.convert("L"), cmap="gray", vmin=-120, vmax=320, extent=_extent(image))
+    ellipses = EllipseCollection(
+        widths=(2 * deviations[:, 1] * patch_width).numpy(),
+        heights=(2 * deviations[:, 0] * patch_height).numpy(),
+        angles=torch.zeros(len(chosen)).numpy(),
+        units="xy",
+        offsets=centers.numpy(),
+        offset_transform=axes.transData,
+        facecolors="none",
+        linewidths=1.3,
+        cmap=colormap,
+        array=amplitudes.numpy(),
+    )
+    ellipses.set_clim(*(amplitude_range or (None, None)))
+    axes.add_collection(ellipses)
+    axes.set(xlim=_extent(image)[:2], ylim=_extent(image)[2:])
+    axes.set_axis_off()
+    return ellipses
+
+
+def _extent(image: Image.Image) -> tuple[float, float, float, float]:
+    return -0.5, image.width - 0.5, image.height - 0.5, -0.5

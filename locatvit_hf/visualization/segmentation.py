@@ -1,0 +1,70 @@
+"""Label maps as colours."""
+
+import colorsys
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+from PIL import Image
+
+IGNORED_COLOR = (128, 128, 128)
+
+
+def label_colors(num_labels: int, background: int | None = None) -> np.ndarray:
+    """(num_labels, 3) uint8 colours that differ from their neighbours, always the same for a number of labels.
+
+    background: this label is left black.
+    """
+    if num_labels < 1:
+        raise ValueError(f"There must be at least one label, not {num_labels}.")
+    # Steps of the golden ratio around the hue circle keep any prefix of the sequence spread out.
+    hues = (np.arange(num_labels) * 0.61803398875) % 1.0
+    levels = [(0.62, 1.0), (0.85, 0.85), (0.45, 0.95)]
+    colors = [colorsys.hsv_to_rgb(hue, *levels[label % 3]) for label, hue in enumerate(hues)]
+    colors = (255 * np.asarray(colors)).round().astype(np.uint8)
+    if background is not None:
+        colors[background] = 0
+    return colors
+
+
+def overlay_segmentation(
+    image: Image.Image,
+    label_map: np.ndarray,
+    colors: np.ndarray,
+    opacity: float = 0.75,
+    background: int | None = None,
+    ignore_index: int = 255,
+) -> Image.Image:
+    """Lay a label map over a greyed image.
+
+    Args:
+        label_map: (height, width) label ids of the image's size.
+        colors: (labels, 3) uint8, from `label_colors`.
+        background: this label stays transparent.
+        ignore_index: pixels of this id are grey.
+
+    Raises:
+        ValueError: the map has another size than the image.
+    """
+    label_map = np.asarray(label_map)
+    if label_map.shape != (image.height, image.width):
+        raise ValueError(f"A map of {label_map.shape} does not fit an image of {image.height} x {image.width} pixels.")
+    ignored = label_map == ignore_index
+    painted = np.where(ignored[..., None], IGNORED_COLOR, colors[np.where(ignored, 0, label_map)])
+    weight = np.where(label_map == background, 0.0, opacity)[..., None] if background is not None else opacity
+    grey = np.asarray(image.convert("L").convert("RGB"), np.float64) * 0.6
+    return Image.fromarray((weight * painted + (1 - weight) * grey).round().astype(np.uint8))
+
+
+def draw_segmentation(axes: Axes, image: Image.Image, label_map: np.ndarray, colors: np.ndarray, **options) -> None:
+    """`overlay_segmentation` on matplotlib axes."""
+    axes.imshow(overlay_segmentation(image, label_map, colors, **options), interpolation="nearest")
+    axes.set_axis_off()
+
+
+def draw_legend(axes: Axes, id2label: dict[int, str], colors: np.ndarray, labels: list[int] | None = None) -> None:
+    """A row of colour patches with the names of the labels, of all or of those in `labels`."""
+    labels = sorted(id2label) if labels is None else labels
+    handles = [Patch(facecolor=colors[label] / 255, label=id2label[label]) for label in labels]
+    axes.legend(handles=handles, ncols=len(handles), loc="center", frameon=False, handlelength=1, columnspacing=1.2)
+    axes.set_axis_off()

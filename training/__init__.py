@@ -1,0 +1,1 @@
+"""Programs that train and evaluate, run from a checkout: `python -m training.pretrain --config RECIPE`."""

@@ -1,0 +1,217 @@
+"""Settings of the programs: one dataclass each, filled from its defaults, then a YAML recipe, then the command line.
+
+Recipe and command line are one mechanism. `--learning_rate 1e-3` is the YAML entry `learning_rate: 1e-3`; a dotted key
+(`--model.use_gaussian false`) is an entry of a mapping; a key without a value means `true`. What comes later wins; an
+unknown key or a value of the wrong type ends the program with one sentence.
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import transformers
+import yaml
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from rich.console import Console
+from rich.table import Table
+
+Arguments = TypeVar("Arguments")
+console = Console(soft_wrap=True, highlight=False)
+
+
+@strict
+@dataclass(kw_only=True)
+class DataArguments:
+    """Which images, in which columns."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub name, `save_to_disk` folder, folder of parquet files or of images."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    train_split: str = "train"
+    validation_split: str = "validation"
+    image_column: str = "image"
+    label_column: str = "label"
+    label_names: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names of the classes in order, or a JSON file {id: name}; by default those of the dataset."},
+    )
+    max_train_samples: int | None = None
+    max_validation_samples: int | None = None
+    num_workers: int = field(default=0, metadata={"help": "Data-loading processes beside every training process."})
+
+
+@strict
+@dataclass(kw_only=True)
+class OptimizationArguments:
+    """How the weights move. Durations read `300 epochs`, `20000 steps` (weight updates) or `25 %` (of the run)."""
+
+    length: str = field(default="300 epochs", metadata={"help": "Duration of the run."})
+    warmup: str = field(default="20 epochs", metadata={"help": "Duration of the rise to the peak learning rate."})
+    schedule: Literal["linear", "cosine", "constant"] = field(
+        default="linear", metadata={"help": "Shape of the fall after the warm-up; linear is the papers' one-cycle."}
+    )
+    learning_rate: float | int = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    start_learning_rate: float | int = 1e-7
+    final_learning_rate: float | int = 1e-7
+    optimizer: str = field(default="adamw", metadata={"help": "Any optimiser name that timm knows."})
+    weight_decay: float | int = 0.05
+    layer_decay: float | int | None = field(
+        default=None, metadata={"help": "Learning rate of a layer relative to the next one."}
+    )
+    max_gradient_norm: float | int | None = field(default=5.0, metadata={"help": "Clip gradients to this norm."})
+    batch_size: int = field(
+        default=1024, metadata={"help": "Images a weight update, over all processes and accumulation steps."}
+    )
+    gradient_accumulation_steps: int = 1
+    ema_decay: float | int | None = field(
+        default=None, metadata={"help": "Keep an average of the weights with this decay, evaluate and export it."}
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+
+
+@strict
+@dataclass(kw_only=True)
+class RunArguments:
+    """Where results go, how often, and from which seed."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Receives checkpoints, results and exported model."})
+    overwrite: bool = field(default=False, metadata={"help": "Start anew where `output_dir` holds another run."})
+    seed: int = 42
+    evaluate_every: str = "1 epochs"
+    checkpoint_every: str = "1 epochs"
+    keep_checkpoints: int = field(default=2, metadata={"help": "Number of most recent checkpoints to keep."})
+    log_every: int = field(default=50, metadata={"help": "Updates between two points of the training curve."})
+    export: Literal["best", "last"] = field(default="best", metadata={"help": "Which weights to export."})
+    eval_batch_size: int = field(default=64, metadata={"help": "Images a step of evaluation, in every process."})
+
+
+RUNTIME_OPTIONS = {"num_workers", "overwrite", "checkpoint_every", "keep_checkpoints", "eval_batch_size"}
+"""Options that may change between an interrupted run and its continuation: they leave the weights alone."""
+
+
+def parse_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
+    """Fill a dataclass of settings from the recipe named by `--config` and the other options in `argv`.
+
+    Raises:
+        ValueError: unknown option, unreadable recipe, value of the wrong type; the message is one sentence.
+    """
+    given = _parse_command_line(argv)
+    recipe = given.pop("config", None)
+    return build_arguments(cls, _merge(load_recipe(recipe) if recipe is not None else {}, given))
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Read one YAML recipe as a mapping of option to value."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"Cannot read the recipe {path}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {path} must be a mapping of option to value.")
+    return recipe
+
+
+def build_arguments(cls: type[Arguments], values: dict[str, Any]) -> Arguments:
+    """Make a dataclass of settings from a mapping, with names and types checked."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(str(name), fields, n=1)
+            raise ValueError(f"Unknown option {name!r}{f'; did you mean {close[0]!r}' if close else ''}.")
+    types = typing.get_type_hints(cls)
+    values = {name: _coerce(value, types[name]) for name, value in values.items()}
+    try:
+        return cls(**values)
+    except StrictDataclassError as error:
+        raise ValueError(describe(error)) from None
+
+
+def describe(error: StrictDataclassError) -> str:
+    """The last line of a type or range error, which names the field and what was expected, as one sentence."""
+    return str(error.__cause__ or error).strip().splitlines()[-1].strip().rstrip(".") + "."
+
+
+def run_program(main: Callable[[Arguments], Any], cls: type[Arguments]) -> None:
+    """Parse `sys.argv`, call `main`, and turn what a user can cause into one red sentence and exit status 1."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        console.print(_help(main, cls))
+        return
+    transformers.logging.set_verbosity_error()  # a fresh head is no news here, nor is the progress of a small file
+    transformers.logging.disable_progress_bar()
+    try:
+        main(parse_arguments(cls, sys.argv[1:]))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"{error}", style="red", markup=False)
+        raise SystemExit(1) from None
+
+
+def _parse_command_line(argv: list[str]) -> dict[str, Any]:
+    """`--a 1 --b.c=x --flag` as `{"a": 1, "b": {"c": "x"}, "flag": True}`."""
+    given: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        key, has_value, value = words.pop(0).partition("=")
+        if not key.startswith("--") or key == "--":
+            raise ValueError(f"Expected an option that starts with '--', got {key!r}.")
+        if not has_value:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        *parents, name = key[2:].replace("-", "_").split(".")
+        target = given
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        try:
+            target[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            target[name] = value
+    return given
+
+
+def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    """`update` over `base`, mappings entry by entry."""
+    merged = dict(base)
+    for name, value in update.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both else value
+    return merged
+
+
+def _coerce(value: Any, annotation: Any) -> Any:
+    """Undo two habits of YAML: `1e-3` is a string there, and `16` a number where a name is meant."""
+    if isinstance(value, dict):
+        return {name: _coerce(entry, float | str | int | dict) for name, entry in value.items()}
+    accepted = set(typing.get_args(annotation)) or {annotation}
+    if isinstance(value, str) and float in accepted and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and str in accepted
+        and type(value) not in accepted
+    ):
+        return str(value)
+    if isinstance(value, list) and list[str] in accepted:
+        return [str(entry) for entry in value]
+    return value
+
+
+def _help(main: Callable, cls: type) -> Table:
+    table = Table(title=(sys.modules[main.__module__].__doc__ or "").strip(), title_justify="left", box=None)
+    for column in ("option", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    table.add_row("--config", "", "A YAML recipe with any of the options below.")
+    for f in dataclasses.fields(cls):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        table.add_row(f"--{f.name}", "" if default is None else str(default), f.metadata.get("help", ""))
+    return table

@@ -1,0 +1,15 @@
+"""Reading labelled images, and handing every process its share of every batch."""
+
+from .batches import UpdateSampler, sample_randomness
+from .loading import Splits, load_splits
+from .samples import TrainingSamples, create_evaluation_loader, create_training_loader
+
+__all__ = [
+    "Splits",
+    "TrainingSamples",
+    "UpdateSampler",
+    "create_evaluation_loader",
+    "create_training_loader",
+    "load_splits",
+    "sample_randomness",
+]

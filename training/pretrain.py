@@ -1,0 +1,109 @@
+"""Image-label training of a LocAtViT, or of the plain ViT that it is compared with.
+
+accelerate launch training/pretrain.py --config training/recipes/digits_pretrain.yaml --output_dir runs/digits
+"""
+
+import sys
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+
+from locatvit_hf import LocAtViTImageProcessor
+from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
+from training.augmentation import ClassificationAugmentation, ClassificationTransform, classification_objective
+from training.data import TrainingSamples, create_evaluation_loader, load_splits
+from training.loop import TrainingLoop
+from training.metrics import compute_over_processes, load_metric
+from training.optimization import create_optimizer
+
+
+@strict
+@dataclass(kw_only=True)
+class PretrainArguments(DataArguments, OptimizationArguments, ClassificationAugmentation, RunArguments):
+    """Settings of `pretrain`; the defaults are the paper's ImageNet-1k recipe."""
+
+    family: str = field(default="locatvit", metadata={"help": "`model_type` of the configuration."})
+    preset: str | None = field(default=None, metadata={"help": "Sizes of the paper: tiny, small, base, large."})
+    model: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Fields of the configuration: --model.use_gaussian false."}
+    )
+
+
+def main(arguments: PretrainArguments) -> dict[str, Any]:
+    """Train, evaluate and export; returns the content of `all_results.json`."""
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    splits = load_splits(arguments)
+    columns = [arguments.image_column, arguments.label_column]
+
+    torch.manual_seed(arguments.seed)
+    model = build_model(arguments, splits.label_names)
+    processor = LocAtViTImageProcessor.from_model_config(model.config)
+    optimizer = create_optimizer(model, arguments)
+    mix, criterion = classification_objective(arguments, model.config.num_labels)
+    transform = ClassificationTransform(arguments, model.config.image_size, processor.image_mean, processor.image_std)
+    samples = TrainingSamples(splits.train, columns, transform, arguments.seed)
+    validation = create_evaluation_loader(
+        splits.validation, columns, partial(collate, processor), arguments, accelerator
+    )
+
+    loop = TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="accuracy")
+    for images, labels in loop:
+        images, targets = mix(images, labels)
+        loop.update(criterion(loop.model(pixel_values=images).logits, targets))
+        if loop.evaluation_due:
+            loop.record(evaluate(loop.evaluation_model, validation, accelerator))
+    return loop.finish(num_train_images=len(splits.train), num_validation_images=len(splits.validation))
+
+
+def build_model(arguments: PretrainArguments, label_names: list[str]) -> PreTrainedModel:
+    """A fresh classifier with the names of the data's classes; unknown fields of `model` are errors."""
+    config_class = type(AutoConfig.for_model(arguments.family))
+    unknown = sorted(set(arguments.model) - {f.name for f in fields(config_class)} - {"num_labels"})
+    if unknown:
+        raise ValueError(f"A {arguments.family} configuration has no field {unknown[0]!r}.")
+    num_labels = arguments.model.get("num_labels", len(label_names))
+    if num_labels != len(label_names):
+        raise ValueError(f"model.num_labels is {num_labels}, but the data has {len(label_names)} classes.")
+    names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    settings = {k: v for k, v in arguments.model.items() if k != "num_labels"} | names
+    try:
+        if arguments.preset is not None:
+            config = config_class.from_preset(arguments.preset, **settings)
+        else:
+            config = config_class(**settings)
+    except StrictDataclassError as error:
+        raise ValueError(describe(error)) from None
+    return AutoModelForImageClassification.from_config(config)
+
+
+def collate(processor: LocAtViTImageProcessor, rows: list[tuple]) -> tuple[torch.Tensor, list[int]]:
+    """Rows (image, label) as (pixel_values, labels), with the processor that goes with the exported model."""
+    images, labels = zip(*rows, strict=True)
+    return processor(list(images), return_tensors="pt")["pixel_values"], list(labels)
+
+
+@torch.inference_mode()
+def evaluate(model: PreTrainedModel, loader: DataLoader, accelerator: Accelerator) -> dict[str, float]:
+    """Accuracy over all batches of all processes."""
+    metric = load_metric("accuracy")
+    model.eval()
+    for pixel_values, labels in loader:
+        with accelerator.autocast():
+            logits = model(pixel_values=pixel_values.to(accelerator.device)).logits
+        metric.add_batch(predictions=logits.argmax(dim=-1).cpu(), references=labels)
+    return compute_over_processes(accelerator, metric)
+
+
+if __name__ == "__main__":
+    run_program(main, PretrainArguments)
