@@ -1,0 +1,246 @@
+"""The ViT family: names of architectures and their arguments -> `LocAtViTConfig`, and the table of tensor names.
+
+Covers `locatvit_*` of the reference (with registers, without position embeddings, with mean pooling, with mixed rotary
+embeddings) and the plain models of timm, which become baselines.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..configuration_locatvit import PRESETS, LocAtViTConfig
+from .errors import ConversionError
+from .keys import KeyTable, expand
+
+# `locatvit_tiny`, `locatvit_base_rope_mixed`.
+LOCAT_NAME = re.compile(r"locatvit_(?P<size>[a-z]+)(?P<rope>_rope_mixed)?")
+# `vit_base_patch16_224`, `nopos_vit_tiny_patch16_224`, `vit_small_patch14_reg4_dinov2`, `deit3_small_patch16_384`,
+# `vit_base_patch16_rope_mixed_224`. What else stands in a name changes the architecture, and is refused.
+BASELINE_NAME = re.compile(
+    r"(?P<nopos>nopos_)?(?P<kind>vit|deit|deit3)_(?P<size>[a-z]+)_patch(?P<patch>\d+)"
+    r"(?P<rope>_rope_mixed)?(_reg(?P<registers>\d+))?(?P<gap>_gap)?(?P<dinov2>_dinov2)?(_(?P<image>\d+))?"
+)
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+# Argument of the reference (and of timm) -> field of ours, where the value is the same.
+SAME_VALUE = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "num_channels",
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "qkv_bias": "qkv_bias",
+    "init_values": "layer_scale_init_value",
+    "class_token": "use_class_token",
+    "reg_tokens": "num_register_tokens",
+    "num_reg_tokens": "num_register_tokens",
+    "gaug": "use_gaussian",
+    "prr": "use_refinement",
+    "rope_temperature": "rope_temperature",
+}
+# Arguments that change the function in ways that we do not have: only these values are taken.
+ONLY_VALUES: dict[str, tuple[Any, ...]] = {
+    "qk_norm": (False,),
+    "scale_attn_norm": (False,),
+    "scale_mlp_norm": (False,),
+    "scale_norm": (False,),
+    "proj_bias": (True,),
+    "pre_norm": (False,),
+    "final_norm": (True,),
+    "pool_include_prefix": (False,),
+    "embed_norm_layer": (None,),
+    "norm_layer": (None, "layernorm"),
+    "attn_type": ("rope",),
+    "rope_type": ("mixed",),
+    "rope_grid_indexing": ("xy",),
+    "rope_mixed_mode": (True,),
+    "use_rot_pos_emb": (True,),
+    "use_abs_pos_emb": (False,),
+    "qkv_fused": (True,),
+    "swiglu_mlp": (False,),
+    "use_post_norm": (False,),
+}
+# Arguments that do not change what a trained model computes: ours takes every image size, and dropout is chosen anew.
+WITHOUT_EFFECT = {
+    *(
+        "dynamic_img_size",
+        "dynamic_img_pad",
+        "strict_img_size",
+        "store_metrics",
+        "pretrained",
+        "weight_init",
+        "fix_init",
+    ),
+    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+    *("drop_block_rate", "init_std", "head_init_scale", "device", "dtype"),
+}
+ACTIVATIONS = {None: "gelu", "gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+ACTIVATIONS |= {"relu": "relu", "silu": "silu", "swish": "silu"}
+
+
+def recognise(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of this family. The reference's own `save_pretrained` stores no name, only arguments."""
+    if architecture is None:
+        return {"embed_dim", "depth", "num_heads"} <= arguments.keys() and not arguments.keys() & {"J", "depths"}
+    return bool(LOCAT_NAME.fullmatch(architecture) or BASELINE_NAME.fullmatch(architecture))
+
+
+def default_arguments(architecture: str | None) -> dict[str, Any]:
+    """The arguments that the name of an architecture stands for. Raises ConversionError for an unknown size."""
+    name = architecture or ""
+    if match := LOCAT_NAME.fullmatch(name):
+        return {**_size(match["size"], name), "gaug": True, "prr": True, "rope": bool(match["rope"])}
+    if match := BASELINE_NAME.fullmatch(name):
+        arguments = {**_size(match["size"], name), "gaug": False, "prr": False, "rope": bool(match["rope"])}
+        arguments["patch_size"] = int(match["patch"])
+        arguments["no_pos_emb"] = bool(match["nopos"])
+        arguments["reg_tokens"] = int(match["registers"] or 0)
+        arguments["no_embed_class"] = bool(match["registers"]) or match["kind"] == "deit3"
+        if match["image"]:
+            arguments["img_size"] = int(match["image"])
+        if match["dinov2"]:
+            arguments.update(img_size=518, init_values=1e-5)
+        elif match["kind"] == "deit3":
+            arguments["init_values"] = 1e-6
+        if match["gap"]:
+            arguments.update(class_token=False, global_pool="avg")
+        return arguments
+    return {"gaug": True, "prr": True}
+
+
+def _size(size: str, architecture: str) -> dict[str, int]:
+    if size not in PRESETS:
+        raise ConversionError(f"{architecture} has the unknown size {size!r}; the sizes are {', '.join(PRESETS)}.")
+    preset = PRESETS[size]
+    return {
+        "embed_dim": preset["hidden_size"],
+        "depth": preset["num_hidden_layers"],
+        "num_heads": preset["num_attention_heads"],
+    }
+
+
+def default_preprocessing(architecture: str | None) -> dict[str, Any]:
+    """Mean, std and crop of models whose checkpoint does not say: ImageNet's statistics with RoPE, DeiT and DINOv2."""
+    name = architecture or ""
+    imagenet = "rope" in name or "dinov2" in name or name.startswith("deit")
+    return {
+        "mean": IMAGENET_MEAN if imagenet else [0.5, 0.5, 0.5],
+        "std": IMAGENET_STD if imagenet else [0.5, 0.5, 0.5],
+        "crop_pct": 0.9,
+    }
+
+
+def config_fields(architecture: str | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `LocAtViTConfig` from a name and the arguments given on top of it.
+
+    Raises ConversionError for an argument that is unknown or asks for what our models do not have.
+    """
+    arguments = {**default_arguments(architecture), **arguments}
+    rope = arguments.pop("rope", False)
+    fields: dict[str, Any] = {"layer_norm_eps": 1e-6, "num_labels": 1000}
+    if rope:
+        arguments.setdefault("init_values", 1e-5)
+        fields["position_embedding_type"] = "rope_mixed"
+    for name, value in arguments.items():
+        if name in SAME_VALUE:
+            fields[SAME_VALUE[name]] = list(value) if isinstance(value, tuple) else value
+        elif name in ONLY_VALUES:
+            if value not in ONLY_VALUES[name]:
+                raise ConversionError(f"The model was built with {name}={value!r}, which LocAtViT does not have.")
+        elif name in ("no_pos_emb", "pos_embed"):
+            if value in (True, "", "none") and not rope:
+                fields["position_embedding_type"] = "none"
+        elif name == "no_embed_class":
+            fields["prefix_position_embeddings"] = not value
+        elif name == "act_layer":
+            if value not in ACTIVATIONS:
+                raise ConversionError(f"The model was built with the unknown activation act_layer={value!r}.")
+            fields["hidden_act"] = ACTIVATIONS[value]
+        elif name == "num_classes":
+            fields["num_labels"] = value
+        elif name not in WITHOUT_EFFECT and name not in ("mlp_ratio", "global_pool", "fc_norm"):
+            raise ConversionError(f"The model was built with the unknown argument {name}={value!r}.")
+    if "mlp_ratio" in arguments:
+        fields["intermediate_size"] = int(fields.get("hidden_size", 768) * arguments["mlp_ratio"])
+    return {**fields, **_pooling(arguments)}
+
+
+def _pooling(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`pooling` and timm's refinement from `global_pool`, which is None where it was not given."""
+    pool, class_token = arguments.get("global_pool") or "token", arguments.get("class_token", True)
+    if pool not in ("token", "avg", "prr"):
+        raise ConversionError(f"The model pools with global_pool={pool!r}; LocAtViT has 'token', 'avg' and 'prr'.")
+    if pool == "prr" and not class_token:
+        raise ConversionError(
+            "global_pool='prr' without a class token normalises before it pools, which LocAtViT does not."
+        )
+    if arguments.get("fc_norm") not in (None, pool == "avg"):
+        raise ConversionError(
+            f"The model was built with fc_norm={arguments['fc_norm']!r} and global_pool={pool!r}, "
+            "a place of the final norm that LocAtViT does not have."
+        )
+    fields: dict[str, Any] = {"pooling": "mean" if pool == "avg" else "cls"}
+    if pool == "prr":
+        fields["use_refinement"] = True
+    return fields
+
+
+def build_config(architecture: str | None, arguments: Mapping[str, Any], **fields: Any) -> LocAtViTConfig:
+    """The configuration of a checkpoint.
+
+    arguments: those given on top of what the name stands for.
+    fields: further fields of `LocAtViTConfig`; they win.
+    """
+    config = LocAtViTConfig(**{**config_fields(architecture, arguments), **fields})
+    # The reference decides this by the height of the native grid alone.
+    config.coarse_training = config.use_gaussian and config.native_grid[0] >= 32
+    return config
+
+
+def key_table(config: LocAtViTConfig) -> KeyTable:
+    """Every name of the reference -> our names in `LocAtViTForImageClassification`; see `expand` for "="."""
+    rope = config.position_embedding_type == "rope_mixed"
+    final_norm = "fc_norm" if config.pooling == "mean" else "norm"
+    scale1, scale2 = ("gamma_1", "gamma_2") if rope else ("ls1.gamma", "ls2.gamma")
+    ours = "locatvit.layers.{i}"
+    table = expand(
+        {
+            "=cls_token": "locatvit.embeddings.cls_token",
+            "=reg_token": "locatvit.embeddings.register_tokens",
+            "=pos_embed": "locatvit.embeddings.position_embeddings",
+            "=rope.freqs": "locatvit.rope.frequencies",
+            "patch_embed.proj": "locatvit.embeddings.patch_embeddings",
+            "blocks.{i}.norm1": f"{ours}.norm1",
+            "blocks.{i}.attn.qkv": tuple(f"{ours}.attention.{name}_proj" for name in "qkv"),
+            "blocks.{i}.attn.proj": f"{ours}.attention.o_proj",
+            # Neither name of the reference is what it says: no exponential is taken of either.
+            "blocks.{i}.attn.gaug.log_var": f"{ours}.attention.gaussian.variance",
+            "blocks.{i}.attn.gaug.log_alpha": f"{ours}.attention.gaussian.amplitude",
+            f"=blocks.{{i}}.{scale1}": f"{ours}.layer_scale1.scale",
+            "blocks.{i}.norm2": f"{ours}.norm2",
+            "blocks.{i}.mlp.fc1": f"{ours}.mlp.up_proj",
+            "blocks.{i}.mlp.fc2": f"{ours}.mlp.down_proj",
+            f"=blocks.{{i}}.{scale2}": f"{ours}.layer_scale2.scale",
+            final_norm: "locatvit.layernorm",
+            "head": "classifier",
+        },
+        config.num_hidden_layers,
+    )
+    absent = {
+        "cls_token": not config.use_class_token,
+        "reg_token": not config.num_register_tokens,
+        "pos_embed": config.position_embedding_type != "learned",
+        "rope.freqs": not rope,
+        ".gaug.": not config.use_gaussian,
+        ".gamma": config.layer_scale_init_value is None,
+        ".qkv.bias": not config.qkv_bias,
+        "head.": not config.num_labels,
+    }
+    return {
+        name: ours for name, ours in table.items() if not any(gone and part in name for part, gone in absent.items())
+    }
+
+
+__all__ = ["build_config", "config_fields", "default_arguments", "default_preprocessing", "key_table", "recognise"]
