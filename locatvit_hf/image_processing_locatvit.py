@@ -108,7 +108,9 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         segmentation_maps: one label map of the size of each image, class ids, 255 for pixels without a class.
         Raises ValueError for an image without pixels, and for a map whose size differs from its image's.
         """
-        return super().preprocess(images, segmentation_maps, **kwargs)
+        if isinstance(images, list | tuple):
+            images = [_with_channel_axis(image) for image in images]
+        return super().preprocess(_with_channel_axis(images), segmentation_maps, **kwargs)
 
     def process_image(self, image: ImageInput, do_convert_rgb: bool | None = None, **kwargs) -> torch.Tensor:
         """One image as a tensor (channels, height, width); label maps come with `do_convert_rgb=False`."""
@@ -273,6 +275,11 @@ class LocAtViTImageProcessor(TorchvisionBackend):
 
 def _pair(size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _with_channel_axis(image):
+    """A grey array or tensor (height, width) as (1, height, width); anything else as it is."""
+    return image[None] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 2 else image
 
 
 def _undo_center_crop(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -193,7 +193,6 @@ class LocAtViTLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LocAtViTConfig, index: int):
         super().__init__()
-        self.index = index
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = LocAtViTAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -205,6 +204,9 @@ class LocAtViTLayer(GradientCheckpointingLayer):
             self.layer_scale2 = LayerScale(config.hidden_size, config.layer_scale_init_value)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rates(config.drop_path_rate, config.num_hidden_layers)[index])
+        if config.position_embedding_type == "rope_mixed":
+            # RoPE-ViT shrinks what each layer first writes to the residual stream, more so in deeper layers.
+            self.attention.o_proj.init_scale = self.mlp.down_proj.init_scale = 1 / math.sqrt(2 * (index + 1))
 
     def forward(
         self,
@@ -245,7 +247,7 @@ class LocAtViTPreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
         std = self.config.initializer_range
         rotary = self.config.position_embedding_type == "rope_mixed"
         if isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=std)
+            init.trunc_normal_(module.weight, std=std * getattr(module, "init_scale", 1.0))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
@@ -264,12 +266,6 @@ class LocAtViTPreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
             init.copy_(module.frequencies, module.initial_frequencies())
         elif isinstance(module, LayerScale):
             init.constant_(module.scale, self.config.layer_scale_init_value)
-        elif isinstance(module, LocAtViTLayer) and rotary:
-            # RoPE-ViT shrinks what each layer writes to the residual stream, more so in deeper layers.
-            for linear in (module.attention.o_proj, module.mlp.down_proj):
-                init.trunc_normal_(linear.weight, std=std / math.sqrt(2 * (module.index + 1)))
-        elif isinstance(module, LocAtViTForImageClassification) and rotary and module.config.num_labels > 0:
-            init.trunc_normal_(module.classifier.weight, std=std * 0.001)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.embeddings.patch_embeddings
@@ -277,7 +273,7 @@ class LocAtViTPreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer groups for timm's layer-wise learning-rate decay."""
         prefix = "" if self.base_model is self else rf"{self.base_model_prefix}\."
-        stem = rf"^{prefix}(embeddings|rope)"
+        stem = rf"^{prefix}(?:embeddings|rope)"
         layers = [(rf"^{prefix}layers\.(\d+)", None), (rf"^{prefix}layernorm", (99999,))]
         return {"stem": stem, "blocks": rf"^{prefix}layers\.(\d+)" if coarse else layers}
 
@@ -367,6 +363,8 @@ class LocAtViTForImageClassification(LocAtViTPreTrainedModel):
         self.num_labels = config.num_labels
         self.locatvit = LocAtViTModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        if config.position_embedding_type == "rope_mixed":
+            self.classifier.init_scale = 0.001
         self.post_init()
 
     @can_return_tuple
