@@ -2,7 +2,7 @@
 
 transformers knows the classes of its own models by name. `register_names` adds ours to those lists, as a model inside
 the library would, so that the library's own tests choose the right labels for a head and pass over what they pass over
-for every vision model: `test_training` and the three `test_training_gradient_checkpointing*` look at heads only: a
+for every vision model. `test_training` and the three `test_training_gradient_checkpointing*` look at heads only: a
 bare model and a backbone have no loss. Those four are therefore not overridden; `BareTrainingTests` trains what they
 leave out.
 
