@@ -367,9 +367,10 @@ class TestBackbone:
                 num_attention_heads=2, num_labels=5, train_num_points=16,
             )  # fmt: skip
             model = transformers.Mask2FormerForUniversalSegmentation(framework_config)
-            outputs = model(pixel_values, mask_labels=[torch.ones(1, 64, 64)] * 2, class_labels=[torch.tensor([1])] * 2)
-        outputs.loss.mean().backward()
-        assert outputs.loss.isfinite().all()
+            targets = {"mask_labels": [torch.ones(1, 64, 64)] * 2, "class_labels": [torch.tensor([1])] * 2}
+            loss = model(pixel_values, **targets).loss.mean()
+        loss.backward()
+        assert loss.isfinite()
         backbone = next(module for module in model.modules() if isinstance(module, LocAtViTBackbone))
         missing = [n for n, p in backbone.named_parameters() if p.requires_grad and p.grad is None]
         assert not missing
