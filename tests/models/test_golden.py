@@ -5,7 +5,6 @@ import torch
 
 from locatvit_hf import LocAtViTForImageClassification
 from locatvit_hf.conversion import locatvit
-from locatvit_hf.conversion.keys import rename
 from locatvit_hf.locat import LocAtGaussian, refine
 from tests import golden
 
@@ -43,7 +42,8 @@ def test_small_models_in_float32(case, implementation):
             patches = hidden_states[:, case.config.num_prefix_tokens :].transpose(1, 2)
             computed[f"features.{layer}"] = patches.reshape(*patches.shape[:2], *feature_grid(case, index))
         if gaussians:
-            computed["bias.first"] = gaussians[-1].bias()[:, :, :: case.bias_row_stride]
+            bias = gaussians[-1].bias()
+            computed["bias.first"] = bias if bias.shape[-1] < 300 else bias[:, :, :: case.bias_row_stride]
         for name, tensor in computed.items():
             assert case.error(f"{index}.{name}", tensor) < TOLERANCE, (index, name)
     assert bool(gaussians) == case.config.use_gaussian
@@ -61,41 +61,18 @@ def test_gradients_in_training_mode(case, implementation):
     assert case.error("train.logits", logits) < TOLERANCE
     (logits * case.tensors["train.weight"]).sum().backward()
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
-    compared = 0
-    for source in case.state:
-        names = locatvit_names(case, source)
+    table = locatvit.key_table(case.config)
+    assert sorted(name for names in table.values() for name in names) == sorted(ours)
+    for source, names in table.items():
         gradient = torch.cat([ours[name] for name in names])
         assert case.gradient_error(source, gradient) < 1e-4, source
-        compared += len(names)
-    assert compared == len(ours)
 
 
-def locatvit_names(case, source):
-    """Our names for a tensor of the reference: three for a fused qkv, one otherwise."""
-    shapes = {name: tensor.shape for name, tensor in model_shapes(case).items()}
-    return RENAMED[case.name, source] if (case.name, source) in RENAMED else remember(case, shapes)[case.name, source]
+def case_id(case):
+    return case["tag"] if "tag" in case else f"{case['model']}-{case['kwargs']}-{case['input'][2:]}"
 
 
-RENAMED: dict[tuple[str, str], list[str]] = {}
-
-
-def model_shapes(case):
-    with torch.device("meta"):
-        return LocAtViTForImageClassification(case.config).state_dict()
-
-
-def remember(case, shapes):
-    """Marks each reference tensor with a number of its own and sees where the numbers arrive."""
-    marked = {name: torch.full_like(tensor, number) for number, (name, tensor) in enumerate(case.state.items())}
-    sources = list(case.state)
-    for name, tensor in rename(marked, locatvit.key_table(case.config), shapes).items():
-        RENAMED.setdefault((case.name, sources[int(tensor.flatten()[0])]), []).append(name)
-    return RENAMED
-
-
-@pytest.mark.parametrize(
-    "case", golden.load_models(), ids=lambda case: f"{case['model']}-{case['kwargs']}-{case['input']}"
-)
+@pytest.mark.parametrize("case", golden.load_models(), ids=case_id)
 def test_whole_models_in_float64(case):
     config = locatvit.build_config(case["model"], case["kwargs"])
     with torch.device("meta"):
@@ -123,22 +100,14 @@ def test_whole_models_in_float64(case):
         torch.testing.assert_close(computed, torch.tensor(stored, dtype=torch.float64), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in golden.load_modules() if "init" in case], ids=lambda case: case["tag"]
-)
+@pytest.mark.parametrize("case", [case for case in golden.load_modules() if "init" in case], ids=case_id)
 def test_gaussian_alone_in_float64(case):
     head_dim, grid = case["head_dim"], tuple(case["cur"])
     module = LocAtGaussian(head_dim, tuple(case["init"]), coarse_training=case["fast"]).double().train(case["train"])
-    names = {
-        "variance.weight": "w_var",
-        "variance.bias": "b_var",
-        "amplitude.weight": "w_alpha",
-        "amplitude.bias": "b_alpha",
-    }
-    state = module.state_dict()
-    module.load_state_dict(
-        {ours: torch.from_numpy(golden.rule_normal(names[ours], state[ours].shape)) for ours in state}
-    )
+    names = {"variance.weight": "w_var", "variance.bias": "b_var"}
+    names |= {"amplitude.weight": "w_alpha", "amplitude.bias": "b_alpha"}
+    shapes = {ours: tensor.shape for ours, tensor in module.state_dict().items()}
+    module.load_state_dict({ours: torch.from_numpy(golden.rule_normal(names[ours], shapes[ours])) for ours in shapes})
     query = golden.rule_normal("q", (2, case["heads"], case["prefix"] + grid[0] * grid[1], head_dim))
     bias = module(torch.from_numpy(query), grid, case["prefix"]).bias()
     assert list(bias.shape) == case["shape"]
@@ -148,9 +117,7 @@ def test_gaussian_alone_in_float64(case):
     torch.testing.assert_close(first, torch.tensor(case["row_p0"], dtype=torch.float64), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in golden.load_modules() if "init" not in case], ids=lambda case: case["tag"]
-)
+@pytest.mark.parametrize("case", [case for case in golden.load_modules() if "init" not in case], ids=case_id)
 def test_refinement_alone_in_float64(case):
     tokens = torch.from_numpy(golden.rule_normal("x", tuple(case["shape"]))).flatten(1, -2)
     if case.get("pre_norm"):
