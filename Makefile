@@ -12,12 +12,12 @@ FLOOR := .venv-floor
 BIN := $(VENV)/bin
 # loadfile: the tests of one file share their fixtures in one worker. One thread each: the workers share the cores.
 PARALLEL := -n $(WORKERS) --dist loadfile
-export OMP_NUM_THREADS ?= 1
+test test-slow test-official test-floor: export OMP_NUM_THREADS = 1
 
 .PHONY: demo test test-all test-slow test-official test-floor lint clean
 
 demo: $(VENV)/.installed
-	env -u OMP_NUM_THREADS $(BIN)/python -m demo
+	$(BIN)/python -m demo
 
 test: lint
 	$(BIN)/python -m pytest -q $(PARALLEL)

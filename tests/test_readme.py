@@ -1,0 +1,77 @@
+"""The README is true: its snippets run, its table counts, and its links lead somewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViTForSemanticSegmentation
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def after_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a reader has it after `make demo`, with untrained models, and a photograph of their own."""
+    folder = tmp_path_factory.mktemp("reader")
+    models = folder / "demo_output" / "models"
+    config = LocAtViTConfig(
+        image_size=64, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_labels=3
+    )
+    LocAtViTForImageClassification(config).save_pretrained(models / "locatvit-classification")
+    LocAtViTForSemanticSegmentation(config).save_pretrained(models / "locatvit-segmentation")
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.jpg")
+    return folder
+
+
+def test_snippets_run(after_the_demo: Path) -> None:
+    """All in one process, in the order in which a reader pastes them into one session."""
+    assert len(SNIPPETS) == 3
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(after_the_demo / "modules")}
+    program = "\n".join(SNIPPETS)
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=after_the_demo, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    answers, shapes = run.stdout.splitlines()[:-1], run.stdout.splitlines()[-1]
+    assert len(answers) == 3 and all(re.fullmatch(r"0\.\d\d  LABEL_\d", answer) for answer in answers), answers
+    assert shapes == "[(1, 32, 8, 11), (1, 32, 8, 11)]"  # 90 x 120 pixels become 64 x 88, in patches of 8
+    masks = list(after_the_demo.glob("LABEL_*.png"))
+    assert masks and all(Image.open(mask).size == (120, 90) for mask in masks)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "base", "large"])
+def test_table_of_models(preset: str) -> None:
+    row = re.search(rf'^\| `"{preset}"` \|(.*)\|$', README, re.MULTILINE)[1]
+    layers, width, heads, parameters, _ = (cell.strip() for cell in row.split("|"))
+    counted = []
+    for locat in (False, True):
+        config = LocAtViTConfig.from_preset(preset, num_labels=1000, use_gaussian=locat, use_refinement=locat)
+        assert [config.num_hidden_layers, config.hidden_size, config.num_attention_heads] == list(
+            map(int, (layers, width, heads))
+        )
+        with torch.device("meta"):
+            model = LocAtViTForImageClassification(config)
+        counted.append(sum(parameter.numel() for parameter in model.parameters()))
+    assert parameters == " → ".join(f"{number:,}" for number in counted)
+
+
+def test_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", README, re.MULTILINE):
+        target = block or inline
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"`make {target}` is not in the Makefile"
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
