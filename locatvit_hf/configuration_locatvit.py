@@ -5,8 +5,9 @@ from transformers.utils.versions import require_version
 require_version("transformers>=5.14", "Older versions cannot add the Gaussian to the attention logits.")
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
-from transformers.backbone_utils import BackboneConfigMixin  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
+
+from .layers_locat import FamilyConfigMixin  # noqa: E402
 
 PRESETS = {
     "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3},
@@ -17,7 +18,7 @@ PRESETS = {
 
 
 @strict
-class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
+class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
     """Configuration of a LocAtViT. With `use_gaussian` and `use_refinement` both off it is the plain baseline.
 
     Args:
@@ -61,6 +62,8 @@ class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "locatvit"
+    class_prefix = "LocAtViT"
+    presets = PRESETS
 
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
@@ -97,8 +100,6 @@ class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
-    _auto_class = "AutoConfig"
-
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
@@ -108,33 +109,7 @@ class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices = [self.num_hidden_layers * quarter // 4 for quarter in (1, 2, 3, 4)]
         self.set_output_features_output_indices(out_indices=out_indices, out_features=out_features)
         super().__post_init__(**kwargs)
-        # Complete from the start: saving a model merges only its own Auto class into the map.
-        if getattr(self, "auto_map", None) is None:
-            self.auto_map = {
-                "AutoConfig": "configuration_locatvit.LocAtViTConfig",
-                "AutoModel": "modeling_locatvit.LocAtViTModel",
-                "AutoModelForImageClassification": "modeling_locatvit.LocAtViTForImageClassification",
-                "AutoModelForSemanticSegmentation": "modeling_locatvit.LocAtViTForSemanticSegmentation",
-                "AutoBackbone": "modeling_locatvit.LocAtViTBackbone",
-            }
-
-    @classmethod
-    def from_preset(cls, name: str, **overrides) -> "LocAtViTConfig":
-        """The paper's sizes "tiny", "small", "base", and "large"; heads of 64 channels. Any field can be overridden."""
-        if name not in PRESETS:
-            raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
-        return cls(**{**PRESETS[name], **overrides})
-
-    @property
-    def native_grid(self) -> tuple[int, int]:
-        """(height, width) in patches of an image of `image_size`."""
-        (height, width), (patch_height, patch_width) = _pair(self.image_size), self.patch_shape
-        return height // patch_height, width // patch_width
-
-    @property
-    def patch_shape(self) -> tuple[int, int]:
-        """(height, width) of a patch in pixels."""
-        return _pair(self.patch_size)
+        self.complete_auto_map()
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -142,28 +117,10 @@ class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return int(self.use_class_token) + self.num_register_tokens
 
     def validate_sizes(self):
-        """Every size is positive, the heads divide the channels, and an image holds at least one patch."""
-        for name in (
-            "num_channels",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "segmentation_hidden_size",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("image_size", "patch_size"):
-            size = getattr(self, name)
-            if not isinstance(size, int) and len(size) != 2:
-                raise ValueError(f"{name} must be one number or [height, width], got {size}.")
-            if min(_pair(size)) <= 0:
-                raise ValueError(f"{name} must be at least 1 pixel on each side, got {size}.")
-        if self.intermediate_size <= 0:
-            raise ValueError(f"intermediate_size must be at least 1, got {self.intermediate_size}.")
+        """Every size is positive, and the heads divide the channels."""
+        self.check_positive("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         if self.num_register_tokens < 0:
             raise ValueError(f"num_register_tokens must not be negative, got {self.num_register_tokens}.")
-        if min(self.native_grid) == 0:
-            raise ValueError(f"image_size={self.image_size} is smaller than one patch of patch_size={self.patch_size}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be divisible by num_attention_heads={self.num_attention_heads}."
@@ -182,17 +139,10 @@ class LocAtViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError("pooling='cls' needs use_class_token=True; use pooling='mean' without a class token.")
         if self.position_embedding_type == "rope_mixed" and self.hidden_size // self.num_attention_heads % 4:
             raise ValueError("position_embedding_type='rope_mixed' needs heads whose channels are a multiple of 4.")
-        for name in ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
         if self.feature_pyramid and (len(self.out_features) != 4 or not self.reshape_hidden_states):
             raise ValueError(
                 "feature_pyramid=True needs four out_features (or out_indices) and reshape_hidden_states=True."
             )
-
-
-def _pair(size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 __all__ = ["LocAtViTConfig"]

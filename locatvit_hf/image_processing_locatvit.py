@@ -67,7 +67,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
 
         segmentation: keep every pixel and resize to multiples of the patch, instead of cropping the centre.
         """
-        height, width = _pair(config.image_size)
+        height, width = pair(config.image_size)
         mean, std = (
             [value] * config.num_channels if isinstance(value, float | int) else list(value)
             for value in (config.image_mean, config.image_std)
@@ -84,7 +84,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
             arguments.update(
                 size={"shortest_edge": short, "longest_edge": 4 * short},
                 do_center_crop=False,
-                size_divisor=math.lcm(*_pair(config.patch_size)),
+                size_divisor=config.size_divisor,
             )
         else:
             # As timm does: the short side is resized to the crop over `crop_pct`, rounded down.
@@ -273,7 +273,8 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         return placed
 
 
-def _pair(size) -> tuple[int, int]:
+def pair(size) -> tuple[int, int]:
+    """(height, width) of a size given as one number or as two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -322,4 +323,4 @@ def _to_8_bits(image):
     return image
 
 
-__all__ = ["LocAtViTImageProcessor"]
+__all__ = ["LocAtViTImageProcessor", "pair"]

@@ -1,13 +1,104 @@
-"""What the families share: stochastic depth, masks, position embeddings, losses, probe head, feature pyramid."""
+"""What the families share: base classes of their configurations, models and attention, masks, losses and heads."""
 
+import math
 import os
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_tracing
 
-from .image_processing_locatvit import LocAtViTImageProcessor
+from .image_processing_locatvit import LocAtViTImageProcessor, pair
+from .locat import LocAtGaussian
+
+
+class FamilyConfigMixin(BackboneConfigMixin):
+    """What the configurations of all families know about their images, patches, presets and code files."""
+
+    presets: dict = {}
+    class_prefix = ""
+    _auto_class = "AutoConfig"
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides):
+        """A size of the paper by its name, a key of `presets`. Any field can be overridden."""
+        if name not in cls.presets:
+            raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(cls.presets)}.")
+        return cls(**{**cls.presets[name], **overrides})
+
+    def complete_auto_map(self) -> None:
+        """Names the code of every Auto class, unless a loaded config did.
+
+        Complete from the start: saving a model merges only its own Auto class into the map.
+        """
+        if getattr(self, "auto_map", None) is not None:
+            return
+        self.auto_map = {"AutoConfig": f"configuration_{self.model_type}.{self.class_prefix}Config"}
+        for auto_class, suffix in (
+            ("AutoModel", "Model"),
+            ("AutoModelForImageClassification", "ForImageClassification"),
+            ("AutoModelForSemanticSegmentation", "ForSemanticSegmentation"),
+            ("AutoBackbone", "Backbone"),
+        ):
+            self.auto_map[auto_class] = f"modeling_{self.model_type}.{self.class_prefix}{suffix}"
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        return pair(self.patch_size)
+
+    @property
+    def native_grid(self) -> tuple[int, int]:
+        """(height, width) in patches of an image of `image_size`."""
+        (height, width), (patch_height, patch_width) = pair(self.image_size), self.patch_shape
+        return height // patch_height, width // patch_width
+
+    @property
+    def output_stride(self) -> tuple[int, int]:
+        """(height, width) in pixels of a cell of the map that the segmentation head reads."""
+        return self.patch_shape
+
+    @property
+    def size_divisor(self) -> int:
+        """Pixels: the image processor for segmentation resizes both sides to multiples of it."""
+        return math.lcm(*self.output_stride)
+
+    def check_positive(self, *names: str) -> None:
+        """Raises ValueError for a field, or an entry of a list, below 1."""
+        for name in names:
+            value = getattr(self, name)
+            if min([value] if isinstance(value, int) else value, default=0) <= 0:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+
+    def check_rates(self, *names: str) -> None:
+        """Raises ValueError for a probability outside [0, 1)."""
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+
+    def check_pairs(self, *names: str, unit: str = "pixel") -> None:
+        """Raises ValueError for a size that is neither a positive number nor two of them."""
+        for name in names:
+            size = getattr(self, name)
+            if not isinstance(size, int) and len(size) != 2:
+                raise ValueError(f"{name} must be one number or [height, width], got {size}.")
+            if min(pair(size)) <= 0:
+                raise ValueError(f"{name} must be at least 1 {unit} on each side, got {size}.")
+
+    def validate_image(self):
+        """Sizes are positive, and an image of `image_size` holds at least one patch of the last map."""
+        self.check_positive("num_channels", "segmentation_hidden_size")
+        self.check_pairs("image_size", "patch_size")
+        self.check_rates("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
+        if any(side < cell for side, cell in zip(pair(self.image_size), self.output_stride, strict=True)):
+            raise ValueError(
+                f"image_size={self.image_size} is smaller than one patch of the last map, "
+                f"{self.output_stride[0]} x {self.output_stride[1]} pixels."
+            )
 
 
 class DropPath(nn.Module):
@@ -33,6 +124,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, hidden_size: int, init_value: float):
         super().__init__()
+        self.init_value = float(init_value)
         self.scale = nn.Parameter(torch.full((hidden_size,), float(init_value)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -178,6 +270,70 @@ def check_labels(labels: torch.Tensor, num_labels: int, ignore_index: int | None
         )
 
 
+class MLP(nn.Module):
+    """Two linear maps around an activation, on the last dimension."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str, dropout: float = 0.0):
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, intermediate_size)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size)
+        self.activation = ACT2FN[activation]
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states)))))
+
+
+class MultiHeadProjections(nn.Module):
+    """The parameters of multi-head self-attention. A family's attention adds how tokens meet.
+
+    gaussian_grid: native grid of the Gaussian that is read from each query; None for plain attention.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        qkv_bias: bool,
+        dropout: float,
+        gaussian_grid: tuple[int, int] | None,
+        coarse_training: bool = False,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+        self.gaussian = None
+        if gaussian_grid is not None:
+            self.gaussian = LocAtGaussian(self.head_dim, gaussian_grid, coarse_training)
+        self.scaling = self.head_dim**-0.5
+        self.dropout = dropout
+
+    def project(
+        self, hidden_states: torch.Tensor, sources: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(batch, tokens, hidden_size) to query, key and value, each (batch, heads, tokens, head_dim).
+
+        sources: what keys and values are read from, (batch, sources, hidden_size); the tokens themselves where None.
+        """
+        sources = hidden_states if sources is None else sources
+        projected = (self.q_proj(hidden_states), self.k_proj(sources), self.v_proj(sources))
+        return tuple(states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for states in projected)
+
+
+def patch_feature_map(tokens: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int = 0) -> torch.Tensor:
+    """(batch, tokens, channels) without its prefix tokens as (batch, channels, grid height, grid width)."""
+    return tokens[:, num_prefix_tokens:].unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
+
+
+def feature_map_tokens(feature_map: torch.Tensor) -> torch.Tensor:
+    """(batch, channels, height, width) as (batch, patches, channels), row by row: the inverse of `patch_feature_map`."""
+    return feature_map.flatten(2).transpose(1, 2)
+
+
 class ProbeHead(nn.Module):
     """The paper's segmentation probe: 1x1 convolution, GroupNorm(1), GELU, 1x1 convolution.
 
@@ -241,6 +397,59 @@ class CompleteCheckpointMixin:
             self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_arguments)
 
 
+class FamilyPreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
+    """Loading, saving and initialisation, and the parts of timm's model contract that its optimiser tools read.
+
+    A family adds its config class, its prefix, its layers, and the initialisation of its own parameters.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # losses are means: the Trainer must not rescale them for accumulated steps
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False  # flash kernels have no additive bias
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _input_embed_layer = "patch_embeddings"
+    # Parameters without weight decay besides those of one dimension: how their names end.
+    _undecayed: tuple = ()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the reference: truncated normal weights, zero biases, PyTorch's own bounds for the patch convolution."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            std = self.config.initializer_range * getattr(module, "init_scale", 1.0)
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            bound = math.prod(module.weight.shape[1:]) ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, LayerScale):
+            init.constant_(module.scale, module.init_value)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.embeddings.patch_embeddings
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layer groups for timm's layer-wise learning-rate decay."""
+        prefix = "" if self.base_model is self else rf"{self.base_model_prefix}\."
+        return self._layer_groups(rf"^{prefix}", coarse)
+
+    def _layer_groups(self, prefix: str, coarse: bool) -> dict:
+        layers = [(rf"{prefix}layers\.(\d+)", None), (rf"{prefix}layernorm", (99999,))]
+        return {"stem": rf"{prefix}(?:embeddings|rope)", "blocks": rf"{prefix}layers\.(\d+)" if coarse else layers}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are not decayed besides those of one dimension."""
+        return {name for name, _ in self.named_parameters() if name.endswith(self._undecayed)}
+
+
 class FreezableBackboneMixin:
     """For a head whose encoder can be frozen while the head trains."""
 
@@ -262,16 +471,23 @@ class FreezableBackboneMixin:
 __all__ = [
     "CompleteCheckpointMixin",
     "DropPath",
+    "FamilyConfigMixin",
+    "FamilyPreTrainedModel",
     "FeaturePyramid",
     "FreezableBackboneMixin",
     "LayerScale",
+    "MLP",
+    "MultiHeadProjections",
     "ProbeHead",
     "additive_attention_mask",
     "check_labels",
     "check_pixel_values",
     "classification_loss",
     "drop_path_rates",
+    "feature_map_tokens",
     "pad_to_multiple",
+    "pair",
+    "patch_feature_map",
     "patch_grid",
     "resample_position_embeddings",
     "segmentation_loss",

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -14,7 +13,6 @@ from transformers.modeling_outputs import (
     ImageClassifierOutput,
     SemanticSegmenterOutput,
 )
-from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
@@ -23,22 +21,25 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_locat import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from .configuration_locatvit import LocAtViTConfig
 from .layers_locat import (
-    CompleteCheckpointMixin,
+    MLP,
     DropPath,
+    FamilyPreTrainedModel,
     FeaturePyramid,
     FreezableBackboneMixin,
     LayerScale,
+    MultiHeadProjections,
     ProbeHead,
     additive_attention_mask,
     check_pixel_values,
     classification_loss,
     drop_path_rates,
     pad_to_multiple,
+    patch_feature_map,
     patch_grid,
     resample_position_embeddings,
     segmentation_loss,
 )
-from .locat import LocAtGaussian, refine
+from .locat import refine
 
 
 class LocAtViTEmbeddings(nn.Module):
@@ -124,23 +125,19 @@ def rotate_patches(
     return torch.cat([prefix, rotated.to(states.dtype)], dim=2)
 
 
-class LocAtViTAttention(nn.Module):
+class LocAtViTAttention(MultiHeadProjections):
     """Multi-head self-attention; with `use_gaussian` the logits get a bonus around each query patch."""
 
     def __init__(self, config: LocAtViTConfig):
-        super().__init__()
+        super().__init__(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.qkv_bias,
+            config.attention_probs_dropout_prob,
+            gaussian_grid=config.native_grid if config.use_gaussian else None,
+            coarse_training=config.coarse_training,
+        )
         self.config = config
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.gaussian = None
-        if config.use_gaussian:
-            self.gaussian = LocAtGaussian(self.head_dim, config.native_grid, config.coarse_training)
-        self.scaling = self.head_dim**-0.5
-        self.dropout = config.attention_probs_dropout_prob
 
     def forward(
         self,
@@ -150,11 +147,7 @@ class LocAtViTAttention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-
+        query, key, value = self.project(hidden_states)
         num_prefix = self.config.num_prefix_tokens
         # The Gaussian is read from the query before it is rotated or scaled.
         gaussian = self.gaussian(query, grid, num_prefix) if self.gaussian is not None else None
@@ -176,18 +169,6 @@ class LocAtViTAttention(nn.Module):
         return self.o_proj(output.flatten(2)), weights
 
 
-class LocAtViTMLP(nn.Module):
-    def __init__(self, config: LocAtViTConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states)))))
-
-
 class LocAtViTLayer(GradientCheckpointingLayer):
     """A pre-norm transformer layer."""
 
@@ -196,7 +177,7 @@ class LocAtViTLayer(GradientCheckpointingLayer):
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = LocAtViTAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = LocAtViTMLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.hidden_dropout_prob)
         if config.layer_scale_init_value is None:
             self.layer_scale1, self.layer_scale2 = nn.Identity(), nn.Identity()
         else:
@@ -221,42 +202,23 @@ class LocAtViTLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states))))
 
 
-class LocAtViTPreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
-    """Loading, saving and initialisation, and the parts of timm's model contract that its optimiser tools read."""
+class LocAtViTPreTrainedModel(FamilyPreTrainedModel):
+    """What every `locatvit` model shares."""
 
     config: LocAtViTConfig
     config_class = LocAtViTConfig
     base_model_prefix = "locatvit"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # losses are means: the Trainer must not rescale them for accumulated steps
     _no_split_modules = ["LocAtViTEmbeddings", "LocAtViTLayer"]
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_flash_attn = False  # flash kernels have no additive bias
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": LocAtViTLayer, "attentions": LocAtViTAttention}
-    _input_embed_layer = "patch_embeddings"
+    _undecayed = ("embeddings.cls_token", "embeddings.position_embeddings", "rope.frequencies")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the reference: truncated normal weights, zero biases, PyTorch's own bounds for the patch convolution."""
         super()._init_weights(module)
         std = self.config.initializer_range
-        rotary = self.config.position_embedding_type == "rope_mixed"
-        if isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=std * getattr(module, "init_scale", 1.0))
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
-            bound = math.prod(module.weight.shape[1:]) ** -0.5
-            init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, LocAtViTEmbeddings):
+        if isinstance(module, LocAtViTEmbeddings):
             if module.cls_token is not None:
+                rotary = self.config.position_embedding_type == "rope_mixed"
                 init.trunc_normal_(module.cls_token, std=std if rotary else 1e-6)
             if module.register_tokens is not None:
                 init.normal_(module.register_tokens, std=1e-6)
@@ -264,23 +226,6 @@ class LocAtViTPreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
                 init.trunc_normal_(module.position_embeddings, std=std)
         elif isinstance(module, LocAtViTRotaryEmbedding):
             init.copy_(module.frequencies, module.initial_frequencies())
-        elif isinstance(module, LayerScale):
-            init.constant_(module.scale, self.config.layer_scale_init_value)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base_model.embeddings.patch_embeddings
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer groups for timm's layer-wise learning-rate decay."""
-        prefix = "" if self.base_model is self else rf"{self.base_model_prefix}\."
-        stem = rf"^{prefix}(?:embeddings|rope)"
-        layers = [(rf"^{prefix}layers\.(\d+)", None), (rf"^{prefix}layernorm", (99999,))]
-        return {"stem": stem, "blocks": rf"^{prefix}layers\.(\d+)" if coarse else layers}
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are not decayed besides those of one dimension."""
-        names = ("embeddings.cls_token", "embeddings.position_embeddings", "rope.frequencies")
-        return {name for name, _ in self.named_parameters() if name.endswith(names)}
 
 
 class LocAtViTModel(LocAtViTPreTrainedModel):
@@ -484,11 +429,6 @@ class LocAtViTBackbone(BackboneMixin, LocAtViTPreTrainedModel):
         return BackboneOutput(
             feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-
-def patch_feature_map(tokens: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> torch.Tensor:
-    """(batch, tokens, channels) without its prefix tokens as (batch, channels, grid height, grid width)."""
-    return tokens[:, num_prefix_tokens:].unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
 
 
 __all__ = [
