@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from .configuration_locatvit import LocAtViTConfig
+from .conversion.vit import from_vit
 from .image_processing_locatvit import LocAtViTImageProcessor
 from .modeling_locatvit import (
     LocAtViTBackbone,
@@ -37,6 +38,9 @@ for config_class, model_classes in (
     auto_classes = (AutoModel, AutoModelForImageClassification, AutoModelForSemanticSegmentation, AutoBackbone)
     for auto_class, model_class in zip(auto_classes, model_classes, strict=True):
         auto_class.register(config_class, model_class, exist_ok=True)
+
+# A tool that the travelling files must not import, attached here.
+LocAtViTPreTrainedModel.from_vit = classmethod(from_vit)
 
 __all__ = [
     "LocAtViTBackbone",

@@ -1,4 +1,11 @@
-"""Reference checkpoints in, this format out. A tool: it never travels to the Hub."""
+"""Reference checkpoints in, this format out. A tool: it never travels to the Hub.
+
+sources    finds a checkpoint and reads it, without running anything in it
+families   which architectures can be converted; one module a family (`locatvit`) says how
+keys       tables of tensor names
+convert    the conversion itself, `export` and `card` what it writes
+vit        `from_vit`: starting from a ViT of transformers or timm
+"""
 
 from .errors import ConversionError
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..configuration_locatvit import PRESETS, LocAtViTConfig
+from ..configuration_locatvit import LocAtViTConfig
 from .errors import ConversionError
 from .keys import KeyTable, expand
 
@@ -111,9 +111,10 @@ def default_arguments(architecture: str | None) -> dict[str, Any]:
 
 
 def _size(size: str, architecture: str) -> dict[str, int]:
-    if size not in PRESETS:
-        raise ConversionError(f"{architecture} has the unknown size {size!r}; the sizes are {', '.join(PRESETS)}.")
-    preset = PRESETS[size]
+    presets = LocAtViTConfig.presets
+    if size not in presets:
+        raise ConversionError(f"{architecture} has the unknown size {size!r}; the sizes are {', '.join(presets)}.")
+    preset = presets[size]
     return {
         "embed_dim": preset["hidden_size"],
         "depth": preset["num_hidden_layers"],

@@ -1,0 +1,23 @@
+"""The command `locatvit`. One file a verb: a function with typer's annotations, registered here."""
+
+import typer
+
+from .convert import convert
+
+app = typer.Typer(
+    name="locatvit",
+    help="Locality-attending vision transformers for Hugging Face Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _verbs() -> None:
+    """Keeps `locatvit` a command of verbs while it has a single one."""
+
+
+app.command()(convert)
+
+__all__ = ["app"]

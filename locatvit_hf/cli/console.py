@@ -1,0 +1,28 @@
+"""What the verbs share: one console, and errors that are a sentence instead of a traceback."""
+
+import functools
+from collections.abc import Callable
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+console = Console(highlight=False, soft_wrap=True)
+error_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def one_sentence_errors(verb: Callable) -> Callable:
+    """Prints what a verb raises because of its input in red and exits with 1; a bug keeps its traceback."""
+
+    @functools.wraps(verb)
+    def wrapped(*args, **kwargs):
+        try:
+            return verb(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            error_console.print(Text(" ".join(str(error).split()), style="red"))
+            raise typer.Exit(1) from error
+
+    return wrapped
+
+
+__all__ = ["console", "error_console", "one_sentence_errors"]

@@ -1,0 +1,159 @@
+"""`locatvit convert`: a reference checkpoint becomes a folder that `AutoModel*.from_pretrained` loads."""
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.image_utils import PILImageResampling
+
+from .. import __version__
+from .card import write_card
+from .errors import ConversionError
+from .export import check_destination, complete_or_absent, licence_text
+from .families import Family, family_of
+from .keys import rename
+from .sources import Reference, find, read_reference, read_state
+
+LARGEST_LOGIT_DIFFERENCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did: the folder, the model's class and configuration, and how many tensors it mapped."""
+
+    folder: Path
+    model_class: str
+    config: PreTrainedConfig
+    num_tensors: int
+    num_parameters: int
+
+
+def convert(
+    source: str,
+    folder: Path,
+    ema: bool = False,
+    overwrite: bool = False,
+    revision: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Conversion:
+    """Converts the checkpoint `source`, a local path or a Hub id, into the folder `folder`, complete or absent.
+
+    ema: take the moving average that a training run kept, instead of the weights.
+    report: called with one line for each choice that was made.
+    Raises ConversionError, or ValueError of the configuration, in one sentence.
+    """
+    check_destination(folder, overwrite)
+    reference = read_reference(find(source, revision), source)
+    family = family_of(reference)
+    report(f"Found {reference.architecture or family.name} ({reference.layout}).")
+    config = configure(family, reference)
+    state, where = read_state(reference, ema)
+    report(f"Took {where} of {reference.weights_file.name}: {len(state)} tensors.")
+    check_class_count(state, config)
+    model = build_model(family, config, state)
+    with complete_or_absent(folder, overwrite) as partial:
+        build_processor(family, reference, config).save_pretrained(partial)
+        model.save_pretrained(partial)
+        write_card(partial, reference, model, where, _sha256(reference.weights_file), __version__)
+        (partial / "LICENSE").write_text(licence_text(), encoding="utf-8")
+        verify(model, partial)
+    report(f"Wrote {folder}; reloaded, it gives the same output.")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Conversion(folder, type(model).__name__, config, len(state), num_parameters)
+
+
+def configure(family: Family, reference: Reference, **fields: Any) -> PreTrainedConfig:
+    """The configuration of a checkpoint, with its own mean, std and crop. `fields` win over what it says."""
+    preprocessing = {**family.default_preprocessing(reference.architecture), **reference.preprocessing}
+    fields = {
+        "image_mean": list(preprocessing["mean"]),
+        "image_std": list(preprocessing["std"]),
+        "crop_pct": preprocessing["crop_pct"],
+        **fields,
+    }
+    try:
+        config = family.build_config(reference.architecture, reference.arguments, **fields)
+    except StrictDataclassError as error:
+        raise ConversionError(_sentence_of(error)) from error
+    if reference.label_names and len(reference.label_names) == config.num_labels and "id2label" not in fields:
+        config.id2label = dict(enumerate(map(str, reference.label_names)))
+        config.label2id = {label: index for index, label in config.id2label.items()}
+    return config
+
+
+def _sentence_of(error: Exception) -> str:
+    """What a validator said, without the frame that the strict configuration puts around it."""
+    cause = error.__cause__ or error
+    return " ".join(str(cause).split())
+
+
+def check_class_count(state: dict[str, torch.Tensor], config: PreTrainedConfig) -> None:
+    """Raises ConversionError where the head has another number of classes than the configuration."""
+    head = state.get("head.weight", state.get("head.fc.weight"))
+    if head is not None and head.shape[0] != config.num_labels:
+        raise ConversionError(
+            f"The head of the checkpoint has {head.shape[0]} classes, but its configuration says {config.num_labels}."
+        )
+
+
+def build_model(family: Family, config: PreTrainedConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """Our model in float32 with the weights of the reference, in evaluation mode; the encoder if it has no head."""
+    with torch.device("meta"):
+        model = family.classifier(config) if config.num_labels else family.encoder(config)
+    # The table is written for the classifier, whose encoder sits below the base model's name.
+    prefix = "" if config.num_labels else f"{model.base_model_prefix}."
+    table = {name: tuple(ours.removeprefix(prefix) for ours in row) for name, row in family.key_table(config).items()}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    renamed = {name: tensor.to(torch.float32) for name, tensor in rename(state, table, shapes).items()}
+    model.load_state_dict(renamed, assign=True)
+    return model.eval()
+
+
+def build_processor(family: Family, reference: Reference, config: PreTrainedConfig):
+    """The image processor of a checkpoint: of the configuration, and of what only the checkpoint's evaluation says."""
+    arguments: dict[str, Any] = {}
+    interpolation = reference.preprocessing.get("interpolation", "bicubic")
+    if interpolation in ("bilinear", "nearest", "lanczos", "box", "hamming"):
+        arguments["resample"] = PILImageResampling[interpolation.upper()]
+    processor = family.processor.from_model_config(config, **arguments)
+    size = reference.preprocessing.get("size")
+    if size is not None and list(size) != [processor.crop_size.height, processor.crop_size.width]:
+        # Evaluated at another size than it was built for.
+        shown = copy.deepcopy(config)
+        shown.image_size = list(size)
+        processor = family.processor.from_model_config(shown, **arguments)
+    return processor
+
+
+@torch.no_grad()
+def verify(model: PreTrainedModel, folder: Path) -> None:
+    """Loads `folder` and compares its output with that of `model` on a fixed random image.
+
+    Raises ConversionError where they differ.
+    """
+    reloaded = type(model).from_pretrained(folder).eval()
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = torch.randn(1, model.config.num_channels, height, width, generator=generator)
+    ours, theirs = (network(pixel_values)[0] for network in (model, reloaded))
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= LARGEST_LOGIT_DIFFERENCE * max(1.0, ours.abs().max().item()):
+        raise ConversionError(f"The written folder does not give the output of its source: it differs by {difference}.")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+__all__ = ["Conversion", "build_model", "build_processor", "configure", "convert", "verify"]

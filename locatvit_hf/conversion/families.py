@@ -1,0 +1,63 @@
+"""The families that can be converted: one row each. A new family is a module like `locatvit` and a row here."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .. import modeling_locatvit
+from ..image_processing_locatvit import LocAtViTImageProcessor
+from . import locatvit
+from .errors import ConversionError
+from .keys import KeyTable
+from .sources import Reference
+
+
+class Family(NamedTuple):
+    """How checkpoints of a family are recognised, configured and renamed.
+
+    name: of our model type.
+    recognise: (architecture or None, arguments) -> whether this family converts it.
+    build_config: (architecture, arguments, **fields of the configuration) -> configuration.
+    default_preprocessing: architecture -> mean, std and crop_pct where the checkpoint says nothing.
+    key_table: configuration -> names of the reference -> our names in `classifier`.
+    classifier, encoder: our model with and without a head.
+    processor: our image processor.
+    """
+
+    name: str
+    recognise: Callable[[str | None, Mapping[str, Any]], bool]
+    build_config: Callable[..., PreTrainedConfig]
+    default_preprocessing: Callable[[str | None], dict[str, Any]]
+    key_table: Callable[[PreTrainedConfig], KeyTable]
+    classifier: type[PreTrainedModel]
+    encoder: type[PreTrainedModel]
+    processor: type = LocAtViTImageProcessor
+
+
+FAMILIES = (
+    Family(
+        name="locatvit",
+        recognise=locatvit.recognise,
+        build_config=locatvit.build_config,
+        default_preprocessing=locatvit.default_preprocessing,
+        key_table=locatvit.key_table,
+        classifier=modeling_locatvit.LocAtViTForImageClassification,
+        encoder=modeling_locatvit.LocAtViTModel,
+    ),
+)
+
+
+def family_of(reference: Reference) -> Family:
+    """The family of a checkpoint. Raises ConversionError for another architecture."""
+    for family in FAMILIES:
+        if family.recognise(reference.architecture, reference.arguments):
+            return family
+    if reference.architecture is None:
+        raise ConversionError(
+            f"config.json of {reference.source} names no architecture and holds no arguments of a ViT."
+        )
+    raise ConversionError(f"The architecture {reference.architecture} cannot be converted; it is none of ours.")
+
+
+__all__ = ["FAMILIES", "Family", "family_of"]

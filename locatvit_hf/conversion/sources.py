@@ -1,0 +1,265 @@
+"""Finding and reading checkpoints: a local path or a Hub id, in one of the layouts that the reference and timm write.
+
+Nothing in a checkpoint is executed: pickles are read with `weights_only=True`, always.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .errors import ConversionError
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+RUN_SUFFIXES = (".pth.tar", ".pth", ".pt")
+# The best checkpoint of a run is what was evaluated; the last is what is left where no validation was run.
+RUN_FILES = ("model_best.pth.tar", "last.pth.tar")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+# What training runs store besides tensors: settings and histories. None of it is needed, and none of it is imported.
+INERT_GLOBALS = (
+    "argparse.Namespace",
+    "builtins.getattr",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Float16", "Int64", "Int32", "Bool", "Str")),
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+    "pathlib.WindowsPath",
+)
+
+
+class Inert:
+    """Stands for an object of a pickle that we do not need: it takes any argument and any state, and keeps nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a checkpoint says about itself, before its tensors are read.
+
+    source: as the user wrote it. layout: in words. weights_file: where the tensors are.
+    architecture: the reference's (or timm's) name, None where the layout stores only arguments.
+    arguments: init arguments of the model, on top of what the name stands for.
+    preprocessing: any of "mean", "std", "crop_pct", "interpolation" and "size" ([height, width] in pixels).
+    label_names: names of the classes in order, or None.
+    """
+
+    source: str
+    layout: str
+    weights_file: Path
+    architecture: str | None
+    arguments: dict[str, Any]
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    label_names: list[str] | None = None
+
+
+def find(source: str, revision: str | None = None) -> Path:
+    """The file or folder of a checkpoint; a Hub id ("owner/name", or "hf-hub:owner/name") is downloaded first."""
+    if Path(source).expanduser().exists():
+        return Path(source).expanduser()
+    repo_id = source.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    if not HUB_ID.fullmatch(repo_id):
+        raise ConversionError(f"There is no file or folder {source}.")
+    folder = None
+    try:
+        # Safetensors first: the same weights as a pickle need not be downloaded too.
+        for patterns in (["*.json", "args.yaml", "*.safetensors"], ["pytorch_model.bin", "*.pth.tar"]):
+            folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+            if any(folder.glob("*.safetensors")):
+                break
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConversionError(f"There is no file or folder {source}, and no such Hub repository: {reason}") from error
+    return folder
+
+
+def read_reference(path: Path, source: str | None = None) -> Reference:
+    """Reads the configuration beside the weights at `path`, a file or a folder.
+
+    Raises ConversionError where no known layout is found.
+    """
+    source = source or str(path)
+    if path.is_file():
+        if path.name.endswith(RUN_SUFFIXES):
+            return _read_run(path, source)
+        return _read_configured(path.parent, path, source)
+    if (path / "config.json").is_file():
+        weights = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        if not weights:
+            raise ConversionError(f"{source} holds config.json but no weights; expected {' or '.join(WEIGHT_FILES)}.")
+        return _read_configured(path, weights[0], source)
+    checkpoints = sorted(file for file in path.iterdir() if file.name.endswith(RUN_SUFFIXES))
+    chosen = [path / name for name in RUN_FILES if path / name in checkpoints] or checkpoints
+    if not chosen:
+        raise ConversionError(f"{source} holds neither config.json with weights nor a training run (*.pth.tar).")
+    if chosen[0].name not in RUN_FILES and len(chosen) > 1:
+        raise ConversionError(f"{source} holds {len(chosen)} checkpoints and no {RUN_FILES[0]}; name one of the files.")
+    return _read_run(chosen[0], source)
+
+
+def _read_configured(folder: Path, weights: Path, source: str) -> Reference:
+    """config.json beside the weights: of timm (with "architecture"), or the init arguments of the reference's model."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConversionError(f"There is no config.json beside {weights.name} in {folder}.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ConversionError(f"{file} holds no JSON object.")
+    if "model_type" in config:
+        kind = config["model_type"]
+        advice = (
+            "it is in our format already" if str(kind).startswith(("loca", "paca")) else "start from it with from_vit"
+        )
+        raise ConversionError(f"{source} is a transformers checkpoint of model_type {kind!r}: {advice}.")
+    if "architecture" not in config:
+        return Reference(source, "init arguments in config.json", weights, None, config)
+    cfg = config.get("pretrained_cfg") or {}
+    arguments = dict(config.get("model_args") or {})
+    if config.get("global_pool") is not None:
+        arguments.setdefault("global_pool", config["global_pool"])
+    num_classes = config.get("num_classes", cfg.get("num_classes"))
+    if num_classes is not None:
+        arguments.setdefault("num_classes", num_classes)
+    size = cfg.get("input_size")
+    if size is not None:
+        arguments.setdefault("in_chans", size[0])
+        if cfg.get("fixed_input_size", True):
+            arguments.setdefault("img_size", list(size[1:]))
+    return Reference(
+        source,
+        "timm's config.json",
+        weights,
+        _without_tag(config["architecture"]),
+        arguments,
+        _preprocessing(cfg, size[1:] if size else None),
+        config.get("label_names") or cfg.get("label_names"),
+    )
+
+
+def _read_run(weights: Path, source: str) -> Reference:
+    """args.yaml beside a checkpoint of the reference's training program."""
+    file = weights.parent / "args.yaml"
+    if not file.is_file():
+        raise ConversionError(
+            f"There is no args.yaml beside {weights.name} in {weights.parent}; without it the model is unknown."
+        )
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConversionError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(settings, dict) or not settings.get("model"):
+        raise ConversionError(f"{file} does not name a model.")
+    arguments = dict(settings.get("model_kwargs") or {})
+    # `img_size` of the training program sets the loader, not the model: only `model_kwargs` reach the model.
+    for setting, argument in (("num_classes", "num_classes"), ("gp", "global_pool"), ("in_chans", "in_chans")):
+        value = settings.get(setting)
+        if value is None:
+            continue
+        if arguments.setdefault(argument, value) != value:
+            raise ConversionError(
+                f"{file} gives {setting}={value!r} but {argument}={arguments[argument]!r} in model_kwargs."
+            )
+    side = settings.get("img_size")
+    size = list(settings["input_size"][1:]) if settings.get("input_size") else [side, side] if side else None
+    return Reference(
+        source,
+        f"training run, {weights.name}",
+        weights,
+        _without_tag(settings["model"]),
+        arguments,
+        _preprocessing(settings, size),
+    )
+
+
+def _without_tag(architecture: str) -> str:
+    """`vit_base_patch16_224` of `timm/vit_base_patch16_224.augreg_in1k`: tags name weights, not models."""
+    return str(architecture).split("/")[-1].split(".")[0]
+
+
+def _preprocessing(settings: Mapping[str, Any], size: list[int] | None) -> dict[str, Any]:
+    found = {name: settings.get(name) for name in ("mean", "std", "crop_pct", "interpolation")}
+    found["size"] = list(size) if size else None
+    return {name: value for name, value in found.items() if value not in (None, "", [])}
+
+
+def read_state(reference: Reference, ema: bool = False) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of a checkpoint, and in words where in the file they were.
+
+    ema: take the moving average of a training run. Raises ConversionError where the file has none, is damaged, or holds
+    something that is not data.
+    """
+    file = reference.weights_file
+    content = load_tensors(file)
+    available = [key for key in ("state_dict", "state_dict_ema") if isinstance(content.get(key), Mapping)]
+    key = "state_dict_ema" if ema else "state_dict"
+    if key in available:
+        state, where = content[key], key
+    elif ema:
+        raise ConversionError(f"{file.name} holds no state_dict_ema.")
+    elif available:
+        raise ConversionError(f"{file.name} holds no state_dict, but a state_dict_ema: pass --ema to take it.")
+    else:
+        state, where = content, "all"
+    strange = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
+    if strange or not state:
+        problem = f"{strange[0]} is no tensor" if strange else "it is empty"
+        raise ConversionError(f"{file.name} holds no state dict: {problem}.")
+    if all(name.startswith("module.") for name in state):  # left by distributed training
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return dict(state), where
+
+
+def load_tensors(file: Path) -> dict[str, Any]:
+    """A safetensors file, or a pickle of tensors and plain data. No code of the pickle is run, whatever it asks for."""
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ConversionError(f"{file.name} is damaged or incomplete: {_first_line(error)}.") from error
+    try:
+        with torch.serialization.safe_globals([(Inert, name) for name in INERT_GLOBALS]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the damaged byte led to
+        name = re.search(r"GLOBAL `?([\w.]+)", str(error))
+        if name:
+            raise ConversionError(
+                f"{file.name} is refused: its pickle asks for {name[1]}, which is code and not data."
+            ) from error
+        raise ConversionError(f"{file.name} is damaged or no checkpoint of PyTorch: {_first_line(error)}.") from error
+    if not isinstance(content, Mapping):
+        raise ConversionError(f"{file.name} holds no state dict but a {type(content).__name__}.")
+    return dict(content)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+__all__ = ["Inert", "Reference", "find", "load_tensors", "read_reference", "read_state"]
