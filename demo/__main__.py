@@ -39,7 +39,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for what a later run reuses.")] = Path(".cache/demo"),
     train_scenes: Annotated[int, typer.Option(help="Scenes to learn from.")] = 3000,
     validation_scenes: Annotated[int, typer.Option(help="Held-out scenes.")] = 400,
-    pretrain_length: Annotated[str, typer.Option(help="Image-label training, as in a recipe.")] = "24 epochs",
+    pretrain_length: Annotated[str, typer.Option(help="Image-label training, as in a recipe.")] = "16 epochs",
     segment_length: Annotated[str, typer.Option(help="Training of the probe, as in a recipe.")] = "6 epochs",
 ) -> None:
     """Train, export and compare; an interrupted run continues, a finished one is quickly repeated."""
@@ -54,7 +54,11 @@ def main(
 
     with _stage("Composing scenes of digits", done=scenes.exists()) as run:
         if run:
+            import datasets
+
             from demo.scenes import make_scenes
+
+            datasets.disable_progress_bars()
 
             with atomic_folder(scenes) as folder:
                 make_scenes(train_scenes, validation_scenes).save_to_disk(str(folder))

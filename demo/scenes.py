@@ -1,6 +1,6 @@
 """Cluttered scenes of handwritten digits, with one label an image and one label a pixel.
 
-A scene shows one to three copies of *one* digit class among fragments of other digits: strokes that look like digits
+A scene shows two to four copies of *one* digit class among fragments of other digits: strokes that look like digits
 from close by but are none. Its image label is the class; its pixel labels are 0 for background and fragments and
 `1 + class` on the digit's strokes. The digits are the 1797 real ones that ship inside scikit-learn; no digit is seen in
 both splits.
@@ -69,12 +69,12 @@ def compose_scene(
     occupied = np.zeros((image_size, image_size), bool)
     label = int(rng.integers(10))
 
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(2, 5)):
         digit = images[rng.choice(np.flatnonzero(targets == label))]
-        stamp = _stamp(digit, side=rng.uniform(0.32, 0.46) * image_size, degrees=rng.uniform(-15, 15))
+        stamp = _stamp(digit, side=rng.uniform(0.34, 0.46) * image_size, degrees=rng.uniform(-15, 15))
         mask = _place(canvas, occupied, stamp, rng)
         segmentation[mask > 0.5] = 1 + label
-    for _ in range(rng.integers(4, 8)):
+    for _ in range(rng.integers(3, 7)):
         digit, (row, column) = images[rng.integers(len(images))], rng.integers(0, 5, size=2)
         fragment = digit[row : row + 4, column : column + 4]
         stamp = _stamp(fragment, side=rng.uniform(0.14, 0.21) * image_size, degrees=rng.uniform(0, 360))
@@ -87,7 +87,7 @@ def compose_scene(
 
 def _background(image_size: int, rng: np.random.Generator) -> np.ndarray:
     """A dark and smooth colour texture, (size, size, 3) in 0 to 1."""
-    coarse = Image.fromarray((255 * rng.uniform(0.0, 0.45, (5, 5, 3))).astype(np.uint8))
+    coarse = Image.fromarray((255 * rng.uniform(0.0, 0.35, (5, 5, 3))).astype(np.uint8))
     return np.asarray(coarse.resize((image_size, image_size), Image.Resampling.BICUBIC), np.float64) / 255
 
 
@@ -111,7 +111,7 @@ def _place(canvas: np.ndarray, occupied: np.ndarray, stamp: np.ndarray, rng: np.
         if not (occupied[window] & (stamp > 0)).any():
             occupied[window] |= stamp > 0
             opacity[window] = stamp
-            canvas += opacity[..., None] * (rng.uniform(0.5, 1.0, 3) - canvas)
+            canvas += opacity[..., None] * (rng.uniform(0.55, 1.0, 3) - canvas)
             break
     return opacity
 

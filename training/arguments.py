@@ -153,7 +153,9 @@ def run_program(main: Callable[[Arguments], Any], cls: type[Arguments]) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"{error}", style="red", markup=False)
+        # An error from a data-loading process carries that process's traceback; the sentence is its last line.
+        sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        Console(stderr=True, soft_wrap=True, highlight=False).print(sentence, style="red", markup=False)
         raise SystemExit(1) from None
 
 

@@ -6,14 +6,23 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import NAME_TO_OP
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
 
 IGNORE_INDEX = 255
+
+
+def _posterize(image: Image.Image, bits: int, **options) -> Image.Image:
+    """At its strongest, timm keeps zero bits, which means black; newer versions of Pillow refuse that number."""
+    return ImageOps.posterize(image, bits) if 0 < bits < 8 else image if bits else Image.new(image.mode, image.size)
+
+
+NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize))
 
 
 @strict

@@ -43,16 +43,13 @@ class MeanIoU(evaluate.Metric):
         for prediction, reference in zip(predictions, references, strict=True):
             prediction, reference = np.asarray(prediction, np.int64), np.asarray(reference, np.int64)
             if prediction.shape != reference.shape:
-                raise ValueError(
-                    f"A prediction of size {prediction.shape} does not fit a reference of {reference.shape}."
-                )
+                raise ValueError(f"A prediction of {prediction.shape} pixels does not fit one of {reference.shape}.")
             counted = reference != self.ignore_index
             prediction, reference = prediction[counted], reference[counted]
             for name, ids in (("reference", reference), ("prediction", prediction)):
                 if ids.size and not 0 <= ids.min() <= ids.max() < self.num_labels:
-                    raise ValueError(
-                        f"A {name} holds ids from {ids.min()} to {ids.max()}, outside {self.num_labels} classes."
-                    )
+                    found = f"{ids.min()} to {ids.max()}"
+                    raise ValueError(f"A {name} holds ids from {found}, outside the {self.num_labels} classes.")
             pairs = np.bincount(reference * self.num_labels + prediction, minlength=self.num_labels**2)
             self.counts += pairs.reshape(self.counts.shape)
 

@@ -1,0 +1,65 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    *("--train-scenes", "60", "--validation-scenes", "12"),
+    *("--pretrain-length", "2 steps", "--segment-length", "2 steps"),
+)
+
+
+def demo(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    paths = ("--output", str(folder / "output"), "--work", str(folder / "work"))
+    return subprocess.run(
+        [sys.executable, "-m", "demo", *paths, *TINY, *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, demo(folder)
+
+
+@pytest.mark.slow
+def test_the_demo_writes_a_page_that_stands_alone(finished):
+    folder, process = finished
+    assert process.returncode == 0, process.stderr
+    output = folder / "output"
+    page = (output / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    report = (output / "report.md").read_text()
+    assert {f"figures/{path.name}" for path in (output / "figures").iterdir()} == set(
+        re.findall(r"figures/\w+\.png", report)
+    )
+    assert len(re.findall(r"^\| (?:ViT|LocAtViT) \| \d", report, re.MULTILINE)) == 2
+    assert {path.name for path in (output / "models").iterdir()} == {
+        f"{name}-{task}" for name in ("vit", "locatvit") for task in ("classification", "segmentation")
+    }
+    assert {path.name for path in folder.iterdir()} == {"output", "work"}
+
+
+@pytest.mark.slow
+def test_a_second_run_reuses_what_is_there(finished):
+    folder, _ = finished
+    again = demo(folder)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("from an earlier run") == 4
+
+
+@pytest.mark.slow
+def test_a_failing_stage_leaves_no_page(tmp_path):
+    failed = demo(tmp_path, "--pretrain-length", "soon")
+    assert failed.returncode == 1
+    assert "A duration reads" in failed.stderr + failed.stdout
+    assert not (tmp_path / "output").exists()

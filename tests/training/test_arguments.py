@@ -1,0 +1,74 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from training.arguments import load_recipe, parse_arguments
+from training.optimization import learning_rate_at, parse_duration
+from training.pretrain import PretrainArguments
+from training.segment import SegmentArguments
+
+RECIPES = Path(__file__).resolve().parents[2] / "training" / "recipes"
+
+
+def test_command_line_wins_over_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 1e-3\nbatch_size: 8\nmodel: {hidden_size: 32, patch_size: 4}\n")
+    options = ["--config", str(recipe), "--batch_size=16", "--model.use_gaussian", "false", "--model.patch_size", "8"]
+    arguments = parse_arguments(PretrainArguments, [*options, "--overwrite", "--length", "2 epochs"])
+    assert (arguments.learning_rate, arguments.batch_size, arguments.overwrite) == (1e-3, 16, True)
+    assert arguments.model == {"hidden_size": 32, "patch_size": 8, "use_gaussian": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learning_rat", "1"], "Unknown option 'learning_rat'; did you mean 'learning_rate'"),
+        (["--batch_size", "many"], "batch_size"),
+        (["--schedule", "zigzag"], "schedule"),
+        (["8"], "starts with '--'"),
+        (["--config", "nowhere.yaml"], "Cannot read the recipe nowhere.yaml"),
+    ],
+)
+def test_mistakes_are_one_sentence(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_arguments(PretrainArguments, options)
+    assert "\n" not in str(caught.value)
+
+
+def test_recipes_are_lists_of_known_options(tmp_path):
+    for recipe in RECIPES.glob("*.yaml"):
+        cls = SegmentArguments if "segment" in recipe.name else PretrainArguments
+        arguments = dataclasses.asdict(parse_arguments(cls, ["--config", str(recipe)]))
+        assert load_recipe(recipe).keys() <= arguments.keys()
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_recipe(broken)
+
+
+def test_durations():
+    assert parse_duration("3 epochs", 10) == 30
+    assert parse_duration("0.5 epochs", 10) == 5
+    assert parse_duration("7 steps", 10) == 7
+    assert parse_duration("25 %", 10, total=80) == 20
+    for text in ("3", "three epochs", "10 %"):
+        with pytest.raises(ValueError, match="A duration reads"):
+            parse_duration(text, 10)
+
+
+def test_one_cycle_of_the_probe():
+    """The paper: 1e-7 to 1e-3 over 5,000 iterations, then to 1e-11 at 20,000."""
+    arguments = SegmentArguments()
+    total = parse_duration(arguments.length, 1)
+    warmup = parse_duration(arguments.warmup, 1, total)
+    rates = {update: learning_rate_at(update, total, warmup, arguments) for update in (0, 2500, 5000, 12500, 20000)}
+    assert warmup == 5000
+    assert rates == pytest.approx({0: 1e-7, 2500: (1e-7 + 1e-3) / 2, 5000: 1e-3, 12500: 5e-4, 20000: 1e-11}, rel=1e-6)
+
+
+def test_cosine_schedule_ends_at_the_final_rate():
+    arguments = PretrainArguments(schedule="cosine", learning_rate=1.0, final_learning_rate=0.1)
+    assert learning_rate_at(10, 20, 10, arguments) == 1.0
+    assert learning_rate_at(15, 20, 10, arguments) == pytest.approx(0.55)
+    assert learning_rate_at(20, 20, 10, arguments) == pytest.approx(0.1)
