@@ -67,7 +67,7 @@ def test_table_of_models(preset: str) -> None:
 
 def test_commands_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", README, re.MULTILINE):
+    for block, inline in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", README, re.MULTILINE):
         target = block or inline
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"`make {target}` is not in the Makefile"
 
