@@ -1,5 +1,6 @@
 """The loop that every program shares: updates, progress, evaluation points, checkpoints, export."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -46,8 +47,11 @@ class RunState:
 
 
 class TrainingLoop:
-    """Iterate over it for batches on the device; call `update(loss)` for each, and `record(metrics)` where
-    `evaluation_due` says so. It resumes from the newest checkpoint in `output_dir`, at the exact update.
+    """A run from its newest checkpoint, or from its start, to its end.
+
+    Open it with `with` and iterate over it for batches on the device; call `update(loss)` for each, and
+    `record(metrics)` where `evaluation_due` says so. A checkpoint in `output_dir` is continued at the exact update.
+    While the loop is open, SIGTERM and Ctrl-C end it after the current update, with a checkpoint.
 
     arguments: settings of the program, a dataclass with those of `OptimizationArguments` and `RunArguments`.
     model: not yet prepared by the accelerator.
@@ -96,6 +100,16 @@ class TrainingLoop:
         )
         self.loader = create_training_loader(samples, sampler, arguments.num_workers)
 
+    def __enter__(self) -> "TrainingLoop":
+        self._interruption, self._bar = Interruption(), self._progress_bar()
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(self._interruption)
+        self._open.enter_context(self._bar)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._open.close()
+
     @property
     def evaluation_due(self) -> bool:
         """Whether an update was just completed after which `record` is to be called."""
@@ -109,17 +123,15 @@ class TrainingLoop:
 
     def __iter__(self) -> Iterator[Any]:
         batches, accumulation = iter(self.loader), self.arguments.gradient_accumulation_steps
-        with Interruption() as self._interruption, self._progress_bar() as self._bar:
-            self._task = self._bar.add_task("train", total=self.total, completed=self.state.step, status="")
-            while self.state.step < self.total:
-                self._begin_update()
-                for micro_step in range(accumulation):
-                    self._last_micro_step = micro_step == accumulation - 1
-                    batch = next(batches)
-                    yield [tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch]
-                    if self._update_complete != self._last_micro_step:
-                        raise RuntimeError("Call update(loss) once for every batch of the loop.")
-                self._end_update()
+        self._task = self._bar.add_task("train", total=self.total, completed=self.state.step, status="")
+        while self.state.step < self.total:
+            self._begin_update()
+            for micro_step in range(accumulation):
+                self._last_micro_step = micro_step == accumulation - 1
+                yield [tensor.to(self.accelerator.device, non_blocking=True) for tensor in next(batches)]
+                if self._update_complete != self._last_micro_step:
+                    raise RuntimeError("Call update(loss) once for every batch of the loop.")
+            self._end_update()
 
     def update(self, loss: torch.Tensor) -> None:
         """Propagate the mean loss of a batch back; after the last one of an update, move the weights."""
@@ -154,9 +166,12 @@ class TrainingLoop:
         state.validation_curve.append({**self._position(), **scalars})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items())
         self.print(f"epoch {state.step / self.updates_per_epoch:.1f}, update {state.step}: {shown}")
-        better = metrics[self.metric] > state.best
-        state.best = max(metrics[self.metric], state.best)
-        if better if self.arguments.export == "best" else state.step == self.total:
+        # A metric that is nan is never best; the last model is exported where there would be none.
+        best, last = metrics[self.metric] > state.best, state.step == self.total
+        state.best = metrics[self.metric] if best else state.best
+        if (best and self.arguments.export == "best") or (last and self.arguments.export == "last"):
+            self._export()
+        elif last and not (self.output / "model").exists():
             self._export()
         self._clock = time.perf_counter()
 
@@ -260,7 +275,8 @@ def prepare_output(accelerator: Accelerator, arguments: RunArguments) -> Path:
     output = Path(arguments.output_dir)
     settings = {k: v for k, v in dataclasses.asdict(arguments).items() if k not in RUNTIME_OPTIONS | {"output_dir"}}
     stored = output / "arguments.yaml"
-    if stored.is_file() and not arguments.overwrite:
+    started = (output / "all_results.json").is_file() or list_checkpoints(output / "checkpoints")
+    if started and stored.is_file() and not arguments.overwrite:
         earlier = yaml.safe_load(stored.read_text(encoding="utf-8"))
         changed = sorted(k for k in settings if settings[k] != earlier.get(k))
         if changed:

@@ -57,12 +57,12 @@ def main(arguments: PretrainArguments) -> dict[str, Any]:
         splits.validation, columns, partial(collate, processor), arguments, accelerator
     )
 
-    loop = TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="accuracy")
-    for images, labels in loop:
-        images, targets = mix(images, labels)
-        loop.update(criterion(loop.model(pixel_values=images).logits, targets))
-        if loop.evaluation_due:
-            loop.record(evaluate(loop.evaluation_model, validation, accelerator))
+    with TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="accuracy") as loop:
+        for images, labels in loop:
+            images, targets = mix(images, labels)
+            loop.update(criterion(loop.model(pixel_values=images).logits, targets))
+            if loop.evaluation_due:
+                loop.record(evaluate(loop.evaluation_model, validation, accelerator))
     return loop.finish(num_train_images=len(splits.train), num_validation_images=len(splits.validation))
 
 

@@ -63,11 +63,11 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
         splits.validation, columns, partial(collate, processor, num_labels), arguments, accelerator
     )
 
-    loop = TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="mean_iou")
-    for images, labels in loop:
-        loop.update(loop.model(pixel_values=images, labels=labels).loss)
-        if loop.evaluation_due:
-            loop.record(evaluate(loop.evaluation_model, processor, validation, accelerator))
+    with TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="mean_iou") as loop:
+        for images, labels in loop:
+            loop.update(loop.model(pixel_values=images, labels=labels).loss)
+            if loop.evaluation_due:
+                loop.record(evaluate(loop.evaluation_model, processor, validation, accelerator))
     return loop.finish(num_train_images=len(splits.train), num_validation_images=len(splits.validation))
 
 
