@@ -12,9 +12,25 @@ from transformers import (
     AutoModelForSemanticSegmentation,
 )
 
+from .configuration_locatjumbo import LocAtJumboConfig
+from .configuration_locatswin import LocAtSwinConfig
 from .configuration_locatvit import LocAtViTConfig
 from .conversion.vit import from_vit
 from .image_processing_locatvit import LocAtViTImageProcessor
+from .modeling_locatjumbo import (
+    LocAtJumboBackbone,
+    LocAtJumboForImageClassification,
+    LocAtJumboForSemanticSegmentation,
+    LocAtJumboModel,
+    LocAtJumboPreTrainedModel,
+)
+from .modeling_locatswin import (
+    LocAtSwinBackbone,
+    LocAtSwinForImageClassification,
+    LocAtSwinForSemanticSegmentation,
+    LocAtSwinModel,
+    LocAtSwinPreTrainedModel,
+)
 from .modeling_locatvit import (
     LocAtViTBackbone,
     LocAtViTForImageClassification,
@@ -30,6 +46,14 @@ for config_class, model_classes in (
         LocAtViTConfig,
         (LocAtViTModel, LocAtViTForImageClassification, LocAtViTForSemanticSegmentation, LocAtViTBackbone),
     ),
+    (
+        LocAtSwinConfig,
+        (LocAtSwinModel, LocAtSwinForImageClassification, LocAtSwinForSemanticSegmentation, LocAtSwinBackbone),
+    ),
+    (
+        LocAtJumboConfig,
+        (LocAtJumboModel, LocAtJumboForImageClassification, LocAtJumboForSemanticSegmentation, LocAtJumboBackbone),
+    ),
 ):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoImageProcessor.register(
@@ -43,6 +67,18 @@ for config_class, model_classes in (
 LocAtViTPreTrainedModel.from_vit = classmethod(from_vit)
 
 __all__ = [
+    "LocAtJumboBackbone",
+    "LocAtJumboConfig",
+    "LocAtJumboForImageClassification",
+    "LocAtJumboForSemanticSegmentation",
+    "LocAtJumboModel",
+    "LocAtJumboPreTrainedModel",
+    "LocAtSwinBackbone",
+    "LocAtSwinConfig",
+    "LocAtSwinForImageClassification",
+    "LocAtSwinForSemanticSegmentation",
+    "LocAtSwinModel",
+    "LocAtSwinPreTrainedModel",
     "LocAtViTBackbone",
     "LocAtViTConfig",
     "LocAtViTForImageClassification",

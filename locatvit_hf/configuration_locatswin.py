@@ -83,10 +83,7 @@ class LocAtSwinConfig(FamilyConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_stages + 1)]
-        self.set_output_features_output_indices(
-            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
-        )
+        self.name_stages(kwargs)
         super().__post_init__(**kwargs)
         self.complete_auto_map()
 

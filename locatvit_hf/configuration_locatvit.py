@@ -103,11 +103,7 @@ class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
-        out_indices, out_features = kwargs.pop("out_indices", None), kwargs.pop("out_features", None)
-        if self.feature_pyramid and out_indices is None and out_features is None:
-            out_indices = [self.num_hidden_layers * quarter // 4 for quarter in (1, 2, 3, 4)]
-        self.set_output_features_output_indices(out_indices=out_indices, out_features=out_features)
+        self.name_stages(kwargs)
         super().__post_init__(**kwargs)
         self.complete_auto_map()
 
@@ -118,13 +114,9 @@ class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
 
     def validate_sizes(self):
         """Every size is positive, and the heads divide the channels."""
-        self.check_positive("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        self.check_heads()
         if self.num_register_tokens < 0:
             raise ValueError(f"num_register_tokens must not be negative, got {self.num_register_tokens}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be divisible by num_attention_heads={self.num_attention_heads}."
-            )
 
     def validate_choices(self):
         """Names are known, and the fields agree with each other."""
@@ -139,10 +131,6 @@ class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
             raise ValueError("pooling='cls' needs use_class_token=True; use pooling='mean' without a class token.")
         if self.position_embedding_type == "rope_mixed" and self.hidden_size // self.num_attention_heads % 4:
             raise ValueError("position_embedding_type='rope_mixed' needs heads whose channels are a multiple of 4.")
-        if self.feature_pyramid and (len(self.out_features) != 4 or not self.reshape_hidden_states):
-            raise ValueError(
-                "feature_pyramid=True needs four out_features (or out_indices) and reshape_hidden_states=True."
-            )
 
 
 __all__ = ["LocAtViTConfig"]

@@ -46,6 +46,17 @@ class FamilyConfigMixin(BackboneConfigMixin):
         ):
             self.auto_map[auto_class] = f"modeling_{self.model_type}.{self.class_prefix}{suffix}"
 
+    def name_stages(self, kwargs: dict) -> None:
+        """One backbone stage for each layer; takes `out_features` and `out_indices` out of `kwargs`.
+
+        A feature pyramid reads the ends of the four quarters of the depth unless told otherwise.
+        """
+        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
+        out_indices, out_features = kwargs.pop("out_indices", None), kwargs.pop("out_features", None)
+        if getattr(self, "feature_pyramid", False) and out_indices is None and out_features is None:
+            out_indices = [self.num_hidden_layers * quarter // 4 for quarter in (1, 2, 3, 4)]
+        self.set_output_features_output_indices(out_indices=out_indices, out_features=out_features)
+
     @property
     def patch_shape(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""
@@ -74,6 +85,14 @@ class FamilyConfigMixin(BackboneConfigMixin):
             if min([value] if isinstance(value, int) else value, default=0) <= 0:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
+    def check_heads(self) -> None:
+        """Raises ValueError unless all layers have positive sizes, and heads that divide their channels."""
+        self.check_positive("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be divisible by num_attention_heads={self.num_attention_heads}."
+            )
+
     def check_rates(self, *names: str) -> None:
         """Raises ValueError for a probability outside [0, 1)."""
         for name in names:
@@ -88,6 +107,14 @@ class FamilyConfigMixin(BackboneConfigMixin):
                 raise ValueError(f"{name} must be one number or [height, width], got {size}.")
             if min(pair(size)) <= 0:
                 raise ValueError(f"{name} must be at least 1 {unit} on each side, got {size}.")
+
+    def validate_feature_pyramid(self):
+        """A pyramid stands on four maps."""
+        pyramid = getattr(self, "feature_pyramid", False)
+        if pyramid and (len(self.out_features) != 4 or not self.reshape_hidden_states):
+            raise ValueError(
+                "feature_pyramid=True needs four out_features (or out_indices) and reshape_hidden_states=True."
+            )
 
     def validate_image(self):
         """Sizes are positive, and an image of `image_size` holds at least one patch of the last map."""
