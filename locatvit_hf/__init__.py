@@ -15,6 +15,7 @@ from transformers import (
 from .configuration_locatjumbo import LocAtJumboConfig
 from .configuration_locatswin import LocAtSwinConfig
 from .configuration_locatvit import LocAtViTConfig
+from .configuration_pacavit import PaCaViTConfig
 from .conversion.vit import from_vit
 from .image_processing_locatvit import LocAtViTImageProcessor
 from .modeling_locatjumbo import (
@@ -38,6 +39,13 @@ from .modeling_locatvit import (
     LocAtViTModel,
     LocAtViTPreTrainedModel,
 )
+from .modeling_pacavit import (
+    PaCaViTBackbone,
+    PaCaViTForImageClassification,
+    PaCaViTForSemanticSegmentation,
+    PaCaViTModel,
+    PaCaViTPreTrainedModel,
+)
 
 __version__ = "0.1.0"
 
@@ -54,6 +62,7 @@ for config_class, model_classes in (
         LocAtJumboConfig,
         (LocAtJumboModel, LocAtJumboForImageClassification, LocAtJumboForSemanticSegmentation, LocAtJumboBackbone),
     ),
+    (PaCaViTConfig, (PaCaViTModel, PaCaViTForImageClassification, PaCaViTForSemanticSegmentation, PaCaViTBackbone)),
 ):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoImageProcessor.register(
@@ -86,4 +95,10 @@ __all__ = [
     "LocAtViTImageProcessor",
     "LocAtViTModel",
     "LocAtViTPreTrainedModel",
+    "PaCaViTBackbone",
+    "PaCaViTConfig",
+    "PaCaViTForImageClassification",
+    "PaCaViTForSemanticSegmentation",
+    "PaCaViTModel",
+    "PaCaViTPreTrainedModel",
 ]

@@ -24,8 +24,11 @@ def convert(
 ) -> None:
     """Convert a checkpoint of the reference, or a plain ViT of timm, into a folder that transformers loads."""
     # Imported here, so that `locatvit --help` does not wait for PyTorch.
+    from transformers.utils import logging
+
     from ..conversion.convert import convert as run
 
+    logging.disable_progress_bar()
     conversion = run(source, out, ema=ema, overwrite=overwrite, revision=revision, report=_print)
     millions = conversion.num_parameters / 1e6
     console.print(f"[green]{conversion.model_class}[/green], {millions:.2f} M parameters, is in [bold]{out}[/bold].")

@@ -1,0 +1,244 @@
+"""`from_vit`: a LocAtViT that starts as the plain ViT it was given."""
+
+import json
+import logging
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from locatvit_hf import (
+    LocAtViTBackbone,
+    LocAtViTForImageClassification,
+    LocAtViTForSemanticSegmentation,
+    LocAtViTImageProcessor,
+    LocAtViTModel,
+)
+
+SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
+TIMM_SIZES = {"depth": 3, "img_size": 64, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
+# Class, configuration and whether our classifier can be the source's.
+SOURCES = {
+    "vit": (ViTForImageClassification, ViTConfig(intermediate_size=96, num_labels=5, **SIZES), True),
+    "vit_encoder": (ViTModel, ViTConfig(intermediate_size=96, layer_norm_eps=1e-3, hidden_act="relu", **SIZES), False),
+    "vit_masked": (ViTForMaskedImageModeling, ViTConfig(intermediate_size=96, qkv_bias=False, **SIZES), False),
+    "deit": (DeiTForImageClassification, DeiTConfig(intermediate_size=96, num_labels=5, **SIZES), True),
+    "deit_encoder": (DeiTModel, DeiTConfig(intermediate_size=96, **SIZES), False),
+    "deit_teacher": (DeiTForImageClassificationWithTeacher, DeiTConfig(intermediate_size=96, **SIZES), False),
+    "dinov2": (Dinov2Model, Dinov2Config(mlp_ratio=2, **SIZES), False),
+    "dinov2_classifier": (Dinov2ForImageClassification, Dinov2Config(num_labels=5, **SIZES), False),
+    "dinov2_registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(num_register_tokens=3, **SIZES), False),
+}
+TIMM_SOURCES = {
+    "plain": ("vit_tiny_patch16_224", {}),
+    "registers": ("vit_tiny_patch16_224", {"reg_tokens": 4}),
+    "registers_apart": ("vit_tiny_patch16_224", {"reg_tokens": 4, "no_embed_class": True}),
+    "mean": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "layer_scale": ("deit3_small_patch16_224", {}),
+    "dinov2": ("vit_small_patch14_reg4_dinov2", {"img_size": 56}),
+    "rope": ("vit_small_patch16_rope_mixed_224", {}),
+}
+
+
+def with_trained_like_weights(model: nn.Module, scale: float = 1.5) -> nn.Module:
+    """Weights far from their initialisation: large projections, norms and scales around one, biases away from zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1 and not name.endswith("bias"):
+                parameter.copy_(1 + 0.3 * noise)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(scale * noise / max(parameter[0].numel(), 1) ** 0.5)
+    return model.eval()
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    return getattr(model, model.base_model_prefix, model)
+
+
+@pytest.fixture
+def warnings_of_from_vit(caplog, monkeypatch):
+    """The sentences that from_vit logged; the library's logger does not propagate by itself."""
+    monkeypatch.setattr(logging.getLogger("locatvit_hf"), "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("locatvit_hf")]
+
+
+@pytest.mark.parametrize("where", ["folder", "memory"])
+@pytest.mark.parametrize("name", SOURCES)
+@torch.no_grad()
+def test_transformers_source(tmp_path, warnings_of_from_vit, name, where):
+    model_class, config, has_our_head = SOURCES[name]
+    source = with_trained_like_weights(model_class(config))
+    if where == "folder":
+        source.save_pretrained(tmp_path)
+    started = LocAtViTForImageClassification.from_vit(tmp_path if where == "folder" else source)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    expected = encoder_of(source)(pixel_values).last_hidden_state
+    actual = started.locatvit(pixel_values).last_hidden_state
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
+    assert started.config.use_gaussian and not started.config.use_refinement
+    sentences = warnings_of_from_vit()
+    if has_our_head:
+        torch.testing.assert_close(started(pixel_values).logits, source(pixel_values).logits, atol=1e-3, rtol=0)
+        assert sentences == []
+    else:
+        assert len(sentences) == 1 and "is new" in sentences[0]
+
+
+@pytest.mark.parametrize("where", ["folder", "memory"])
+@pytest.mark.parametrize("name", TIMM_SOURCES)
+@torch.no_grad()
+def test_timm_source(tmp_path, warnings_of_from_vit, name, where):
+    architecture, arguments = TIMM_SOURCES[name]
+    arguments = {**TIMM_SIZES, **arguments}
+    source = with_trained_like_weights(timm.create_model(architecture, **arguments))
+    if where == "folder":
+        save_for_hf(source, tmp_path, model_args=arguments, safe_serialization=True)
+    started = LocAtViTForImageClassification.from_vit(tmp_path if where == "folder" else source)
+    pixel_values = torch.randn(2, 3, arguments["img_size"], arguments["img_size"])
+    tokens = source.forward_features(pixel_values)
+    torch.testing.assert_close(started.locatvit(pixel_values).last_hidden_state, tokens, atol=1e-3, rtol=0)
+    torch.testing.assert_close(started(pixel_values).logits, source(pixel_values), atol=1e-3, rtol=0)
+    assert list(started.config.image_mean) == list(source.pretrained_cfg["mean"])
+    assert warnings_of_from_vit() == []
+
+
+@torch.no_grad()
+def test_distilled_deit_of_timm(tmp_path, warnings_of_from_vit):
+    arguments = {"depth": 2, "img_size": 64}
+    source = with_trained_like_weights(timm.create_model("deit_tiny_distilled_patch16_224", **arguments))
+    save_for_hf(source, tmp_path, model_args=arguments, safe_serialization=True)
+    started = LocAtViTForImageClassification.from_vit(tmp_path)
+    pixel_values = torch.randn(2, 3, 64, 64)
+    expected = source.forward_features(pixel_values)
+    torch.testing.assert_close(started.locatvit(pixel_values).last_hidden_state, expected, atol=1e-3, rtol=0)
+    assert started.config.num_register_tokens == 1 and len(warnings_of_from_vit()) == 1
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "dinov2_registers"])
+@torch.no_grad()
+def test_another_image_size_is_resampled_as_the_source_does(name):
+    model_class, config, _ = SOURCES[name]
+    source = encoder_of(with_trained_like_weights(model_class(config)))
+    started = LocAtViTModel.from_vit(source, image_size=48)
+    pixel_values = torch.randn(1, 3, 48, 48)
+    arguments = {} if name.startswith("dinov2") else {"interpolate_pos_encoding": True}
+    expected = source(pixel_values, **arguments).last_hidden_state
+    assert started.config.native_grid == (6, 6)
+    torch.testing.assert_close(started(pixel_values).last_hidden_state, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("model_class", [LocAtViTModel, LocAtViTForSemanticSegmentation, LocAtViTBackbone])
+@torch.no_grad()
+def test_every_class_starts_from_the_same_encoder(model_class):
+    source = with_trained_like_weights(SOURCES["vit"][0](SOURCES["vit"][1]))
+    pixel_values = torch.randn(1, 3, 32, 32)
+    expected = source(pixel_values, output_hidden_states=True).hidden_states[-1]
+    started = model_class.from_vit(source)
+    encoder = started.base_model
+    torch.testing.assert_close(
+        encoder(pixel_values, output_hidden_states=True).hidden_states[-1], expected, atol=1e-3, rtol=0
+    )
+    started(pixel_values)
+
+
+def test_gaussian_is_switched_down_and_can_learn():
+    started = LocAtViTForImageClassification.from_vit(SOURCES["vit"][0](SOURCES["vit"][1]))
+    gaussians = []
+    for layer in started.locatvit.layers:
+        layer.attention.gaussian.register_forward_hook(lambda module, inputs, output: gaussians.append(output))
+    started.train()(torch.randn(2, 3, 32, 32)).logits.square().sum().backward()
+    assert all(torch.allclose(gaussian.amplitude, torch.tensor(5e-5)) for gaussian in gaussians)
+    assert started.locatvit.layers[0].attention.gaussian.amplitude.bias.grad.abs() > 0
+
+
+def test_labels_statistics_and_overrides(tmp_path, warnings_of_from_vit):
+    source = ViTForImageClassification(SOURCES["vit"][1])
+    source.config.id2label = {index: f"class {index}" for index in range(5)}
+    source.save_pretrained(tmp_path)
+    ViTImageProcessor(
+        image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6], size={"height": 32, "width": 32}
+    ).save_pretrained(tmp_path)
+    started = LocAtViTForImageClassification.from_vit(tmp_path, attn_implementation="eager", drop_path_rate=0.1)
+    assert started.config.id2label[3] == "class 3" and started.config.drop_path_rate == 0.1
+    assert started.config._attn_implementation == "eager"
+    assert list(started.config.image_mean) == [0.1, 0.2, 0.3] and started.config.crop_pct == 1.0
+    assert LocAtViTImageProcessor.from_model_config(started.config).size.shortest_edge == 32
+    refined = LocAtViTForImageClassification.from_vit(tmp_path, use_refinement=True)
+    assert refined.config.use_refinement and warnings_of_from_vit() == []
+    other = LocAtViTForImageClassification.from_vit(tmp_path, num_labels=9)
+    assert other.classifier.out_features == 9 and other.config.id2label[3] == "LABEL_3"
+    assert len(warnings_of_from_vit()) == 1 and "classifier of 9 classes is new" in warnings_of_from_vit()[0]
+
+
+@torch.no_grad()
+def test_started_model_is_saved_and_loaded_like_any_other(tmp_path):
+    source = with_trained_like_weights(SOURCES["dinov2_registers"][0](SOURCES["dinov2_registers"][1]))
+    LocAtViTModel.from_vit(source).save_pretrained(tmp_path)
+    pixel_values = torch.randn(1, 3, 32, 32)
+    actual = LocAtViTModel.from_pretrained(tmp_path)(pixel_values).last_hidden_state
+    torch.testing.assert_close(actual, source(pixel_values).last_hidden_state, atol=1e-3, rtol=0)
+
+
+class TestRefusals:
+    def refused(self, checkpoint, match, **overrides):
+        with pytest.raises(ValueError, match=match) as error:
+            LocAtViTForImageClassification.from_vit(checkpoint, **overrides)
+        assert "\n" not in str(error.value)
+
+    def test_swiglu(self, tmp_path):
+        model = Dinov2Model(Dinov2Config(use_swiglu_ffn=True, **SIZES))
+        self.refused(model, "SwiGLU")
+        model.save_pretrained(tmp_path)
+        self.refused(tmp_path, "SwiGLU")
+
+    def test_other_architectures(self, tmp_path):
+        model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
+        self.refused(model, "ResNetModel is no plain ViT")
+        model.save_pretrained(tmp_path)
+        self.refused(tmp_path, "model_type 'resnet'")
+        self.refused(timm.create_model("resnet18"), "no plain ViT")
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "locatvit_tiny"}))
+        (tmp_path / "pytorch_model.bin").touch()
+        self.refused(tmp_path, "locatvit convert")
+
+    def test_missing_tensor(self, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        ViTModel(SOURCES["vit"][1]).save_pretrained(tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        name = next(name for name in state if "layernorm_after.bias" in name or "norm2.bias" in name)
+        del state[name]
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        self.refused(tmp_path, "lacks .*0.*bias")
+
+    def test_unknown_field_and_missing_folder(self, tmp_path):
+        model = ViTModel(SOURCES["vit"][1])
+        self.refused(model, "no field 'gausian'", gausian=True)
+        self.refused(tmp_path / "nowhere", "There is no file or folder")
+        self.refused(model, "must be divisible", num_attention_heads=7)
+        self.refused(model, "embeddings.patch_embeddings.projection.weight", patch_size=4)

@@ -1,0 +1,163 @@
+"""Every layout of the reference, converted by the command and loaded where this package cannot be imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from locatvit_hf import LocAtViTForImageClassification
+from locatvit_hf.conversion import locatvit as family
+from tests.conversion.layouts import write_mixin, write_run, write_timm
+from tests.golden import GOLDEN, VIT_CHECKPOINTS, load_case, load_models, model_input, rule_weights
+
+WRITERS = {"mixin": write_mixin, "timm": write_timm, "run": write_run}
+# The reference's own `save_pretrained` knows no RoPE: its layout names no architecture.
+CASES = [(name, layout) for name in VIT_CHECKPOINTS for layout in WRITERS if (name, layout) != ("locatrope", "mixin")]
+# Rows of locat_golden.json in timm's layout: (position, architecture, model_args, global_pool). timm's own refinement
+# is the reference's without Gaussians.
+RULE_CASES = {
+    "tiny": (0, "locatvit_tiny", {}, "token"),
+    "prr": (2, "vit_tiny_patch16_224", {}, "prr"),
+    "mean": (6, "locatvit_tiny", {"class_token": False}, "avg"),
+    "plain": (10, "vit_tiny_patch16_224", {}, "token"),
+    "rope": (12, "locatvit_tiny_rope_mixed", {}, "token"),
+}
+
+STRANGER = """
+import sys
+
+class NoPackage:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "locatvit_hf":
+            raise ModuleNotFoundError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, NoPackage())
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+root = Path(sys.argv[1])
+for inputs in sorted(root.glob("*.inputs.safetensors")):
+    folder = root / inputs.name.removesuffix(".inputs.safetensors")
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    assert "locatvit_hf" not in sys.modules and type(model).__module__.startswith("transformers_modules")
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(processor).__name__ == "LocAtViTImageProcessor"
+    with torch.no_grad():
+        save_file(
+            {name: model(pixel_values).logits for name, pixel_values in load_file(inputs).items()},
+            root / f"{folder.name}.logits.safetensors",
+        )
+"""
+
+
+@pytest.fixture(scope="module")
+def strangers_logits(tmp_path_factory, locatvit) -> dict[str, dict[str, torch.Tensor]]:
+    """Logits of every converted checkpoint by one process that has only transformers: folder -> input -> logits."""
+    sources, root = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("converted")
+    inputs = {}
+    for name, layout in CASES:
+        case = load_case(name)
+        source = WRITERS[layout](case, sources / f"{name}-{layout}")
+        if layout == "run" and name == "locatvit_reg4":
+            source = source / "model_best.pth.tar"
+        inputs[f"{name}-{layout}"] = (source, {str(i): case.input(i) for i in range(case.num_inputs)})
+    for name, (row, architecture, arguments, pool) in RULE_CASES.items():
+        source = write_rule_case(sources / name, architecture, arguments, pool)
+        inputs[name] = (source, {"0": model_input(load_models()[row]["input"]).float()})
+    for name, (source, tensors) in inputs.items():
+        result = locatvit("convert", source, root / name)
+        assert result.exit_code == 0, result.output
+        save_file(tensors, root / f"{name}.inputs.safetensors")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    script = root / "stranger.py"
+    script.write_text(STRANGER)
+    process = subprocess.run(
+        [sys.executable, str(script), str(root)], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    return {name: load_file(root / f"{name}.logits.safetensors") for name in inputs}
+
+
+def write_rule_case(folder: Path, architecture: str, arguments: dict, pool: str) -> Path:
+    """timm's layout with weights by the rule of the golden values."""
+    folder.mkdir()
+    config = json.loads((GOLDEN / "hub_layouts" / "timm" / "config.json").read_text())
+    config.update(architecture=architecture, global_pool=pool)
+    if arguments:
+        config["model_args"] = arguments
+    (folder / "config.json").write_text(json.dumps(config))
+    ours = family.build_config(architecture, {**arguments, "global_pool": pool})
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LocAtViTForImageClassification(ours).state_dict().items()}
+    weights = rule_weights(family.key_table(ours), shapes)
+    save_file({name: tensor.float() for name, tensor in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_golden_logits_in_a_process_without_the_package(strangers_logits, name, layout):
+    case = load_case(name)
+    for index in range(case.num_inputs):
+        assert case.error(f"{index}.logits", strangers_logits[f"{name}-{layout}"][str(index)]) < 1e-5
+
+
+@pytest.mark.parametrize("name", RULE_CASES)
+def test_whole_models_in_timms_layout(strangers_logits, name):
+    golden = load_models()[RULE_CASES[name][0]]
+    logits = strangers_logits[name]["0"].double()
+    # Weights and arithmetic are in float32 here, the golden values in float64.
+    np.testing.assert_allclose(logits[0, : len(golden["logits_0"])], golden["logits_0"], atol=5e-5)
+    assert abs(logits.sum().item() - golden["logits_sum"]) < 5e-3
+
+
+def test_fixed_layout_files_convert_as_they_are(tmp_path, locatvit):
+    """The files of `hub_layouts/mixin`, unchanged."""
+    case = load_case("locatvit")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_bytes((GOLDEN / "hub_layouts" / "mixin" / "config.json").read_bytes())
+    save_file(case.state, tmp_path / "source" / "model.safetensors")
+    assert locatvit("convert", tmp_path / "source", tmp_path / "out").exit_code == 0
+    model = LocAtViTForImageClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert case.error("0.logits", model(case.input(0)).logits) < 1e-5
+
+
+def test_folder_is_complete(tmp_path, locatvit):
+    source = write_timm(load_case("locatvit"), tmp_path / "source")
+    assert locatvit("convert", source, tmp_path / "out").exit_code == 0
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "LICENSE"} <= files
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert set(config["auto_map"]) >= {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageClassification",
+        "AutoModelForSemanticSegmentation",
+        "AutoBackbone",
+    }
+    for reference in config["auto_map"].values():
+        assert f"{reference.split('.')[0]}.py" in files
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "locatvit_tiny" in card and "SHA-256" in card and str(tmp_path) not in card
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_command_runs_as_a_module(tmp_path):
+    source = write_mixin(load_case("vit_baseline"), tmp_path / "source")
+    process = subprocess.run(
+        [sys.executable, "-m", "locatvit_hf.cli", "convert", str(source), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert process.returncode == 0, process.stderr
+    assert "reloaded" in process.stdout and process.stderr == ""
