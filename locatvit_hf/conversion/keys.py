@@ -53,11 +53,13 @@ def rename(
 ) -> dict[str, torch.Tensor]:
     """Our state dict from the source's.
 
-    table: every tensor that the source must hold, and no other.
+    table: every tensor that the source must hold, and no other. Rows with the same names of ours are copies of one
+        shared tensor: one of them is enough, and those that are there must agree.
     shapes: name and shape of each of our tensors in the table.
     Raises ConversionError that names tensors which are missing, unknown or of another shape.
     """
-    missing = [name for name in table if name not in state]
+    found = {ours for name, row in table.items() if name in state for ours in row}
+    missing = [name for name, row in table.items() if name not in state and not found.issuperset(row)]
     unknown = [name for name in state if name not in table]
     if missing or unknown:
         problems = []
@@ -68,6 +70,8 @@ def rename(
         raise ConversionError(f"The checkpoint {' and '.join(problems)}.")
     renamed = {}
     for source, shape in source_shapes(table, shapes).items():
+        if source not in state:
+            continue
         tensor = state[source]
         if tuple(tensor.shape) != shape:
             raise ConversionError(
@@ -75,7 +79,10 @@ def rename(
             )
         ours = table[source]
         parts = tensor.chunk(len(ours)) if len(ours) > 1 else (tensor,)
-        renamed.update(zip(ours, (part.contiguous() for part in parts), strict=True))
+        for name, part in zip(ours, parts, strict=True):
+            if name in renamed and not torch.equal(renamed[name], part):
+                raise ConversionError(f"The tensor {source} differs from its other copies in the checkpoint.")
+            renamed.setdefault(name, part.contiguous())
     return renamed
 
 

@@ -87,8 +87,8 @@ def from_vit(cls, checkpoint: str | Path | nn.Module, **config_overrides) -> Pre
 
     checkpoint: a ViT, DeiT, DINOv2 or DINOv2 with registers of transformers, or a ViT of timm: a folder, a Hub id, or a
         model in memory. DeiT's distillation token becomes a register.
-    config_overrides: fields of `LocAtViTConfig`, and `attn_implementation`. With `use_refinement=True` it is refined
-        from the start. For another `image_size` the position embeddings are resampled as the source does.
+    config_overrides: fields of `LocAtViTConfig`, and `attn_implementation`. `use_refinement=True` refines from the
+        start. For another `image_size` the position embeddings are resampled as the source does.
 
     The new Gaussians start at an amplitude of 5e-5, and `last_hidden_state` is the source's to within 1e-3. The head is
     copied where it has our shape, otherwise it is new and a sentence says so.
