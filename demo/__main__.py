@@ -40,16 +40,31 @@ def main(
     train_scenes: Annotated[int, typer.Option(help="Scenes to learn from.")] = 3000,
     validation_scenes: Annotated[int, typer.Option(help="Held-out scenes.")] = 400,
     pretrain_length: Annotated[str, typer.Option(help="Image-label training, as in a recipe.")] = "16 epochs",
-    segment_length: Annotated[str, typer.Option(help="Training of the probe, as in a recipe.")] = "6 epochs",
+    segment_length: Annotated[str, typer.Option(help="Training of the probe, as in a recipe.")] = "8 epochs",
 ) -> None:
     """Train, export and compare; an interrupted run continues, a finished one is quickly repeated."""
+    try:
+        run_demo(output, work, (train_scenes, validation_scenes), pretrain_length, segment_length)
+    except KeyboardInterrupt:
+        console.print("\nStopped; the same command continues.", style="yellow")
+        raise typer.Exit(130) from None
+    except (RuntimeError, ValueError, OSError) as error:
+        console.print(f"\n{error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+
+
+def run_demo(output: Path, work: Path, num_scenes: tuple[int, int], pretrain_length: str, segment_length: str) -> None:
+    """All stages; each is skipped where an earlier run has left its result in `work`.
+
+    num_scenes: to learn from, and held out.
+    Raises RuntimeError where a program fails, ValueError where a folder holds something that is not the demo's.
+    """
     started = time.perf_counter()
-    settings = {
-        "scenes": [train_scenes, validation_scenes],
-        "lengths": [pretrain_length, segment_length],
-        "code": _fingerprint(),
-    }
-    _open_work(work, settings)
+    for folder, mark in ((output, "index.html"), (work, "settings.json")):
+        if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
+            raise ValueError(f"{folder} holds something else than this demo: name another folder.")
+    lengths = [pretrain_length, segment_length]
+    _open_work(work, {"scenes": list(num_scenes), "lengths": lengths, "code": _fingerprint()})
     scenes, runs = work / "scenes", work / "runs"
 
     with _stage("Composing scenes of digits", done=scenes.exists()) as run:
@@ -59,9 +74,8 @@ def main(
             from demo.scenes import make_scenes
 
             datasets.disable_progress_bars()
-
             with atomic_folder(scenes) as folder:
-                make_scenes(train_scenes, validation_scenes).save_to_disk(str(folder))
+                make_scenes(*num_scenes).save_to_disk(str(folder))
 
     for stage, program, length in (
         ("Training on image labels", "pretrain", pretrain_length),
@@ -182,11 +196,4 @@ def _fingerprint() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except KeyboardInterrupt:
-        console.print("\nStopped; run it again to continue.", style="yellow")
-        raise SystemExit(130) from None
-    except (RuntimeError, ValueError, OSError) as error:
-        console.print(f"\n{error}", style="red", markup=False)
-        raise SystemExit(1) from None
+    typer.run(main)

@@ -176,19 +176,22 @@ def _attentions(scene: dict, models: dict, processor: LocAtViTImageProcessor) ->
 
 def _gaussians(image: Image.Image, model: LocAtViTForImageClassification, processor: LocAtViTImageProcessor) -> Figure:
     layers = read_gaussians(model, processor(image, return_tensors="pt")["pixel_values"])
-    heads = layers[0].amplitude.shape[1]
-    amplitudes = torch.stack([layer.amplitude[0] for layer in layers])
-    limits = (float(amplitudes.min()), float(amplitudes.max()))
+    heads, (height, width) = layers[0].amplitude.shape[1], layers[0].grid
+    every_other = [row * width + column for row in range(1, height, 2) for column in range(1, width, 2)]
+    amplitudes = torch.stack([layer.amplitude[0][:, every_other] for layer in layers])
+    limits = (0.0, float(amplitudes.quantile(0.95)))  # a few strong ones would leave the rest in one colour
     figure, axes = plt.subplots(
         heads, len(layers), figsize=(2.2 * len(layers) + 0.6, 2.3 * heads), layout="constrained", squeeze=False
     )
     for layer, gaussian in enumerate(layers):
         for head in range(heads):
-            drawn = draw_gaussians(axes[head, layer], image, gaussian, head=head, amplitude_range=limits)
+            drawn = draw_gaussians(
+                axes[head, layer], image, gaussian, head=head, patches=every_other, amplitude_range=limits
+            )
         axes[0, layer].set_title(f"layer {layer + 1}", fontsize=9)
     for head in range(heads):
         _name_row(axes[head, 0], f"head {head + 1}")
-    figure.colorbar(drawn, ax=axes, shrink=0.6, label="amplitude α")
+    figure.colorbar(drawn, ax=axes, shrink=0.6, extend="max", label="amplitude α")
     return figure
 
 

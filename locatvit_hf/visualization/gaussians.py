@@ -36,7 +36,7 @@ def draw_gaussians(
     gaussian: Gaussian,
     head: int = 0,
     patches: list[int] | None = None,
-    colormap: str = "viridis",
+    colormap: str = "plasma",
     amplitude_range: tuple[float, float] | None = None,
 ) -> EllipseCollection:
     """Draw the Gaussians of the first image of a batch: one ellipse a patch, at one standard deviation.
@@ -69,12 +69,13 @@ def draw_gaussians(
         offsets=centers.numpy(),
         offset_transform=axes.transData,
         facecolors="none",
-        linewidths=1.3,
+        linewidths=1.6,
         cmap=colormap,
         array=amplitudes.numpy(),
     )
     ellipses.set_clim(*(amplitude_range or (None, None)))
     axes.add_collection(ellipses)
+    axes.plot(*centers.numpy().T, ".", color="white", markersize=2.5)
     axes.set(xlim=_extent(image)[:2], ylim=_extent(image)[2:])
     axes.set_axis_off()
     return ellipses

@@ -1,7 +1,9 @@
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,33 @@ def test_a_failing_stage_leaves_no_page(tmp_path):
     assert failed.returncode == 1
     assert "A duration reads" in failed.stderr + failed.stdout
     assert not (tmp_path / "output").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "thesis.tex").write_text("precious")
+    refused = demo(tmp_path)
+    assert refused.returncode == 1 and "holds something else" in refused.stdout
+    assert (tmp_path / "output" / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.slow
+def test_control_c_leaves_nothing_half_written(tmp_path):
+    paths = ("--output", str(tmp_path / "output"), "--work", str(tmp_path / "work"))
+    options = ("--train-scenes", "60", "--validation-scenes", "12", "--pretrain-length", "100000 steps")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "demo", *paths, *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    checkpoints = tmp_path / "work" / "runs" / "pretrain" / "vit" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("step_*")):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command continues" in output
+    assert {path.name for path in tmp_path.iterdir()} == {"work"}
+    assert not list(tmp_path.glob("**/*.part"))
