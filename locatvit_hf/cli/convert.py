@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from transformers.utils import logging
 
+from ..conversion.convert import convert as run
 from .console import console, one_sentence_errors
 
 
@@ -23,11 +25,6 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
 ) -> None:
     """Convert a checkpoint of the reference, or a plain ViT of timm, into a folder that transformers loads."""
-    # Imported here, so that `locatvit --help` does not wait for PyTorch.
-    from transformers.utils import logging
-
-    from ..conversion.convert import convert as run
-
     logging.disable_progress_bar()
     conversion = run(source, out, ema=ema, overwrite=overwrite, revision=revision, report=_print)
     millions = conversion.num_parameters / 1e6

@@ -212,13 +212,14 @@ def _load_transformers(folder: Path, config: Mapping[str, Any], source: str) -> 
     except Exception as error:  # whatever a damaged file led to
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConversionError(f"{source} cannot be loaded by transformers: {lines[0]}") from error
-    missing = sorted(name for name in info["missing_keys"] if not LEFT_BEHIND.fullmatch(_spell(name)))
+    missing = sorted(name for name in info["missing_keys"] if not LEFT_BEHIND.fullmatch(spell(name)))
     if missing:
         raise ConversionError(f"The checkpoint lacks {missing[0]}.")
     return model
 
 
-def _spell(name: str) -> str:
+def spell(name: str) -> str:
+    """A tensor's name in transformers, any version's, as `transformers_key_table` writes it."""
     for pattern, replacement in SPELLINGS:
         name = re.sub(pattern, replacement, name)
     return name
@@ -248,7 +249,7 @@ def _of_transformers(model: PreTrainedModel, preprocessing: Mapping[str, Any], d
     for name in ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"):
         fields[name] = getattr(theirs, name)
 
-    state = {_spell(name): tensor.detach() for name, tensor in model.state_dict().items()}
+    state = {spell(name): tensor.detach() for name, tensor in model.state_dict().items()}
     state = {name: tensor for name, tensor in state.items() if not LEFT_BEHIND.fullmatch(name)}
     heads = [name for name in state if re.fullmatch(r"\w*classifier\.(weight|bias)", name)]
     head = {name: state.pop(name) for name in heads}
@@ -430,4 +431,4 @@ def _of_timm(fields: dict[str, Any], state: dict[str, torch.Tensor], description
     )
 
 
-__all__ = ["PlainViT", "from_vit", "open_vit", "transformers_key_table"]
+__all__ = ["PlainViT", "from_vit", "open_vit", "spell", "transformers_key_table"]

@@ -6,6 +6,7 @@ import logging
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import nn
 from transformers import (
@@ -34,6 +35,7 @@ from locatvit_hf import (
     LocAtViTImageProcessor,
     LocAtViTModel,
 )
+from locatvit_hf.conversion.vit import spell
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 TIMM_SIZES = {"depth": 3, "img_size": 64, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
@@ -107,6 +109,16 @@ def test_transformers_source(tmp_path, warnings_of_from_vit, name, where):
         assert sentences == []
     else:
         assert len(sentences) == 1 and "is new" in sentences[0]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_files_and_models_are_spelled_alike(tmp_path, name):
+    """transformers writes the names of its first versions into files, and has other ones in memory."""
+    model_class, config, _ = SOURCES[name]
+    model = model_class(config)
+    model.save_pretrained(tmp_path)
+    in_memory = {spell(name) for name in model.state_dict()}
+    assert {spell(name) for name in load_file(tmp_path / "model.safetensors")} == in_memory
 
 
 @pytest.mark.parametrize("where", ["folder", "memory"])
@@ -227,8 +239,6 @@ class TestRefusals:
         self.refused(tmp_path, "locatvit convert")
 
     def test_missing_tensor(self, tmp_path):
-        from safetensors.torch import load_file, save_file
-
         ViTModel(SOURCES["vit"][1]).save_pretrained(tmp_path)
         state = load_file(tmp_path / "model.safetensors")
         name = next(name for name in state if "layernorm_after.bias" in name or "norm2.bias" in name)

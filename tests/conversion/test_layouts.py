@@ -146,6 +146,7 @@ def test_folder_is_complete(tmp_path, locatvit):
     }
     for reference in config["auto_map"].values():
         assert f"{reference.split('.')[0]}.py" in files
+    assert (tmp_path / "out" / "LICENSE").read_text() == (Path(__file__).parents[2] / "LICENSE").read_text()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "locatvit_tiny" in card and "SHA-256" in card and str(tmp_path) not in card
     assert list(tmp_path.glob(".*")) == []
