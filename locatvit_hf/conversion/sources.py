@@ -246,10 +246,10 @@ def load_tensors(file: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(Inert, name) for name in INERT_GLOBALS]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the damaged byte led to
-        name = re.search(r"GLOBAL `?([\w.]+)", str(error))
+        name = re.search(r"GLOBAL `?([\w.]+)|unrecognized function (.+)", str(error))
         if name:
             raise ConversionError(
-                f"{file.name} is refused: its pickle asks for {name[1]}, which is code and not data."
+                f"{file.name} is refused: its pickle asks for {name[1] or name[2]}, which is code and not data."
             ) from error
         raise ConversionError(f"{file.name} is damaged or no checkpoint of PyTorch: {_first_line(error)}.") from error
     if not isinstance(content, Mapping):
