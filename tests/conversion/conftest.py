@@ -1,14 +1,13 @@
 from collections.abc import Callable
 
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from locatvit_hf.cli import app
 
 
 @pytest.fixture(scope="session")
-def locatvit() -> Callable[..., Result]:
+def locatvit() -> Callable:
     """Runs `locatvit ARGUMENTS` in this process; paths are taken as arguments too."""
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
