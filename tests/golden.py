@@ -27,13 +27,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
-from locatvit_hf import LocAtViTConfig
-from locatvit_hf.conversion import locatvit
+from locatvit_hf.conversion.families import FAMILIES, Family
 from locatvit_hf.conversion.keys import KeyTable, rename, source_shapes
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 VIT_CHECKPOINTS = ("locatvit", "locatvit_reg4", "locatvit_nopos", "locatvit_grid32", "vit_baseline", "locatrope")
+# Stored in the same way, compared with in files of their own.
+OTHER_CHECKPOINTS = ("locatswin", "locatjumbo")
 LARGEST_SAMPLE = 2048
 
 
@@ -68,9 +70,14 @@ class GoldenCase:
         return {name[6:]: tensor for name, tensor in self.tensors.items() if name.startswith("state.")}
 
     @property
-    def config(self) -> LocAtViTConfig:
+    def family(self) -> Family:
+        """How the converter treats the case."""
+        return family_of(self.architecture)
+
+    @property
+    def config(self) -> PreTrainedConfig:
         """The configuration as the converter builds it. `vit_baseline` sets gaug and prr to false in its arguments."""
-        return locatvit.build_config(self.architecture, self.arguments)
+        return self.family.build_config(self.architecture, self.arguments)
 
     def input(self, index: int) -> torch.Tensor:
         return self.tensors[f"{index}.input"]
@@ -88,6 +95,11 @@ class GoldenCase:
         stored = self.tensors[f"grad.{name}"]
         difference, norm = (stored - sample(gradient)).norm().item(), stored.norm().item()
         return difference if norm < 1e-6 else difference / norm
+
+
+def family_of(architecture: str) -> Family:
+    """The family of a name in the golden files."""
+    return next(family for family in FAMILIES if family.recognise(architecture, {}))
 
 
 def load_case(name: str) -> GoldenCase:

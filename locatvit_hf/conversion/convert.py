@@ -55,6 +55,7 @@ def convert(
     config = configure(family, reference)
     state, where = read_state(reference, ema)
     report(f"Took {where} of {reference.weights_file.name}: {len(state)} tensors.")
+    state = family.prepare_state(state)
     check_class_count(state, config)
     model = build_model(family, config, state)
     with complete_or_absent(folder, overwrite) as partial:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .. import modeling_locatvit
+from .. import modeling_locatjumbo, modeling_locatswin, modeling_locatvit
 from ..image_processing_locatvit import LocAtViTImageProcessor
-from . import locatvit
+from . import locatjumbo, locatswin, locatvit
 from .errors import ConversionError
 from .keys import KeyTable
 from .sources import Reference
@@ -22,6 +23,7 @@ class Family(NamedTuple):
     default_preprocessing: architecture -> mean, std and crop_pct where the checkpoint says nothing.
     key_table: configuration -> names of the reference -> our names in `classifier`.
     classifier, encoder: our model with and without a head.
+    prepare_state: the tensors of a checkpoint -> those of the key table, where some are stored twice or not learned.
     processor: our image processor.
     """
 
@@ -32,6 +34,7 @@ class Family(NamedTuple):
     key_table: Callable[[PreTrainedConfig], KeyTable]
     classifier: type[PreTrainedModel]
     encoder: type[PreTrainedModel]
+    prepare_state: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] = dict
     processor: type = LocAtViTImageProcessor
 
 
@@ -44,6 +47,26 @@ FAMILIES = (
         key_table=locatvit.key_table,
         classifier=modeling_locatvit.LocAtViTForImageClassification,
         encoder=modeling_locatvit.LocAtViTModel,
+    ),
+    Family(
+        name="locatswin",
+        recognise=locatswin.recognise,
+        build_config=locatswin.build_config,
+        default_preprocessing=locatswin.default_preprocessing,
+        key_table=locatswin.key_table,
+        classifier=modeling_locatswin.LocAtSwinForImageClassification,
+        encoder=modeling_locatswin.LocAtSwinModel,
+        prepare_state=locatswin.prepare_state,
+    ),
+    Family(
+        name="locatjumbo",
+        recognise=locatjumbo.recognise,
+        build_config=locatjumbo.build_config,
+        default_preprocessing=locatjumbo.default_preprocessing,
+        key_table=locatjumbo.key_table,
+        classifier=modeling_locatjumbo.LocAtJumboForImageClassification,
+        encoder=modeling_locatjumbo.LocAtJumboModel,
+        prepare_state=locatjumbo.prepare_state,
     ),
 )
 

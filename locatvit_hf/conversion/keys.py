@@ -28,6 +28,12 @@ def expand(modules: Mapping[str, str | tuple[str, ...]], num_layers: int) -> Key
     return table
 
 
+def without(table: KeyTable, absent: Mapping[str, bool]) -> KeyTable:
+    """The rows of a table but those whose source name contains a key of `absent` whose value is true."""
+    gone = [part for part, is_absent in absent.items() if is_absent]
+    return {source: ours for source, ours in table.items() if not any(part in source for part in gone)}
+
+
 def restrict(table: KeyTable, names: Iterable[str], prefix: str = "") -> KeyTable:
     """The rows whose tensors a model has. `names` are the model's, without `prefix` where the table writes it."""
     names = set(names)
@@ -93,4 +99,4 @@ def _listed(names: list[str]) -> str:
     return f"{listed} and {rest} more" if rest > 0 else listed
 
 
-__all__ = ["KeyTable", "expand", "rename", "restrict", "source_shapes"]
+__all__ = ["KeyTable", "expand", "rename", "restrict", "source_shapes", "without"]

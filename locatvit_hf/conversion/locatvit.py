@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..configuration_locatvit import LocAtViTConfig
+from .arguments import IMAGENET_MEAN, IMAGENET_STD, preset_of, translate
 from .errors import ConversionError
-from .keys import KeyTable, expand
+from .keys import KeyTable, expand, without
 
 # `locatvit_tiny`, `locatvit_base_rope_mixed`.
 LOCAT_NAME = re.compile(r"locatvit_(?P<size>[a-z]+)(?P<rope>_rope_mixed)?")
@@ -21,23 +22,15 @@ BASELINE_NAME = re.compile(
     r"(?P<rope>_rope_mixed)?(_reg(?P<registers>\d+))?(?P<gap>_gap)?(?P<dinov2>_dinov2)?(_(?P<image>\d+))?"
 )
 
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-# Argument of the reference (and of timm) -> field of ours, where the value is the same.
+# Argument of the reference (and of timm) -> field of ours, where the value is the same; more stand in `arguments`.
 SAME_VALUE = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "in_chans": "num_channels",
     "embed_dim": "hidden_size",
     "depth": "num_hidden_layers",
     "num_heads": "num_attention_heads",
-    "qkv_bias": "qkv_bias",
     "init_values": "layer_scale_init_value",
     "class_token": "use_class_token",
     "reg_tokens": "num_register_tokens",
     "num_reg_tokens": "num_register_tokens",
-    "gaug": "use_gaussian",
-    "prr": "use_refinement",
     "rope_temperature": "rope_temperature",
 }
 # Arguments that change the function in ways that we do not have: only these values are taken.
@@ -62,22 +55,8 @@ ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "swiglu_mlp": (False,),
     "use_post_norm": (False,),
 }
-# Arguments that do not change what a trained model computes: ours takes every image size, and dropout is chosen anew.
-WITHOUT_EFFECT = {
-    *(
-        "dynamic_img_size",
-        "dynamic_img_pad",
-        "strict_img_size",
-        "store_metrics",
-        "pretrained",
-        "weight_init",
-        "fix_init",
-    ),
-    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
-    *("drop_block_rate", "init_std", "head_init_scale", "device", "dtype"),
-}
-ACTIVATIONS = {None: "gelu", "gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-ACTIVATIONS |= {"relu": "relu", "silu": "silu", "swish": "silu"}
+# Arguments that several fields depend on, or that mean different things; see `config_fields`.
+ELSEWHERE = ("no_pos_emb", "pos_embed", "no_embed_class", "mlp_ratio", "global_pool", "fc_norm")
 
 
 def recognise(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
@@ -111,10 +90,7 @@ def default_arguments(architecture: str | None) -> dict[str, Any]:
 
 
 def _size(size: str, architecture: str) -> dict[str, int]:
-    presets = LocAtViTConfig.presets
-    if size not in presets:
-        raise ConversionError(f"{architecture} has the unknown size {size!r}; the sizes are {', '.join(presets)}.")
-    preset = presets[size]
+    preset = preset_of(LocAtViTConfig, size, architecture)
     return {
         "embed_dim": preset["hidden_size"],
         "depth": preset["num_hidden_layers"],
@@ -144,25 +120,11 @@ def config_fields(architecture: str | None, arguments: Mapping[str, Any]) -> dic
     if rope:
         arguments.setdefault("init_values", 1e-5)
         fields["position_embedding_type"] = "rope_mixed"
-    for name, value in arguments.items():
-        if name in SAME_VALUE:
-            fields[SAME_VALUE[name]] = list(value) if isinstance(value, tuple) else value
-        elif name in ONLY_VALUES:
-            if value not in ONLY_VALUES[name]:
-                raise ConversionError(f"The model was built with {name}={value!r}, which LocAtViT does not have.")
-        elif name in ("no_pos_emb", "pos_embed"):
-            if value in (True, "", "none") and not rope:
-                fields["position_embedding_type"] = "none"
-        elif name == "no_embed_class":
-            fields["prefix_position_embeddings"] = not value
-        elif name == "act_layer":
-            if value not in ACTIVATIONS:
-                raise ConversionError(f"The model was built with the unknown activation act_layer={value!r}.")
-            fields["hidden_act"] = ACTIVATIONS[value]
-        elif name == "num_classes":
-            fields["num_labels"] = value
-        elif name not in WITHOUT_EFFECT and name not in ("mlp_ratio", "global_pool", "fc_norm"):
-            raise ConversionError(f"The model was built with the unknown argument {name}={value!r}.")
+    fields.update(translate(arguments, SAME_VALUE, ONLY_VALUES, ELSEWHERE, "LocAtViT"))
+    if not rope and any(arguments.get(name) in (True, "", "none") for name in ("no_pos_emb", "pos_embed")):
+        fields["position_embedding_type"] = "none"
+    if "no_embed_class" in arguments:
+        fields["prefix_position_embeddings"] = not arguments["no_embed_class"]
     if "mlp_ratio" in arguments:
         fields["intermediate_size"] = int(fields.get("hidden_size", 768) * arguments["mlp_ratio"])
     return {**fields, **_pooling(arguments)}
@@ -229,19 +191,19 @@ def key_table(config: LocAtViTConfig) -> KeyTable:
         },
         config.num_hidden_layers,
     )
-    absent = {
-        "cls_token": not config.use_class_token,
-        "reg_token": not config.num_register_tokens,
-        "pos_embed": config.position_embedding_type != "learned",
-        "rope.freqs": not rope,
-        ".gaug.": not config.use_gaussian,
-        ".gamma": config.layer_scale_init_value is None,
-        ".qkv.bias": not config.qkv_bias,
-        "head.": not config.num_labels,
-    }
-    return {
-        name: ours for name, ours in table.items() if not any(gone and part in name for part, gone in absent.items())
-    }
+    return without(
+        table,
+        {
+            "cls_token": not config.use_class_token,
+            "reg_token": not config.num_register_tokens,
+            "pos_embed": config.position_embedding_type != "learned",
+            "rope.freqs": not rope,
+            ".gaug.": not config.use_gaussian,
+            ".gamma": config.layer_scale_init_value is None,
+            ".qkv.bias": not config.qkv_bias,
+            "head.": not config.num_labels,
+        },
+    )
 
 
 __all__ = ["build_config", "config_fields", "default_arguments", "default_preprocessing", "key_table", "recognise"]
