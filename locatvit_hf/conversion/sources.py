@@ -246,11 +246,13 @@ def load_tensors(file: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(Inert, name) for name in INERT_GLOBALS]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the damaged byte led to
-        name = re.search(r"GLOBAL `?([\w.]+)|unrecognized function (.+)", str(error))
+        name = re.search(r"GLOBAL `?([\w.]+)", str(error))
         if name:
             raise ConversionError(
-                f"{file.name} is refused: its pickle asks for {name[1] or name[2]}, which is code and not data."
+                f"{file.name} is refused: its pickle asks for {name[1]}, which is code and not data."
             ) from error
+        if "unrecognized function" in str(error):
+            raise ConversionError(f"{file.name} is refused: its pickle calls an object, which is code.") from error
         raise ConversionError(f"{file.name} is damaged or no checkpoint of PyTorch: {_first_line(error)}.") from error
     if not isinstance(content, Mapping):
         raise ConversionError(f"{file.name} holds no state dict but a {type(content).__name__}.")
@@ -258,8 +260,9 @@ def load_tensors(file: Path) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
+    """What went wrong; only the kind of error where its message is empty or a bare value."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines and " " in lines[0] else type(error).__name__
 
 
 __all__ = ["Inert", "Reference", "find", "load_tensors", "read_reference", "read_state"]

@@ -63,6 +63,29 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path, out, refuses, functio
     assert not mark.exists()
 
 
+class Lookup:
+    """Pickled as the result of `getattr`, which training runs store too and which is not executed here."""
+
+    def __call__(self, *arguments):
+        raise AssertionError
+
+    def __reduce__(self):
+        return getattr, ("text", "upper")
+
+
+def test_result_of_a_stored_lookup_cannot_be_called(tmp_path, out, refuses):
+    source = write_run(CASE, tmp_path / "run")
+    torch.save({"state_dict": CASE.state, "args": RunsCode("x", Lookup())}, source / "model_best.pth.tar")
+    assert "is refused: its pickle calls an object" in refuses("convert", source, out)
+
+
+def test_file_that_is_no_checkpoint(tmp_path, out, refuses):
+    source = write_run(CASE, tmp_path / "run")
+    for content in (b"", b"hello world" * 100):
+        (source / "model_best.pth.tar").write_bytes(content)
+        assert "model_best.pth.tar is damaged or no checkpoint" in refuses("convert", source, out)
+
+
 def test_another_architecture(tmp_path, out, refuses):
     source = write_timm(CASE, tmp_path / "source", architecture="resnet50")
     assert "resnet50 cannot be converted" in refuses("convert", source, out)
