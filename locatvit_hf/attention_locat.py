@@ -97,6 +97,8 @@ def flex_attention_forward(
     tokens = query.shape[2]
     if attention_mask is not None:
         attention_mask = attention_mask.expand(query.shape[0], query.shape[1], tokens, tokens)
+    # Set in any case: the compiler reads every name of a closure.
+    rows, columns, prefix, width = None, None, 0, 1
     if gaussian is not None:
         rows, columns = gaussian.factors()
         prefix, width = gaussian.num_prefix_tokens, gaussian.grid[1]
