@@ -40,7 +40,7 @@ def main(
     train_scenes: Annotated[int, typer.Option(help="Scenes to learn from.")] = 3000,
     validation_scenes: Annotated[int, typer.Option(help="Held-out scenes.")] = 400,
     pretrain_length: Annotated[str, typer.Option(help="Image-label training, as in a recipe.")] = "16 epochs",
-    segment_length: Annotated[str, typer.Option(help="Training of the probe, as in a recipe.")] = "8 epochs",
+    segment_length: Annotated[str, typer.Option(help="Training of the probe, as in a recipe.")] = "6 epochs",
 ) -> None:
     """Train, export and compare; an interrupted run continues, a finished one is quickly repeated."""
     try:

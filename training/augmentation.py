@@ -165,6 +165,8 @@ class RandomCropOfClasses(v2.RandomCrop):
         self.max_class_share = max_class_share
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        if self.max_class_share >= 1:
+            return super().make_params(flat_inputs)
         labels = next(entry for entry in flat_inputs if isinstance(entry, tv_tensors.Mask))
         for _ in range(10):
             params = super().make_params(flat_inputs)
