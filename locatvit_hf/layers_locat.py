@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_tracing
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .image_processing_locatvit import LocAtViTImageProcessor, pair
 from .locat import LocAtGaussian
@@ -357,7 +358,7 @@ def patch_feature_map(tokens: torch.Tensor, grid: tuple[int, int], num_prefix_to
 
 
 def feature_map_tokens(feature_map: torch.Tensor) -> torch.Tensor:
-    """(batch, channels, height, width) as (batch, patches, channels), row by row: the inverse of `patch_feature_map`."""
+    """(batch, channels, height, width) as (batch, patches, channels), row by row: `patch_feature_map` undone."""
     return feature_map.flatten(2).transpose(1, 2)
 
 
@@ -478,9 +479,14 @@ class FamilyPreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
 
 
 class FreezableBackboneMixin:
-    """For a head whose encoder can be frozen while the head trains."""
+    """For a head that reads hidden states of its encoder, which can be frozen while the head trains."""
 
     backbone_is_frozen = False
+
+    def post_init(self) -> None:
+        """Also installs the hooks that record hidden states, as backbones do: later they break compiled graphs."""
+        super().post_init()
+        maybe_install_capturing_hooks(self)
 
     def freeze_backbone(self) -> None:
         """Trains only the head: the encoder gets no gradients and stays in evaluation mode whatever `train` is told."""

@@ -1,13 +1,17 @@
-"""The `pacavit` models: PaCa-ViT, whose patches attend to learned clusters of patches instead of to each other."""
+"""The `pacavit` models: PaCa-ViT, whose patches attend to learned clusters of patches instead of to each other.
+
+An assignment of patches to clusters is (batch, clusters, patches). Its softmax runs over the patches: a cluster is a
+weighted mean of patches, and the weights of each cluster sum to one (PaCa-ViT, CVPR 2023, section 3).
+"""
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -22,15 +26,9 @@ from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_w
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_locat import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
-from .clustering_pacavit import (
-    ON_SITE_CLUSTERINGS,
-    PaCaViTClustering,
-    PaCaViTTeacher,
-    assign_patches,
-    pool_clusters,
-)
 from .configuration_pacavit import PaCaViTConfig
 from .layers_locat import (
+    MLP,
     DropPath,
     FamilyPreTrainedModel,
     FreezableBackboneMixin,
@@ -67,45 +65,191 @@ class PaCaViTSemanticSegmenterOutput(SemanticSegmenterOutput):
     cluster_assignments: tuple[torch.Tensor, ...] | None = None
 
 
-@dataclass
-class PaCaViTBackboneOutput(BackboneOutput):
-    """As its base class, with `cluster_assignments`: see `PaCaViTModel`."""
+class PaCaViTDownsampling(nn.Module):
+    """A 3x3 convolution of stride 2, then a LayerNorm over the channels at each position."""
 
-    cluster_assignments: tuple[torch.Tensor, ...] | None = None
+    def __init__(self, config: PaCaViTConfig, in_channels: int, out_channels: int):
+        super().__init__()
+        self.projection = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(out_channels, eps=config.layer_norm_eps)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.projection(feature_map).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class PaCaViTEmbeddings(nn.Module):
-    """Patches of four pixels: two 3x3 convolutions of stride 2 with nothing in between, then a norm of the channels."""
+    """Patches of four pixels: a 3x3 convolution of stride 2 and, with nothing in between, a downsampling."""
 
     def __init__(self, config: PaCaViTConfig):
         super().__init__()
         channels = config.hidden_sizes[0]
         self.patch_embeddings = nn.Conv2d(config.num_channels, channels // 2, kernel_size=3, stride=2, padding=1)
-        self.projection = nn.Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.downsampling = PaCaViTDownsampling(config, channels // 2, channels)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) to (batch, hidden_sizes[0], height / 4, width / 4), sides rounded up."""
-        feature_map = self.projection(self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype)))
-        return normalize_channels(feature_map, self.norm)
+        return self.downsampling(self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype)))
 
 
-class PaCaViTDownsampling(nn.Module):
-    """From one stage to the next: a 3x3 convolution of stride 2, then a norm of the channels."""
+KERNEL_SIZE = 7  # of the depthwise convolutions that cluster
+CASTLING_THRESHOLD = 0.02  # softmax weights up to it are left out of Castling-ViT's auxiliary branch
+
+
+def assign_patches(logits: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, clusters, height, width) as an assignment (batch, clusters, patches), in at least float32.
+
+    Weights of a cluster over many thousand patches would be subnormal numbers in half precision.
+    """
+    return F.softmax(logits.flatten(2), dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def pool_clusters(assignment: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The clusters (batch, clusters, channels) of tokens (batch, patches, channels), in the type of the tokens."""
+    with maybe_autocast(tokens.device.type, enabled=False):
+        return (assignment @ tokens.to(assignment.dtype)).to(tokens.dtype)
+
+
+class PaCaViTClustering(nn.Module):
+    """(batch, channels, height, width) to an assignment (batch, clusters, patches).
+
+    This one is the teacher's: a 1x1 convolution of its map. Its bias is dead, for a constant does not change a softmax,
+    but stands in the released checkpoints.
+    """
 
     def __init__(self, config: PaCaViTConfig, stage: int):
         super().__init__()
-        in_channels, out_channels = config.hidden_sizes[stage - 1 : stage + 1]
-        self.projection = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(out_channels, eps=config.layer_norm_eps)
+        self.clusters = nn.Conv2d(config.hidden_sizes[stage], config.num_clusters[stage], kernel_size=1)
+
+    def logits(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return self.clusters(feature_map)
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        return normalize_channels(self.projection(feature_map), self.norm)
+        return assign_patches(self.logits(feature_map))
 
 
-def normalize_channels(feature_map: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-    """A LayerNorm over the channels at each position of (batch, channels, height, width)."""
-    return norm(feature_map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+class PaCaViTConvClustering(PaCaViTClustering):
+    """Depthwise 7x7 convolution, GELU, 1x1 convolution, GELU, 1x1 convolution without bias to the clusters."""
+
+    def __init__(self, config: PaCaViTConfig, stage: int):
+        super().__init__(config, stage)
+        channels = config.hidden_sizes[stage]
+        self.depthwise = nn.Conv2d(channels, channels, KERNEL_SIZE, padding=KERNEL_SIZE // 2, groups=channels)
+        self.pointwise = nn.Conv2d(channels, channels, kernel_size=1)
+        self.clusters = nn.Conv2d(channels, config.num_clusters[stage], kernel_size=1, bias=False)
+        self.activation = nn.GELU()
+
+    def logits(self, feature_map: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.activation(self.depthwise(feature_map))
+        return self.clusters(self.activation(self.pointwise(hidden_states)))
+
+
+class PaCaViTMlpClustering(PaCaViTClustering):
+    """Two linear layers on each patch alone. The bias of the second is as dead as the teacher's."""
+
+    def __init__(self, config: PaCaViTConfig, stage: int):
+        super().__init__(config, stage)
+        channels = config.hidden_sizes[stage]
+        self.up_proj = nn.Linear(channels, config.mlp_ratio * channels)
+        self.clusters = nn.Linear(config.mlp_ratio * channels, config.num_clusters[stage])
+        self.activation = nn.GELU()
+
+    def logits(self, feature_map: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.activation(self.up_proj(feature_map.permute(0, 2, 3, 1)))
+        return self.clusters(hidden_states).permute(0, 3, 1, 2)
+
+
+ON_SITE_CLUSTERINGS = {"conv": PaCaViTConvClustering, "mlp": PaCaViTMlpClustering}
+
+
+class PaCaViTTeacherLayer(nn.Module):
+    """A ConvMixer layer: depthwise 7x7 convolution beside an identity, then 1x1 convolution; GELU before each norm."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, KERNEL_SIZE, padding=KERNEL_SIZE // 2, groups=channels)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.pointwise = nn.Conv2d(channels, channels, kernel_size=1)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.activation = nn.GELU()
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        feature_map = self.norm1(self.activation(self.depthwise(feature_map))) + feature_map
+        return self.norm2(self.activation(self.pointwise(feature_map)))
+
+
+class PaCaViTTeacherDownsampling(nn.Module):
+    """A fixed 3x3 binomial blur against aliasing, then a convolution of stride 2, GELU and a norm."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.projection = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.activation = nn.GELU()
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        channels = feature_map.shape[1]
+        binomial = torch.tensor([1.0, 2.0, 1.0], dtype=feature_map.dtype, device=feature_map.device) / 4
+        kernel = torch.outer(binomial, binomial).expand(channels, 1, 3, 3)
+        feature_map = F.conv2d(feature_map, kernel, padding=1, groups=channels)
+        return self.norm(self.activation(self.projection(feature_map)))
+
+
+class PaCaViTTeacherLateral(nn.Module):
+    """Brings the coarser level to a finer level's grid and channels, and merges the two."""
+
+    def __init__(self, channels: int, coarser_channels: int):
+        super().__init__()
+        self.projection = nn.Conv2d(coarser_channels, channels, kernel_size=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.layer = PaCaViTTeacherLayer(channels)
+        self.activation = nn.GELU()
+
+    def forward(self, feature_map: torch.Tensor, coarser: torch.Tensor) -> torch.Tensor:
+        coarser = F.interpolate(coarser, size=feature_map.shape[-2:], mode="bilinear", align_corners=False)
+        return self.layer(feature_map + self.norm(self.activation(self.projection(coarser))))
+
+
+class PaCaViTTeacher(nn.Module):
+    """A ConvMixer with a feature pyramid on the patch embeddings, as wide as the stages that it clusters.
+
+    It is no frozen teacher: it is trained with the model and runs at inference too. Levels that no clustering reads are
+    not built.
+    """
+
+    def __init__(self, config: PaCaViTConfig):
+        super().__init__()
+        sizes, clusters = config.hidden_sizes, config.num_clusters
+        finest = next(stage for stage, count in enumerate(clusters) if count > 0)
+        stages = [
+            nn.Sequential(*[PaCaViTTeacherLayer(size) for _ in range(depth)])
+            for size, depth in zip(sizes, config.teacher_depths, strict=True)
+        ]
+        laterals = [PaCaViTTeacherLateral(*pair) if i >= finest else None for i, pair in enumerate(pairwise(sizes))]
+        clusterings = [PaCaViTClustering(config, i) if count > 0 else None for i, count in enumerate(clusters)]
+        self.layers = nn.ModuleList(stages)
+        self.downsamplings = nn.ModuleList([PaCaViTTeacherDownsampling(*pair) for pair in pairwise(sizes)])
+        self.laterals = nn.ModuleList(laterals)
+        self.clusterings = nn.ModuleList(clusterings)
+
+    def forward(self, feature_map: torch.Tensor) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
+        """The patch embeddings (batch, channels, height, width) to what each stage needs.
+
+        Returns the assignments (batch, clusters, patches), None for a stage without clusters, and the features
+        (batch, patches, channels) of the way up, which are added to the tokens at the end of each stage.
+        """
+        features = []
+        for stage, layers in enumerate(self.layers):
+            feature_map = layers(self.downsamplings[stage - 1](feature_map) if stage > 0 else feature_map)
+            features.append(feature_map)
+        merged = list(features)
+        for stage, lateral in reversed(list(enumerate(self.laterals))):
+            if lateral is not None:
+                merged[stage] = lateral(features[stage], merged[stage + 1])
+        assignments = [
+            clustering(feature_map) if clustering is not None else None
+            for clustering, feature_map in zip(self.clusterings, merged, strict=True)
+        ]
+        return assignments, [feature_map_tokens(feature_map) for feature_map in features]
 
 
 class PaCaViTAttention(MultiHeadProjections):
@@ -146,21 +290,9 @@ class PaCaViTAttention(MultiHeadProjections):
         query, key, value = self.project(hidden_states, sources)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            None,
-            scaling=self.scaling,
-            dropout=self.dropout if self.training else 0.0,
-            **kwargs,
-        )
+        dropout = self.dropout if self.training else 0.0
+        output, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **kwargs)
         return self.o_proj(output.flatten(2)), weights, assignment
-
-
-# Softmax weights below it are left out of Castling-ViT's auxiliary branch.
-CASTLING_THRESHOLD = 0.02
 
 
 class PaCaViTCastlingAttention(PaCaViTAttention):
@@ -204,23 +336,14 @@ class PaCaViTCastlingAttention(PaCaViTAttention):
         return self.o_proj(output + local.permute(0, 3, 2, 1).flatten(2)), None, assignment
 
 
-class PaCaViTMLP(nn.Module):
+class PaCaViTMLP(MLP):
     """Two linear layers with a depthwise 3x3 convolution and an identity beside it before the activation."""
 
     def __init__(self, config: PaCaViTConfig, stage: int):
-        super().__init__()
         channels = config.hidden_sizes[stage]
-        self.up_proj = nn.Linear(channels, config.mlp_ratio * channels)
-        self.depthwise = nn.Conv2d(
-            config.mlp_ratio * channels,
-            config.mlp_ratio * channels,
-            kernel_size=3,
-            padding=1,
-            groups=config.mlp_ratio * channels,
-        )
-        self.down_proj = nn.Linear(config.mlp_ratio * channels, channels)
-        self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        inner = config.mlp_ratio * channels
+        super().__init__(channels, inner, config.hidden_act, config.hidden_dropout_prob)
+        self.depthwise = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner)
 
     def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         hidden_states = self.up_proj(hidden_states)
@@ -274,9 +397,10 @@ class PaCaViTStage(nn.Module):
 
     def __init__(self, config: PaCaViTConfig, stage: int):
         super().__init__()
-        self.downsampling = PaCaViTDownsampling(config, stage) if stage > 0 else nn.Identity()
+        sizes = config.hidden_sizes
+        self.downsampling = PaCaViTDownsampling(config, *sizes[stage - 1 : stage + 1]) if stage > 0 else nn.Identity()
         self.layers = nn.ModuleList([PaCaViTLayer(config, stage, index) for index in range(config.depths[stage])])
-        self.norm = nn.LayerNorm(config.hidden_sizes[stage], eps=config.layer_norm_eps)
+        self.norm = nn.LayerNorm(sizes[stage], eps=config.layer_norm_eps)
 
     def forward(
         self,
@@ -290,8 +414,7 @@ class PaCaViTStage(nn.Module):
         assignment, teacher_features: of the teacher, (batch, clusters, patches) and (batch, patches, channels).
         """
         feature_map = self.downsampling(feature_map)
-        grid = feature_map.shape[-2:]
-        hidden_states = feature_map_tokens(feature_map)
+        grid, hidden_states = feature_map.shape[-2:], feature_map_tokens(feature_map)
         for layer in self.layers:
             # Positional: reentrant checkpointing finds the tensors that need a gradient among these only.
             hidden_states, assignment = layer(hidden_states, assignment, grid, **kwargs)
@@ -317,17 +440,15 @@ class PaCaViTPreTrainedModel(FamilyPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """As the reference: truncated normal linear weights, convolutions by fan-out, PyTorch's bounds in the head."""
         super()._init_weights(module)
-        if isinstance(module, nn.Conv2d):
+        if getattr(module, "keeps_default_init", False):
+            bound = math.prod(module.weight.shape[1:]) ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Conv2d):
             fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-            init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+            init.normal_(module.weight, std=getattr(module, "init_std", math.sqrt(2 / fan_out)))
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, PaCaViTSegmentationHead):
-            init.normal_(module.classifier.weight, std=0.01)
-            for layer in (module.key, module.value, module.clusters):
-                bound = math.prod(layer.weight.shape[1:]) ** -0.5
-                init.uniform_(layer.weight, -bound, bound)
-                init.uniform_(layer.bias, -bound, bound)
 
     def _layer_groups(self, prefix: str, coarse: bool) -> dict:
         # What leads into a stage, and the teacher's part for it, count as its first layer; its norm as the last.
@@ -445,17 +566,16 @@ class PaCaViTSegmentationHead(nn.Module):
         self.output = PaCaViTConvLayer(channels, channels)
         self.dropout = nn.Dropout2d(config.segmentation_dropout_prob)
         self.classifier = nn.Conv2d(channels, num_labels, kernel_size=1)
+        # Read by `PaCaViTPreTrainedModel._init_weights`.
+        self.classifier.init_std = 0.01
+        for layer in (self.clusters, self.key, self.value):
+            layer.keeps_default_init = True
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """The stages' maps to logits and auxiliary logits, both (batch, classes, height, width) of the first map."""
         grid = feature_maps[0].shape[-2:]
-        merged = torch.cat(
-            [
-                resize(projection(feature_map), grid)
-                for projection, feature_map in zip(self.projections, feature_maps, strict=True)
-            ],
-            dim=1,
-        )
+        pairs = zip(self.projections, feature_maps, strict=True)
+        merged = torch.cat([resize(projection(feature_map), grid) for projection, feature_map in pairs], dim=1)
         auxiliary_logits = self.clusters(self.cluster_projection(merged))
         clusters = pool_clusters(assign_patches(auxiliary_logits), feature_map_tokens(merged))
         query = feature_map_tokens(self.query(merged))
@@ -475,21 +595,15 @@ class PaCaViTLinearProbe(nn.Module):
 
     def __init__(self, config: PaCaViTConfig):
         super().__init__()
-        self.classifiers = nn.ModuleList(
-            [
-                nn.Conv2d(size, config.num_labels, kernel_size=1, bias=stage == 0)
-                for stage, size in enumerate(config.hidden_sizes)
-            ]
-        )
+        sizes, num_labels = config.hidden_sizes, config.num_labels
+        classifiers = [nn.Conv2d(size, num_labels, 1, bias=stage == 0) for stage, size in enumerate(sizes)]
+        self.classifiers = nn.ModuleList(classifiers)
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, None]:
         """As `PaCaViTSegmentationHead.forward`; there are no auxiliary logits."""
         grid = feature_maps[0].shape[-2:]
-        scores = [
-            resize(classifier(feature_map), grid)
-            for classifier, feature_map in zip(self.classifiers, feature_maps, strict=True)
-        ]
-        return sum(scores), None
+        pairs = zip(self.classifiers, feature_maps, strict=True)
+        return sum(resize(classifier(feature_map), grid) for classifier, feature_map in pairs), None
 
 
 def resize(feature_map: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -559,7 +673,7 @@ class PaCaViTBackbone(BackboneMixin, PaCaViTPreTrainedModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> PaCaViTBackboneOutput:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         """
         pixel_values: as in `PaCaViTModel`.
 
@@ -567,15 +681,11 @@ class PaCaViTBackbone(BackboneMixin, PaCaViTPreTrainedModel):
         """
         kwargs["output_hidden_states"] = True
         outputs = self.pacavit(pixel_values, return_dict=True, **kwargs)
-        return PaCaViTBackboneOutput(
-            feature_maps=tuple(
-                feature_map
-                for name, feature_map in zip(self.stage_names, outputs.hidden_states, strict=True)
-                if name in self.out_features
-            ),
+        stages = zip(self.stage_names, outputs.hidden_states, strict=True)
+        return BackboneOutput(
+            feature_maps=tuple(feature_map for name, feature_map in stages if name in self.out_features),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            cluster_assignments=outputs.cluster_assignments,
         )
 
 

@@ -131,8 +131,8 @@ def _clusterings(state: Mapping[str, torch.Tensor], stage: int) -> tuple[str, in
 NAMES = (
     (r"^(backbone\.)?pacavit\.", ""),
     (r"^embeddings\.patch_embeddings\.", "patch_embed.proj.0."),
-    (r"^embeddings\.projection\.", "patch_embed.proj.1."),
-    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^embeddings\.downsampling\.projection\.", "patch_embed.proj.1."),
+    (r"^embeddings\.downsampling\.norm\.", "patch_embed.norm."),
     (r"^stages\.(?P<stage>\d+)\.downsampling\.projection\.", "transition{stage}.proj."),
     (r"^stages\.(?P<stage>\d+)\.downsampling\.norm\.", "transition{stage}.norm."),
     (r"^stages\.(?P<stage>\d+)\.norm\.", "norm{number}."),
