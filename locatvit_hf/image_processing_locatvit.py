@@ -123,6 +123,8 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         processed = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
         if processed.numel() == 0:
             raise ValueError(f"An image of shape {tuple(processed.shape)} holds no pixels.")
+        if do_convert_rgb and processed.shape[0] == 1:  # before 5.23, transformers leaves grey arrays grey
+            processed = processed.expand(3, -1, -1)
         return processed
 
     def _preprocess_image_like_inputs(

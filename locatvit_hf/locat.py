@@ -104,7 +104,9 @@ class LocAtGaussian(nn.Module):
                 variance = _average_blocks(variance, grid, block_size)
                 amplitude = _average_blocks(amplitude, grid, block_size)
             variance = self.largest_variance * torch.sigmoid(variance - self.variance_shift)
-            variance = variance * (torch.sym_min(*grid) / self.native_short_side)
+            # Compilers know only `min`; an exported graph, whose sides are symbols, it would tie to landscape or portrait.
+            short_side = min(grid) if all(isinstance(side, int) for side in grid) else torch.sym_min(*grid)
+            variance = variance * (short_side / self.native_short_side)
             amplitude = F.softplus(amplitude).squeeze(-1)
         return Gaussian(
             inverse_variance=1.0 / (variance + self.epsilon),

@@ -169,6 +169,7 @@ def test_every_import_is_declared(room: str, project: dict[str, object]) -> None
     declared = {name.lower().replace("-", "_") for name in requirements(project, *extras)} | OWN
     for path in (ROOT / room).rglob("*.py"):
         for name, optional in imports(ast.parse(path.read_text())):
+            optional = optional or name == "tomllib"  # of the standard library from Python 3.11 on
             distribution = IMPORT_NAMES.get(name, name).lower().replace("-", "_")
             known = optional or name in sys.stdlib_module_names or distribution in declared
             assert known, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml does not declare"
