@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset, load_from_disk
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import pyplot as plt
@@ -44,6 +45,7 @@ def write_page(folder: Path, scenes: Path, runs: Path, predictions: Path) -> Non
         runs: holds `pretrain/NAME` and `segment/NAME`, as the two programs leave them.
         predictions: holds `NAME.npz` of the fresh process.
     """
+    transformers.logging.disable_progress_bar()
     held_out = load_from_disk(str(scenes))["validation"]
     results = {
         (program, name): json.loads((runs / program / name / "all_results.json").read_text())
