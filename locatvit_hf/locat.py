@@ -104,7 +104,7 @@ class LocAtGaussian(nn.Module):
                 variance = _average_blocks(variance, grid, block_size)
                 amplitude = _average_blocks(amplitude, grid, block_size)
             variance = self.largest_variance * torch.sigmoid(variance - self.variance_shift)
-            # Compilers know only `min`; an exported graph, whose sides are symbols, it would tie to landscape or portrait.
+            # Compilers know only `min`; it would tie an exported graph, whose sides are symbols, to one orientation.
             short_side = min(grid) if all(isinstance(side, int) for side in grid) else torch.sym_min(*grid)
             variance = variance * (short_side / self.native_short_side)
             amplitude = F.softplus(amplitude).squeeze(-1)
