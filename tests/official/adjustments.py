@@ -44,8 +44,11 @@ class EmbeddingTests:
             model = model_class(copy.deepcopy(config)).eval()
             embeddings = model.get_input_embeddings()
             self.assertIsInstance(embeddings, nn.Module)
-            self.assertEqual(embeddings.weight.shape[:2], (config.hidden_size, config.num_channels))
+            self.assertEqual(embeddings.weight.shape[:2], (self.model_tester.embedding_dim, config.num_channels))
             with torch.no_grad():
+                for parameter in model.parameters():
+                    if not parameter.any():  # a fresh Jumbo classifier answers the same to everything
+                        parameter.normal_()
                 before = _first_tensor(model(**inputs))
                 replacement = copy.deepcopy(embeddings)
                 replacement.weight.mul_(-1)

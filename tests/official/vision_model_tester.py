@@ -28,6 +28,11 @@ class VisionModelTester:
         self.parent = parent
         self.seq_length = self.num_prefix_tokens + (self.image_size // self.patch_size) ** 2
 
+    @property
+    def embedding_dim(self) -> int:
+        """Channels of an embedded patch."""
+        return self.hidden_size
+
     def get_config(self) -> PreTrainedConfig:
         """A config of the tiny model."""
         fields = {
