@@ -39,13 +39,35 @@ inputs = processor(Image.open("image.jpg"), return_tensors="pt")
 | Image size | {image_size} |
 | Patch size | {patch_size} |
 | Classes | {classes} |
-| Gaussian-augmented attention | {gaussian} |
-| Patch representation refinement | {refinement} |
+{facts}
 | Normalisation | mean {mean}, std {std} |
 
-Method: *Locality-Attending Vision Transformer*, Hajimiri, Beizaee, Shakeri, Desrosiers, Ben Ayed and Dolz, ICLR 2026,
-[arXiv 2603.04892](https://arxiv.org/abs/2603.04892).
+Method: {method}
 """
+
+LOCAT = """*Locality-Attending Vision Transformer*, Hajimiri, Beizaee, Shakeri, Desrosiers, Ben Ayed and Dolz,
+ICLR 2026, [arXiv 2603.04892](https://arxiv.org/abs/2603.04892)."""
+PACA = """*PaCa-ViT: Learning Patch-to-Cluster Attention in Vision Transformers*, Grainger, Paniagua, Song, Cuntoor, Lee
+and Wu, CVPR 2023, [arXiv 2203.11987](https://arxiv.org/abs/2203.11987)."""
+
+# Ending of a model's class -> task of the pipeline, Auto class, what to do with the inputs.
+TASKS = {
+    "ForImageClassification": (
+        "image-classification",
+        "AutoModelForImageClassification",
+        "print(model.config.id2label[model(**inputs).logits.argmax(-1).item()])",
+    ),
+    "ForSemanticSegmentation": (
+        "image-segmentation",
+        "AutoModelForSemanticSegmentation",
+        "print(processor.post_process_semantic_segmentation(model(**inputs))[0].shape)",
+    ),
+    "Model": (
+        "image-feature-extraction",
+        "AutoModel",
+        "print(model(**inputs).last_hidden_state.shape)",
+    ),
+}
 
 
 def write_card(
@@ -55,16 +77,26 @@ def write_card(
 
     where: which part of the file was taken. digest: SHA-256 of the source's weights. version: of this package.
     """
-    config = model.config
+    name = type(model).__name__
+    task, auto_class, usage = next(row for ending, row in TASKS.items() if name.endswith(ending))
+    if name.startswith("UperNet"):
+        # Auto classes know the backbone inside another model only where this package is imported.
+        auto_class, usage = name, f"{usage}  # needs `import locatvit_hf`"
+    config = getattr(model.config, "backbone_config", None) or model.config
     gaussian, refinement = (getattr(config, name, False) for name in ("use_gaussian", "use_refinement"))
     if gaussian or refinement:
         parts = ["Gaussian-augmented attention"] * gaussian + ["patch representation refinement"] * refinement
         description = f"A vision transformer with {' and '.join(parts)} (LocAt)."
+    elif config.model_type == "pacavit":
+        description = "A PaCa-ViT: a vision transformer whose patches attend to learned clusters of patches."
     else:
         description = "A plain vision transformer, the baseline that LocAt models are compared with."
-    classifies = config.num_labels > 0
+    facts = {"Gaussian-augmented attention": gaussian, "Patch representation refinement": refinement}
+    facts = {name: "yes" if used else "no" for name, used in facts.items()}
+    if config.model_type == "pacavit":
+        facts = {"Clustering": config.clustering_type, "Clusters of each stage": config.num_clusters}
     card = CARD.format(
-        task="image-classification" if classifies else "image-feature-extraction",
+        task=task,
         title=reference.architecture or config.model_type,
         description=description,
         source=Path(reference.source).name if Path(reference.source).exists() else reference.source,
@@ -73,17 +105,15 @@ def write_card(
         file=reference.weights_file.name,
         digest=digest,
         version=version,
-        auto_class="AutoModelForImageClassification" if classifies else "AutoModel",
+        auto_class=auto_class,
         name="PATH_OR_REPOSITORY",
-        usage="print(model.config.id2label[model(**inputs).logits.argmax(-1).item()])"
-        if classifies
-        else "print(model(**inputs).last_hidden_state.shape)",
+        usage=usage,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         image_size=config.image_size,
         patch_size=getattr(config, "patch_size", "-"),
         classes=config.num_labels or "none",
-        gaussian="yes" if gaussian else "no",
-        refinement="yes" if refinement else "no",
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        method=PACA if config.model_type == "pacavit" else LOCAT,
         mean=list(config.image_mean),
         std=list(config.image_std),
     )

@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .card import write_card
 from .errors import ConversionError
 from .export import check_destination, complete_or_absent, licence_text
 from .families import Family, family_of
-from .keys import rename
+from .keys import load_renamed
 from .sources import Reference, find, read_reference, read_state
 
 LARGEST_LOGIT_DIFFERENCE = 1e-6
@@ -57,13 +58,14 @@ def convert(
     report(f"Took {where} of {reference.weights_file.name}: {len(state)} tensors.")
     state = family.prepare_state(state)
     check_class_count(state, config)
-    model = build_model(family, config, state)
-    with complete_or_absent(folder, overwrite) as partial:
-        build_processor(family, reference, config).save_pretrained(partial)
-        model.save_pretrained(partial)
-        write_card(partial, reference, model, where, _sha256(reference.weights_file), __version__)
-        (partial / "LICENSE").write_text(licence_text(), encoding="utf-8")
-        verify(model, partial)
+    model = (family.build_model or partial(build_model, family))(config, state)
+    segments = type(model).__name__.endswith("ForSemanticSegmentation")
+    with complete_or_absent(folder, overwrite) as unfinished:
+        build_processor(family, reference, config, segments).save_pretrained(unfinished)
+        model.save_pretrained(unfinished)
+        write_card(unfinished, reference, model, where, _sha256(reference.weights_file), __version__)
+        (unfinished / "LICENSE").write_text(licence_text(), encoding="utf-8")
+        verify(model, unfinished)
     report(f"Wrote {folder}; reloaded, it gives the same output.")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return Conversion(folder, type(model).__name__, config, len(state), num_parameters)
@@ -71,6 +73,7 @@ def convert(
 
 def configure(family: Family, reference: Reference, **fields: Any) -> PreTrainedConfig:
     """The configuration of a checkpoint, with its own mean, std and crop. `fields` win over what it says."""
+    arguments = reference.arguments if reference.shapes is None else family.infer_arguments(reference.shapes)
     preprocessing = {**family.default_preprocessing(reference.architecture), **reference.preprocessing}
     fields = {
         "image_mean": list(preprocessing["mean"]),
@@ -79,7 +82,7 @@ def configure(family: Family, reference: Reference, **fields: Any) -> PreTrained
         **fields,
     }
     try:
-        config = family.build_config(reference.architecture, reference.arguments, **fields)
+        config = family.build_config(reference.architecture, arguments, **fields)
     except StrictDataclassError as error:
         raise ConversionError(_sentence_of(error)) from error
     if reference.label_names and len(reference.label_names) == config.num_labels and "id2label" not in fields:
@@ -110,15 +113,12 @@ def build_model(family: Family, config: PreTrainedConfig, state: dict[str, torch
     # The table is written for the classifier, whose encoder sits below the base model's name.
     prefix = "" if config.num_labels else f"{model.base_model_prefix}."
     table = {name: tuple(ours.removeprefix(prefix) for ours in row) for name, row in family.key_table(config).items()}
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    renamed = {name: tensor.to(torch.float32) for name, tensor in rename(state, table, shapes).items()}
-    model.load_state_dict(renamed, assign=True)
-    return model.eval()
+    return load_renamed(model, state, table)
 
 
-def build_processor(family: Family, reference: Reference, config: PreTrainedConfig):
+def build_processor(family: Family, reference: Reference, config: PreTrainedConfig, segmentation: bool = False):
     """The image processor of a checkpoint: of the configuration, and of what only the checkpoint's evaluation says."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"segmentation": segmentation}
     interpolation = reference.preprocessing.get("interpolation", "bicubic")
     if interpolation in ("bilinear", "nearest", "lanczos", "box", "hamming"):
         arguments["resample"] = PILImageResampling[interpolation.upper()]
@@ -139,10 +139,11 @@ def verify(model: PreTrainedModel, folder: Path) -> None:
     Raises ConversionError where they differ.
     """
     reloaded = type(model).from_pretrained(folder).eval()
-    size = model.config.image_size
+    config = getattr(model.config, "backbone_config", None) or model.config
+    size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
-    pixel_values = torch.randn(1, model.config.num_channels, height, width, generator=generator)
+    pixel_values = torch.randn(1, config.num_channels, height, width, generator=generator)
     ours, theirs = (network(pixel_values)[0] for network in (model, reloaded))
     difference = (ours - theirs).abs().max().item()
     if not difference <= LARGEST_LOGIT_DIFFERENCE * max(1.0, ours.abs().max().item()):

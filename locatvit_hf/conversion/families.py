@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .. import modeling_locatjumbo, modeling_locatswin, modeling_locatvit
+from .. import modeling_locatjumbo, modeling_locatswin, modeling_locatvit, modeling_pacavit
 from ..image_processing_locatvit import LocAtViTImageProcessor
-from . import locatjumbo, locatswin, locatvit
+from . import locatjumbo, locatswin, locatvit, pacavit
 from .errors import ConversionError
 from .keys import KeyTable
-from .sources import Reference
+from .sources import Reference, Shapes
 
 
 class Family(NamedTuple):
@@ -24,6 +24,9 @@ class Family(NamedTuple):
     key_table: configuration -> names of the reference -> our names in `classifier`.
     classifier, encoder: our model with and without a head.
     prepare_state: the tensors of a checkpoint -> those of the key table, where some are stored twice or not learned.
+    recognise_shapes: (name -> shape) -> whether tensors that come without any arguments are of this family.
+    infer_arguments: (name -> shape) -> the arguments of such a checkpoint.
+    build_model: (configuration, tensors) -> our model, where its class depends on the tensors.
     processor: our image processor.
     """
 
@@ -35,6 +38,9 @@ class Family(NamedTuple):
     classifier: type[PreTrainedModel]
     encoder: type[PreTrainedModel]
     prepare_state: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] = dict
+    recognise_shapes: Callable[[Shapes], bool] | None = None
+    infer_arguments: Callable[[Shapes], dict[str, Any]] | None = None
+    build_model: Callable[[PreTrainedConfig, Mapping[str, torch.Tensor]], PreTrainedModel] | None = None
     processor: type = LocAtViTImageProcessor
 
 
@@ -68,11 +74,32 @@ FAMILIES = (
         encoder=modeling_locatjumbo.LocAtJumboModel,
         prepare_state=locatjumbo.prepare_state,
     ),
+    Family(
+        name="pacavit",
+        recognise=pacavit.recognise,
+        build_config=pacavit.build_config,
+        default_preprocessing=pacavit.default_preprocessing,
+        key_table=pacavit.key_table,
+        classifier=modeling_pacavit.PaCaViTForImageClassification,
+        encoder=modeling_pacavit.PaCaViTModel,
+        prepare_state=pacavit.prepare_state,
+        recognise_shapes=pacavit.recognise_shapes,
+        infer_arguments=pacavit.infer_arguments,
+        build_model=pacavit.build_model,
+    ),
 )
 
 
 def family_of(reference: Reference) -> Family:
     """The family of a checkpoint. Raises ConversionError for another architecture."""
+    if reference.shapes is not None:
+        for family in FAMILIES:
+            if family.recognise_shapes is not None and family.recognise_shapes(reference.shapes):
+                return family
+        file = reference.weights_file
+        raise ConversionError(
+            f"There is no args.yaml beside {file.name} in {file.parent}; without it the model is unknown."
+        )
     for family in FAMILIES:
         if family.recognise(reference.architecture, reference.arguments):
             return family

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 import torch
+from transformers import PreTrainedModel
 
 from .errors import ConversionError
 
@@ -92,6 +93,15 @@ def rename(
     return renamed
 
 
+def load_renamed(model: PreTrainedModel, state: Mapping[str, torch.Tensor], table: KeyTable) -> PreTrainedModel:
+    """`model`, built on the meta device, with the weights of the source in float32 and in evaluation mode."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    renamed = rename(state, table, shapes)
+    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in renamed.items()}
+    model.load_state_dict(floats, assign=True)
+    return model.eval()
+
+
 def _listed(names: list[str]) -> str:
     """The first few names, and how many there are besides."""
     rest = len(names) - NAMES_IN_A_MESSAGE
@@ -99,4 +109,4 @@ def _listed(names: list[str]) -> str:
     return f"{listed} and {rest} more" if rest > 0 else listed
 
 
-__all__ = ["KeyTable", "expand", "rename", "restrict", "source_shapes", "without"]
+__all__ = ["KeyTable", "expand", "load_renamed", "rename", "restrict", "source_shapes", "without"]

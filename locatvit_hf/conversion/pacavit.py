@@ -10,33 +10,36 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation
 
 from ..configuration_pacavit import PaCaViTConfig
+from ..modeling_pacavit import PaCaViTForImageClassification, PaCaViTForSemanticSegmentation, PaCaViTModel
 from .errors import ConversionError
-from .keys import KeyTable
+from .keys import KeyTable, load_renamed
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 # Every release has these; heads leave no trace in the shapes.
 HEADS = [2, 4, 8, 16]
 # What surrounds the backbone in a Mask R-CNN of mmdetection.
 DETECTOR = ("neck.", "rpn_head.", "roi_head.")
-# A cluster for each class, and more clusters than in pretraining.
 ADE20K_IMAGE_SIZE = 512
 
 
-def recognise(state: Mapping[str, Any]) -> bool:
+def recognise(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
+    """Never: the releases name no architecture. See `recognise_shapes`."""
+    return False
+
+
+def recognise_shapes(shapes: Shapes) -> bool:
     """Whether the tensors of a checkpoint, under any prefix, are of PaCa-ViT."""
-    return any(re.fullmatch(r"(module\.)?(backbone\.)?stage1\.0\.attn\.q\.weight", name) for name in state) and any(
-        name.endswith("mlp.dwconv.dwconv.weight") for name in state
-    )
+    first = re.compile(r"(module\.)?(backbone\.)?stage1\.0\.mlp\.dwconv\.dwconv\.weight")
+    return any(first.fullmatch(name) for name in shapes)
 
 
-def task(state: Mapping[str, torch.Tensor]) -> str:
-    """What a prepared state dict is for: "classification", "paca_head", "upernet" or "backbone"."""
-    if "head.weight" in state:
-        return "classification"
-    if "decode_head.k.0.weight" in state:
-        return "paca_head"
-    return "upernet" if "decode_head.psp_modules.0.1.conv.weight" in state else "backbone"
+def default_preprocessing(architecture: str | None) -> dict[str, Any]:
+    """Mean, std and crop of all releases: ImageNet's statistics."""
+    return {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop_pct": 0.9}
 
 
 def prepare_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -45,86 +48,125 @@ def prepare_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Left out are the blur kernels of the teacher, which are constant, and a detector around the backbone. Counters of
     BatchNorm that a converted file may lack are zero.
     """
-    prepared = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.")
-        if name.startswith(DETECTOR) or name.endswith(".blur_filter"):
-            continue
-        prepared[name.removeprefix("backbone.")] = tensor
+    prepared = {ours: state[name] for name, ours in _kept(state)}
     for name in [name for name in prepared if name.endswith(".running_var")]:
         prepared.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
     return prepared
 
 
-def build_config(state: Mapping[str, torch.Tensor], **fields: Any) -> PaCaViTConfig:
-    """The configuration of a prepared state dict. `fields` win over what its names and shapes say.
+def _kept(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The names of a checkpoint that are kept, and what they are without prefixes."""
+    bare = [(name, name.removeprefix("module.")) for name in names]
+    return [
+        (name, stripped.removeprefix("backbone."))
+        for name, stripped in bare
+        if not stripped.startswith(DETECTOR) and not stripped.endswith(".blur_filter")
+    ]
 
-    Raises ConversionError for tensors that are not those of a PaCa-ViT.
+
+def task(names: Iterable[str]) -> str:
+    """What a checkpoint is for: "classification", "paca_head", "upernet" or "encoder", by its names without prefix."""
+    names = set(names)
+    if "head.weight" in names:
+        return "classification"
+    if "decode_head.k.0.weight" in names:
+        return "paca_head"
+    return "upernet" if "decode_head.psp_modules.0.1.conv.weight" in names else "encoder"
+
+
+def infer_arguments(shapes: Shapes) -> dict[str, Any]:
+    """Fields of `PaCaViTConfig` from the names and shapes of a checkpoint.
+
+    Raises ConversionError for tensors that are not those of a whole PaCa-ViT.
     """
+    shapes = {ours: tuple(shapes[name]) for name, ours in _kept(shapes)}
     try:
-        inferred = _infer(state)
-    except (KeyError, IndexError) as error:
-        raise ConversionError(f"The checkpoint is no whole PaCa-ViT: {error.args[0]} is missing.") from error
-    return PaCaViTConfig(**{**inferred, **fields})
+        return _infer(shapes)
+    except KeyError as error:
+        raise ConversionError(f"The checkpoint is no whole PaCa-ViT: it lacks {error.args[0]}.") from error
 
 
-def _infer(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _infer(shapes: Shapes) -> dict[str, Any]:
     stages = range(1, len(HEADS) + 1)
-    teacher = any(name.startswith("paca_teacher.") for name in state)
-    depths = [_count(state, rf"stage{stage}\.(\d+)\.norm1_before\.weight") for stage in stages]
-    clusterings = [_clusterings(state, stage) for stage in stages]
-    if teacher:
-        clusters = [state[f"paca_teacher.to_clusters{stage}.weight"] for stage in stages if _clusters(state, stage)]
-        counts = iter(tensor.shape[0] for tensor in clusters)
-        num_clusters = [next(counts) if _clusters(state, stage) else 0 for stage in stages]
-        clustering_type = "teacher"
+    clusterings = [_on_site_clustering(shapes, stage) for stage in stages]
+    kinds = {kind for kind, _, _ in clusterings if kind is not None}
+    if any(name.startswith("paca_teacher.") for name in shapes):
+        kinds.add("teacher")
+        weights = [shapes.get(f"paca_teacher.to_clusters{stage}.weight") for stage in stages]
+        num_clusters = [shape[0] if shape is not None else 0 for shape in weights]
     else:
-        kinds = {kind for kind, _, _ in filter(None, clusterings)}
-        if len(kinds) > 1:
-            raise ConversionError("The checkpoint mixes convolutional and MLP clustering, which PaCaViT does not have.")
-        clustering_type = kinds.pop() if kinds else "conv"
-        num_clusters = [clustering[1] if clustering else 0 for clustering in clusterings]
-    inner, channels = state["stage1.0.mlp.fc1.weight"].shape
+        num_clusters = [clusters for _, clusters, _ in clusterings]
+    if len(kinds) > 1:
+        raise ConversionError(f"The checkpoint clusters in several ways: {' and '.join(sorted(kinds))}.")
+    inner, channels = shapes["stage1.0.mlp.fc1.weight"]
     fields: dict[str, Any] = {
-        "hidden_sizes": [state[f"norm{stage}.weight"].shape[0] for stage in stages],
-        "depths": depths,
+        "hidden_sizes": [shapes[f"norm{stage}.weight"][0] for stage in stages],
+        "depths": [_count(shapes, rf"stage{stage}\.\d+\.norm1_before\.weight") for stage in stages],
         "num_attention_heads": HEADS,
         "mlp_ratio": inner // channels,
-        "num_channels": state["patch_embed.proj.0.weight"].shape[1],
+        "num_channels": shapes["patch_embed.proj.0.weight"][1],
         "num_clusters": num_clusters,
-        "clustering_type": clustering_type,
-        "blockwise_clustering": any(clustering[2] > 1 for clustering in filter(None, clusterings)),
-        "layer_scale_init_value": 1.0 if "stage1.0.gamma1" in state else None,
+        "clustering_type": "".join(kinds) or "conv",
+        "blockwise_clustering": any(modules > 1 for _, _, modules in clusterings),
+        # The value itself only matters to a model without weights.
+        "layer_scale_init_value": 1.0 if "stage1.0.gamma1" in shapes else None,
     }
-    if teacher:
-        fields["teacher_depths"] = [_count(state, rf"paca_teacher\.block{stage}\.(\d+)\.1\.weight") for stage in stages]
-    head = state.get("head.weight", state.get("decode_head.conv_seg.weight"))
-    if head is not None:
-        fields["num_labels"] = head.shape[0]
-    if "decode_head.conv_seg.weight" in state:
+    if "teacher" in kinds:
+        pattern = r"paca_teacher\.block{}\.\d+\.1\.weight"
+        fields["teacher_depths"] = [_count(shapes, pattern.format(stage)) for stage in stages]
+    segments = "decode_head.conv_seg.weight" in shapes
+    head = shapes.get("decode_head.conv_seg.weight" if segments else "head.weight", (0,))
+    fields["num_labels"] = head[0]
+    if segments:
         fields["image_size"] = ADE20K_IMAGE_SIZE
-        if task(state) == "paca_head":
-            fields["segmentation_hidden_size"] = head.shape[1]
+    if task(shapes) == "paca_head":
+        fields["segmentation_hidden_size"] = head[1]
     return fields
 
 
-def _count(state: Mapping[str, torch.Tensor], pattern: str) -> int:
-    return sum(1 for name in state if re.fullmatch(pattern, name))
+def _count(shapes: Shapes, pattern: str) -> int:
+    return sum(1 for name in shapes if re.fullmatch(pattern, name))
 
 
-def _clusters(state: Mapping[str, torch.Tensor], stage: int) -> bool:
-    """Whether the patches of a stage attend to clusters."""
-    return f"stage{stage}.0.attn.cluster_norm.weight" in state
-
-
-def _clusterings(state: Mapping[str, torch.Tensor], stage: int) -> tuple[str, int, int] | None:
-    """Kind of the clustering, clusters, and how many layers of a stage cluster; None without clustering."""
-    modules = _count(state, rf"stage{stage}\.(\d+)\.attn\.clustering\.clustering\.2\.weight")
+def _on_site_clustering(shapes: Shapes, stage: int) -> tuple[str | None, int, int]:
+    """Kind of a stage's clustering, its clusters, and how many layers cluster; (None, 0, 0) without."""
+    modules = _count(shapes, rf"stage{stage}\.\d+\.attn\.clustering\.clustering\.2\.weight")
     if modules == 0:
-        return None
+        return None, 0, 0
     first = f"stage{stage}.0.attn.clustering.clustering"
-    kind, last = ("conv", 4) if f"{first}.4.weight" in state else ("mlp", 2)
-    return kind, state[f"{first}.{last}.weight"].shape[0], modules
+    kind, last = ("conv", 4) if f"{first}.4.weight" in shapes else ("mlp", 2)
+    return kind, shapes[f"{first}.{last}.weight"][0], modules
+
+
+def build_config(architecture: str | None, arguments: Mapping[str, Any], **fields: Any) -> PaCaViTConfig:
+    """The configuration of a checkpoint from `infer_arguments`. `fields` win."""
+    return PaCaViTConfig(**{**arguments, **fields})
+
+
+def build_model(config: PaCaViTConfig, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """The model of a prepared state dict: ours, or with UPerNet's head the UPerNet of transformers around our backbone.
+
+    Raises ConversionError that names tensors which are missing, unknown or of another shape.
+    """
+    kind = task(state)
+    with torch.device("meta"):
+        if kind == "upernet":
+            config.out_indices = list(range(1, len(config.depths) + 1))
+            model = UperNetForSemanticSegmentation(_upernet_config(config, state))
+        elif kind == "paca_head":
+            model = PaCaViTForSemanticSegmentation(config)
+        else:
+            model = PaCaViTForImageClassification(config) if kind == "classification" else PaCaViTModel(config)
+    return load_renamed(model, state, key_table(config, model.state_dict()))
+
+
+def _upernet_config(config: PaCaViTConfig, state: Mapping[str, torch.Tensor]) -> UperNetConfig:
+    auxiliary = state.get("auxiliary_head.convs.0.conv.weight")
+    fields: dict[str, Any] = {"use_auxiliary_head": auxiliary is not None}
+    if auxiliary is not None:
+        fields.update(auxiliary_channels=auxiliary.shape[0], auxiliary_in_channels=auxiliary.shape[1])
+    channels = state["decode_head.conv_seg.weight"].shape[1]
+    return UperNetConfig(backbone_config=config, hidden_size=channels, num_labels=config.num_labels, **fields)
 
 
 # How our names become those of the reference, one rule after the other. {stage} counts stages from 0, {number} from 1.
@@ -194,4 +236,15 @@ def key_table(config: PaCaViTConfig, names: Iterable[str]) -> KeyTable:
     return {reference_name(name, config.clustering_type): (name,) for name in names}
 
 
-__all__ = ["build_config", "key_table", "prepare_state", "recognise", "reference_name", "task"]
+__all__ = [
+    "build_config",
+    "build_model",
+    "default_preprocessing",
+    "infer_arguments",
+    "key_table",
+    "prepare_state",
+    "recognise",
+    "recognise_shapes",
+    "reference_name",
+    "task",
+]

@@ -56,6 +56,12 @@ class Inert:
         pass
 
 
+# Where in a file the weights are, the first that it has; and the moving average of them.
+WEIGHT_KEYS, EMA_KEY = ("state_dict", "model"), "state_dict_ema"
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Reference:
     """What a checkpoint says about itself, before its tensors are read.
@@ -65,6 +71,7 @@ class Reference:
     arguments: init arguments of the model, on top of what the name stands for.
     preprocessing: any of "mean", "std", "crop_pct", "interpolation" and "size" ([height, width] in pixels).
     label_names: names of the classes in order, or None.
+    shapes: of the tensors, where they are all there is; None where something names the model.
     """
 
     source: str
@@ -74,6 +81,7 @@ class Reference:
     arguments: dict[str, Any]
     preprocessing: dict[str, Any] = field(default_factory=dict)
     label_names: list[str] | None = None
+    shapes: Shapes | None = None
 
 
 def find(source: str, revision: str | None = None) -> Path:
@@ -163,12 +171,14 @@ def _read_configured(folder: Path, weights: Path, source: str) -> Reference:
 
 
 def _read_run(weights: Path, source: str) -> Reference:
-    """args.yaml beside a checkpoint of the reference's training program."""
+    """args.yaml beside a checkpoint of the reference's training program, or weights alone."""
     file = weights.parent / "args.yaml"
     if not file.is_file():
-        raise ConversionError(
-            f"There is no args.yaml beside {weights.name} in {weights.parent}; without it the model is unknown."
-        )
+        content = load_tensors(weights)
+        wrapped = [content[key] for key in (*WEIGHT_KEYS, EMA_KEY) if isinstance(content.get(key), Mapping)]
+        tensors = (wrapped[0] if wrapped else content).items()
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
+        return Reference(source, "weights alone", weights, None, {}, shapes=shapes)
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -216,10 +226,10 @@ def read_state(reference: Reference, ema: bool = False) -> tuple[dict[str, torch
     """
     file = reference.weights_file
     content = load_tensors(file)
-    available = [key for key in ("state_dict", "state_dict_ema") if isinstance(content.get(key), Mapping)]
-    key = "state_dict_ema" if ema else "state_dict"
-    if key in available:
-        state, where = content[key], key
+    available = [key for key in (*WEIGHT_KEYS, EMA_KEY) if isinstance(content.get(key), Mapping)]
+    wanted = [key for key in available if (key == EMA_KEY) == ema]
+    if wanted:
+        state, where = content[wanted[0]], wanted[0]
     elif ema:
         raise ConversionError(f"{file.name} holds no state_dict_ema.")
     elif available:
