@@ -186,7 +186,7 @@ class PyramidBackbone(nn.Module):
 
 
 def mask_rcnn(variant):
-    """Mask R-CNN as in the paper, one size of anchors a level at strides 4 to 64, for smaller images and fewer boxes."""
+    """Mask R-CNN as in the paper, anchors of one size a level at strides 4 to 64; images are smaller, boxes fewer."""
     levels = list(range(4))
     return MaskRCNN(
         PyramidBackbone(backbone_config(variant)),
