@@ -32,7 +32,6 @@ try:
 except ImportError:  # a machine without it uses another back-end; `unsupported_reason` says so
     triton = None
 
-HEAD_SIZES = range(32, 129, 16)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOWEST_CAPABILITY = (8, 0)  # the first with bfloat16 and asynchronous copies
 LOG2_E = math.log2(math.e)  # exponentials are powers of two on a GPU
@@ -165,8 +164,8 @@ def _forward_kernel(
             is_key = (key_rows < height) & (key_columns < width)
             k = _load_tile(k_base, keys, k_token, channels, k_channel, is_key, HEAD_DIM, BLOCK_D)
             v = _load_tile(v_base, keys, v_token, channels, v_channel, is_key, HEAD_DIM, BLOCK_D)
-            squared = _squared_distances(query_rows, first_row + tl.arange(0, ROWS), distance_cap, block_size)
-            bonus = _outer(_decay(row_precision, squared), column_factors)
+            squared_rows = _squared_distances(query_rows, first_row + tl.arange(0, ROWS), distance_cap, block_size)
+            bonus = _outer(_decay(row_precision, squared_rows), column_factors)
             logits = tl.dot(q, tl.trans(k), input_precision="ieee") + bonus
             if PADDED:
                 logits = tl.where(is_key[None, :], logits, float("-inf"))
@@ -355,6 +354,16 @@ class Tiles(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    def options(self) -> dict[str, int | bool | None]:
+        """What the compiler is told. Releases of Triton differ in whether they fuse a product and a sum unasked."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+            "enable_fp_fusion": True,
+        }
 
 
 # By bytes of an element and channels of a padded head. A fixed table: no warm-up, the same bits in every process. The
@@ -362,27 +371,27 @@ class Tiles(NamedTuple):
 # consumer GPUs), not by timing. float32 runs on the ordinary units, where small tiles are what fits the registers.
 FORWARD_TILES = {
     (2, 32): Tiles(128, 64, 8, 3),
-    (2, 64): Tiles(128, 64, 8, 3),
+    (2, 64): Tiles(128, 64, 8, 3, max_registers=128),
     (2, 128): Tiles(128, 64, 8, 2),
-    (4, 32): Tiles(64, 32, 4, 2),
-    (4, 64): Tiles(64, 32, 4, 2),
-    (4, 128): Tiles(32, 32, 4, 2),
+    (4, 32): Tiles(64, 32, 8, 2),
+    (4, 64): Tiles(64, 32, 8, 2),
+    (4, 128): Tiles(32, 32, 8, 2),
 }
 QUERY_GRADIENT_TILES = {
     (2, 32): Tiles(128, 64, 8, 3),
     (2, 64): Tiles(128, 64, 8, 2),
-    (2, 128): Tiles(64, 64, 8, 2),
+    (2, 128): Tiles(128, 32, 8, 2),
     (4, 32): Tiles(32, 32, 4, 2),
     (4, 64): Tiles(32, 32, 4, 2),
-    (4, 128): Tiles(32, 16, 4, 2),
+    (4, 128): Tiles(32, 16, 8, 2),
 }
 KEY_VALUE_GRADIENT_TILES = {
-    (2, 32): Tiles(64, 64, 4, 3),
-    (2, 64): Tiles(64, 64, 4, 2),
+    (2, 32): Tiles(128, 64, 8, 2),
+    (2, 64): Tiles(128, 64, 8, 2),
     (2, 128): Tiles(64, 64, 8, 2),
-    (4, 32): Tiles(32, 32, 4, 2),
-    (4, 64): Tiles(32, 32, 4, 2),
-    (4, 128): Tiles(16, 32, 4, 2),
+    (4, 32): Tiles(32, 32, 8, 2),
+    (4, 64): Tiles(32, 32, 8, 2),
+    (4, 128): Tiles(16, 16, 8, 2),
 }
 
 
@@ -441,7 +450,7 @@ def _forward(query, key, value, inverse_variance, amplitude, *geometry):
             query, key, value, inverse_variance, amplitude, output, log_sums, *strides, *numbers,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=tiles.queries, BLOCK_P=_prefix_block(prefix),
             ROWS=rows, COLUMNS=columns, PADDED=bool(height % rows or width % columns),
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            **tiles.options(),
         )  # fmt: skip
     return output, log_sums
 
@@ -466,7 +475,7 @@ def _backward(d_output, output, log_sums, query, key, value, inverse_variance, a
             d_query, d_inverse_variance, d_amplitude, deltas, *strides, *numbers,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=tiles.queries, BLOCK_P=_prefix_block(prefix),
             ROWS=rows, COLUMNS=columns, PADDED=bool(height % rows or width % columns),
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            **tiles.options(),
         )  # fmt: skip
         tiles = KEY_VALUE_GRADIENT_TILES[query.element_size(), block_d]
         rows, columns = _key_tile(height, width, tiles.keys, columns_once=False)
@@ -475,7 +484,7 @@ def _backward(d_output, output, log_sums, query, key, value, inverse_variance, a
             query, key, value, inverse_variance, amplitude, log_sums, d_output, d_key, d_value, deltas,
             *strides, *numbers,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=tiles.queries, ROWS=rows, COLUMNS=columns,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            **tiles.options(),
         )  # fmt: skip
     return d_query, d_key, d_value, d_inverse_variance, d_amplitude
 
@@ -560,7 +569,7 @@ def unsupported_reason(
     if gaussian.inverse_variance.dtype != torch.float32 or gaussian.amplitude.dtype != torch.float32:
         return "the Gaussian is not in float32"
     batch, heads, tokens, head_dim = query.shape
-    if head_dim not in HEAD_SIZES:
+    if head_dim % 16 or not 32 <= head_dim <= 128:
         return f"the head size {head_dim} is not a multiple of 16 from 32 to 128"
     height, width = gaussian.grid
     if key.shape != query.shape or value.shape != query.shape:

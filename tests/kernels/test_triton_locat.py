@@ -1,0 +1,155 @@
+"""The fused kernel: its checks under Triton's interpreter and on a GPU, life without Triton, and its compilation."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from locatvit_hf import triton_locat
+
+HERE = Path(__file__).resolve().parent
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def run_python(*arguments: str, **environment: str) -> str:
+    """Standard output and error of `python ...` in the checkout; fails the test where the process fails."""
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=HERE.parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernel_against_float64_autograd(device):
+    report = run_python(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "interpreted_triton_locat.py")),
+        LOCATVIT_KERNEL_DEVICE=device,
+        TRITON_INTERPRET="1" if device == "cpu" else "0",
+    )
+    assert re.search(r"\d\d passed", report) and "skipped" not in report, report
+
+
+def test_importing_it_without_triton_says_no_with_the_reason():
+    program = """
+import sys
+sys.modules["triton"] = None  # importing it raises ImportError, as where it is not installed
+import torch
+from locatvit_hf.locat import Gaussian
+from locatvit_hf.triton_locat import fused_attention, unsupported_reason
+tokens = torch.zeros(1, 1, 4, 32)
+gaussian = Gaussian(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4), (2, 2), 0, 1.0)
+print(unsupported_reason(tokens, tokens, tokens, gaussian))
+try:
+    fused_attention(tokens, tokens, tokens, gaussian, 1.0)
+except ValueError as error:
+    print(error)
+"""
+    lines = run_python("-c", program).splitlines()
+    assert lines[-2:] == [
+        "Triton is not installed",
+        "The fused attention kernel cannot run: Triton is not installed.",
+    ]
+
+
+def test_on_cpu_it_says_no():
+    if triton_locat.triton is None or triton_locat.INTERPRETED:
+        expected = {None, "Triton is not installed"}
+    else:
+        expected = {"the tensors are on 'cpu', not on a CUDA device"}
+    tokens = torch.zeros(1, 1, 4, 32)
+    gaussian = triton_locat.Gaussian(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4), (2, 2), 0, 1.0)
+    assert triton_locat.unsupported_reason(tokens, tokens, tokens, gaussian) in expected
+
+
+def test_two_copies_of_the_file_live_in_one_process():
+    """Two Hub repositories bring a copy each: the second must not take the operators of the first."""
+    spec = importlib.util.spec_from_file_location("locatvit_hf.another_triton_locat", triton_locat.__file__)
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    assert another.NAMESPACE != triton_locat.NAMESPACE
+    assert hasattr(torch.ops, another.NAMESPACE) and hasattr(torch.ops, triton_locat.NAMESPACE)
+
+
+def compile_for(kernel, capability: int, dtype: str, head_dim: int, tiles: triton_locat.Tiles, side: int):
+    """Compile a kernel for a GPU that need not be there, with the arguments that a model on a side x side grid gives.
+
+    Returns registers of a thread, bytes of a thread that spilled to memory, and bytes of shared memory of a program.
+    """
+    triton = triton_locat.triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    block_d = triton.next_power_of_2(head_dim)
+    once = kernel is not triton_locat._key_value_gradient_kernel
+    rows, columns = triton_locat._key_tile(side, side, tiles.keys, columns_once=once)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_M": tiles.queries,
+        "BLOCK_P": 16,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "PADDED": bool(side % rows or side % columns),
+    }
+    in_dtype = {"query", "key", "value", "output", "d_output", "d_query", "d_key", "d_value"}
+    in_float32 = {"inverse_variance", "amplitude", "log_sums", "deltas", "d_inverse_variance", "d_amplitude"}
+    signature, values, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[name] = "constexpr", constants[name]
+        elif name in in_dtype or name in in_float32:
+            signature[name] = "*fp32" if name in in_float32 else f"*{dtype}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name.endswith("_channel") or name in {"iv_axis", "amp_patch", "block_size"}:
+            signature[name], values[name] = "constexpr", 1  # Triton makes a constant of every stride that is 1
+        elif name in {"distance_cap", "scaling", "scale2"}:
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if name.startswith(("q_", "k_", "v_", "do_")):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tiles.options())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        report = subprocess.run([program, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    return int(usage[1]), int(usage[2]), compiled.metadata.shared
+
+
+KERNELS = {
+    "forward": ("_forward_kernel", "FORWARD_TILES"),
+    "query gradient": ("_query_gradient_kernel", "QUERY_GRADIENT_TILES"),
+    "key and value gradient": ("_key_value_gradient_kernel", "KEY_VALUE_GRADIENT_TILES"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_for_the_gpus_it_is_meant_for(name, capability):
+    """No GPU is needed. Shared memory stays below the 99 KB of consumer GPUs, and hardly a register spills."""
+    kernel, table = (getattr(triton_locat, attribute) for attribute in KERNELS[name])
+    for dtype, bytes_an_element in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        # 64 channels on a grid that tiles fit exactly; 80 and 128 padded to one that they do not.
+        for head_dim, side in ((32, 32), (64, 32), (64, 64), (80, 14), (128, 33)):
+            tiles = table[bytes_an_element, triton_locat.triton.next_power_of_2(head_dim)]
+            registers, spilled, shared = compile_for(kernel, capability, dtype, head_dim, tiles, side)
+            print(f"{name}, sm_{capability}, {dtype}, {head_dim} channels: {registers} registers, "
+                  f"{spilled} bytes spilled, {shared} bytes shared")  # fmt: skip
+            assert shared <= 99 * 1024
+            assert spilled <= 400
