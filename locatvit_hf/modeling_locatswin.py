@@ -75,8 +75,9 @@ def shift_mask(
 def partition_windows(feature_map: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
     """(batch, height, width, channels) to (batch * windows, area, channels), windows of a sample row by row."""
     batch, height, width, channels = feature_map.shape
-    windows = feature_map.reshape(batch, height // window[0], window[0], width // window[1], window[1], channels)
-    return windows.permute(0, 1, 3, 2, 4, 5).reshape(-1, window[0] * window[1], channels)
+    rows, columns = height // window[0], width // window[1]
+    windows = feature_map.reshape(batch, rows, window[0], columns, window[1], channels)
+    return windows.permute(0, 1, 3, 2, 4, 5).reshape(batch * rows * columns, window[0] * window[1], channels)
 
 
 def merge_windows(windows: torch.Tensor, window: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
@@ -84,6 +85,11 @@ def merge_windows(windows: torch.Tensor, window: tuple[int, int], grid: tuple[in
     rows, columns = grid[0] // window[0], grid[1] // window[1]
     feature_map = windows.reshape(-1, rows, columns, *window, windows.shape[-1])
     return feature_map.permute(0, 1, 3, 2, 4, 5).reshape(-1, *grid, windows.shape[-1])
+
+
+def tokens_to_map(hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(batch, patches, channels) to (batch, height, width, channels), grid = (height, width)."""
+    return hidden_states.reshape(hidden_states.shape[0], *grid, hidden_states.shape[2])
 
 
 def merged_grid(grid: tuple[int, int]) -> tuple[int, int]:
@@ -122,10 +128,12 @@ class LocAtSwinPatchMerging(nn.Module):
         Odd grids get a row or a column of zeros.
         """
         height, width = merged_grid(grid)
-        feature_map = F.pad(hidden_states.unflatten(1, grid), (0, 0, 0, grid[1] % 2, 0, grid[0] % 2))
-        blocks = feature_map.reshape(-1, height, 2, width, 2, hidden_states.shape[-1])
+        feature_map = tokens_to_map(hidden_states, grid)
+        feature_map = F.pad(feature_map, (0, 0, 0, grid[1] % 2, 0, grid[0] % 2))
+        batch, _, channels = hidden_states.shape
+        blocks = feature_map.reshape(batch, height, 2, width, 2, channels)
         # The column inside a block varies slowest: (even row, even column), (odd, even), (even, odd), (odd, odd).
-        merged = blocks.permute(0, 1, 3, 4, 2, 5).reshape(-1, height * width, 4 * hidden_states.shape[-1])
+        merged = blocks.permute(0, 1, 3, 4, 2, 5).reshape(batch, height * width, 4 * channels)
         return self.reduction(self.norm(merged))
 
 
@@ -164,7 +172,7 @@ class LocAtSwinAttention(MultiHeadProjections):
         bias = self.relative_position_bias().to(query.dtype)[None]
         if shift_mask is not None:
             bias = bias + shift_mask.to(query.dtype)
-            bias = bias.expand(len(query) // len(shift_mask), -1, -1, -1, -1).flatten(0, 1)
+            bias = bias.expand(query.shape[0] // shift_mask.shape[0], -1, -1, -1, -1).flatten(0, 1)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
@@ -211,7 +219,7 @@ class LocAtSwinLayer(GradientCheckpointingLayer):
 
         hidden_states: (batch, patches of `grid`, channels), and so is the result.
         """
-        feature_map = hidden_states.unflatten(1, grid)
+        feature_map = tokens_to_map(hidden_states, grid)
         mask = None
         if any(self.shift):
             feature_map = feature_map.roll((-self.shift[0], -self.shift[1]), dims=(1, 2))
