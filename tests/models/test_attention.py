@@ -1,0 +1,90 @@
+"""Blockwise attention on CPU against the formula written out, for every way that blocks can fall."""
+
+import pytest
+import torch
+from torch import nn
+
+from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, attention_locat
+from locatvit_hf.attention_locat import BlockwiseAttention, eager_attention_forward, sdpa_attention_forward
+from locatvit_hf.locat import LocAtGaussian
+
+
+@pytest.fixture
+def blocks_of(monkeypatch):
+    """Sets how many logits a block holds, and lets no size be too small for blocks."""
+
+    def set_block(logits):
+        monkeypatch.setattr(attention_locat, "BLOCK_LOGITS", logits)
+        monkeypatch.setattr(attention_locat, "FEWEST_BLOCKWISE_LOGITS", 0)
+
+    return set_block
+
+
+def inputs(batch, heads, grid, prefix, head_dim, dtype=torch.float64):
+    """Query, key and value as views of projections, and a Gaussian with trained-like weights."""
+    tokens = prefix + grid[0] * grid[1]
+    projected = [torch.randn(batch, tokens, heads, head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
+    module = LocAtGaussian(head_dim, grid).to(dtype)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return projected, module
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "grid", "prefix", "block_logits"),
+    [
+        (2, 3, (4, 5), 1, 10**6),  # a sample at once
+        (1, 4, (3, 3), 1, 250),  # two heads at once
+        (2, 3, (4, 5), 3, 100),  # a few queries at once
+        (1, 2, (3, 4), 5, 1),  # a query at once, some of them prefix tokens
+        (2, 2, (5, 2), 0, 40),
+        (1, 1, (1, 1), 6, 20),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_formula(blocks_of, batch, heads, grid, prefix, block_logits):
+    blocks_of(block_logits)
+    projected, module = inputs(batch, heads, grid, prefix, 8)
+    weight = torch.randn_like(projected[0])
+    results = []
+    for attend in (sdpa_attention_forward, eager_attention_forward):
+        query, key, value = (states.transpose(1, 2) for states in projected)
+        output, _ = attend(nn.Identity(), query, key, value, None, 0.3, gaussian=module(query, grid, prefix))
+        if attend is sdpa_attention_forward:
+            assert "Blockwise" in output.grad_fn.name()
+        gradients = torch.autograd.grad((output * weight).sum(), [*projected, *module.parameters()])
+        results.append([output, *gradients])
+    for blockwise, expected in zip(*results, strict=True):
+        torch.testing.assert_close(blockwise, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gradcheck(blocks_of):
+    blocks_of(30)
+    (query, key, value), module = inputs(1, 2, (2, 3), 1, 4)
+    rows, columns = (factor.detach().requires_grad_() for factor in module(query.transpose(1, 2), (2, 3), 1).factors())
+
+    def attend(query, key, value, rows, columns):
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        return BlockwiseAttention.apply(query, key, value, rows, columns, 1, 0.5)
+
+    assert torch.autograd.gradcheck(attend, (query, key, value, rows, columns))
+
+
+def test_it_is_chosen_where_it_pays_and_leaves_the_model_as_it_is():
+    config = LocAtViTConfig(image_size=128, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+    model = LocAtViTForImageClassification(config)
+    for module in model.modules():
+        if isinstance(module, LocAtGaussian):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=0.5)
+    pixel_values, labels = torch.randn(2, 3, 128, 128), torch.tensor([0, 1])
+    gradients = {}
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        model(pixel_values, labels=labels).loss.backward()
+        gradients[implementation] = [parameter.grad.clone() for parameter in model.parameters()]
+    for blockwise, expected in zip(gradients["sdpa"], gradients["eager"], strict=True):
+        torch.testing.assert_close(blockwise, expected, rtol=1e-4, atol=1e-6)
+    assert attention_locat.runs_blockwise(torch.empty(1, 3, 197, 64))
+    assert not attention_locat.runs_blockwise(torch.empty(1, 3, 50, 64))
+    assert not attention_locat.runs_blockwise(torch.empty(1, 3, 197, 64, dtype=torch.bfloat16))
