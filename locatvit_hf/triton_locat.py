@@ -48,12 +48,19 @@ def _jit(function):
 
 
 @_jit
-def _load_tile(base, tokens, token_stride, channels, channel_stride, valid, HEAD_DIM, BLOCK_D: tl.constexpr):
-    """(tokens, BLOCK_D) of one head, zero where a token is not valid or a channel does not exist."""
+def _load_tile(
+    base, tokens, token_stride, channels, channel_stride, valid, HEAD_DIM, BLOCK_D: tl.constexpr,
+    AGAIN: tl.constexpr = False,
+):  # fmt: skip
+    """(tokens, BLOCK_D) of one head, zero where a token is not valid or a channel does not exist.
+
+    AGAIN: load anew in every iteration of a loop.
+    """
     pointers = base + tokens[:, None] * token_stride + channels[None, :] * channel_stride
-    if HEAD_DIM == BLOCK_D:
-        return tl.load(pointers, mask=valid[:, None], other=0.0)
-    return tl.load(pointers, mask=valid[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
+    mask = valid[:, None]
+    if HEAD_DIM < BLOCK_D:
+        mask = mask & (channels < HEAD_DIM)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0, volatile=AGAIN)
 
 
 @_jit
@@ -316,6 +323,10 @@ def _key_value_gradient_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, num_tokens, BLOCK_M):
+        if q_base.dtype.element_ty == tl.float32:
+            # Ordinary units take operands from registers: tiles held there all through the loop would push others out.
+            k = _load_tile(k_base, keys, k_token, channels, k_channel, is_key, HEAD_DIM, BLOCK_D, True)
+            v = _load_tile(v_base, keys, v_token, channels, v_channel, is_key, HEAD_DIM, BLOCK_D, True)
         # What is no query has q = dO = delta = 0 and finite weights: it adds nothing. What is no key is not stored.
         queries = start + tl.arange(0, BLOCK_M)
         is_query = queries < num_tokens
@@ -367,8 +378,10 @@ class Tiles(NamedTuple):
 
 
 # By bytes of an element and channels of a padded head. A fixed table: no warm-up, the same bits in every process. The
-# entries are chosen by counting registers (no kernel spills on sm_80 and sm_90) and shared memory (below the 99 KB of
-# consumer GPUs), not by timing. float32 runs on the ordinary units, where small tiles are what fits the registers.
+# entries were chosen by what the compiler reports, not by timing: shared memory below the 99 KB of consumer GPUs, few
+# or no registers spilled on sm_80 and sm_90. Eight warps a program; with 128 registers a thread two programs share a
+# multiprocessor, one computing exponentials while the other multiplies. float32 runs on the ordinary units, which take
+# operands from registers: small tiles are what fits.
 FORWARD_TILES = {
     (2, 32): Tiles(128, 64, 8, 3),
     (2, 64): Tiles(128, 64, 8, 3, max_registers=128),
@@ -408,7 +421,8 @@ def _key_tile(height: int, width: int, keys: int, columns_once: bool) -> tuple[i
         across, down = -(-width // columns), -(-height // rows)
         return across * (down * (keys + 4 * rows) + columns * (1 if columns_once else down))
 
-    columns = min((2**power for power in range(keys.bit_length() - 1, -1, -1)), key=work)
+    # A tile of one row would need the fewest, and so many registers for its columns that others spill.
+    columns = min((2**power for power in range(keys.bit_length() - 2, -1, -1)), key=work)
     return keys // columns, columns
 
 
@@ -556,8 +570,10 @@ def unsupported_reason(
         return "the kernel is written for NVIDIA GPUs, and this is the ROCm build of PyTorch"
     if not (INTERPRETED or query.device.type == "cuda"):
         return f"the tensors are on {query.device.type!r}, not on a CUDA device"
-    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < LOWEST_CAPABILITY:
-        return "the GPU is older than compute capability 8.0"
+    if query.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(query.device)  # torch.compile knows this one as a constant
+        if (properties.major, properties.minor) < LOWEST_CAPABILITY:
+            return "the GPU is older than compute capability 8.0"
     if gaussian is None:
         return "there is no Gaussian, and plain attention is served best by PyTorch"
     if attention_mask is not None:
