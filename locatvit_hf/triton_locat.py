@@ -23,6 +23,7 @@ import re
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .locat import Gaussian
 
@@ -432,8 +433,8 @@ def _prefix_block(num_prefix_tokens: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------- torch operators
-# Operators, not an autograd.Function, so that torch.compile takes each as one node and never looks inside. A class
-# that travels may be loaded from several repositories into one process: the namespace holds the name of the module.
+# torch.compile takes an operator as one node and never looks inside; eager mode calls the same functions directly.
+# A file that travels may be loaded from several repositories into one process: the namespace holds its module's name.
 
 NAMESPACE = "locatvit_" + re.sub(r"\W", "_", __name__)
 GEOMETRY = "SymInt height, SymInt width, SymInt prefix, float distance_cap, SymInt block_size, float scaling"
@@ -538,12 +539,27 @@ def _save(ctx, inputs, output) -> None:
     ctx.geometry = inputs[5:]
 
 
-def _gradients(ctx, d_output, _):
-    gradients = _backward_operator(d_output, *ctx.saved_tensors, *ctx.geometry)
+def _gradients(ctx, d_output, _, backward=_backward_operator):
+    gradients = backward(d_output, *ctx.saved_tensors, *ctx.geometry)
     return *(gradient.transpose(1, 2) for gradient in gradients[:3]), *gradients[3:], *(None for _ in ctx.geometry)
 
 
 _forward_operator.register_autograd(_gradients, setup_context=_save)
+
+
+class _EagerAttention(torch.autograd.Function):
+    """The operator without its dispatch, which takes the CPU longer than launching a kernel does."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_output, d_log_sums):
+        return _gradients(ctx, d_output, d_log_sums, backward=_backward)
 
 
 # ------------------------------------------------------------------------------------------------------------- public
@@ -621,7 +637,8 @@ def fused_attention(
         reason = f"the scaling {scaling} is not above zero"
     if reason is not None:
         raise ValueError(f"The fused attention kernel cannot run: {reason}.")
-    output, _ = _forward_operator(
+    attend = _forward_operator if torch.compiler.is_compiling() else _EagerAttention.apply
+    output, _ = attend(
         query,
         key,
         value,

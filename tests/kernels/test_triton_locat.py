@@ -153,4 +153,4 @@ def test_every_kernel_compiles_for_the_gpus_it_is_meant_for(name, capability):
             print(f"{name}, sm_{capability}, {dtype}, {head_dim} channels: {registers} registers, "
                   f"{spilled} bytes spilled, {shared} bytes shared")  # fmt: skip
             assert shared <= 99 * 1024
-            assert spilled <= 400
+            assert spilled <= 300
