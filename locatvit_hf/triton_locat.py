@@ -16,8 +16,6 @@ A grid that no rectangle fits is padded with masked keys: one more exponential f
 tiles that ignore the grid, costs more than the padding does. Prefix keys are tiles of their own, without a bonus.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from typing import NamedTuple
@@ -30,8 +28,10 @@ from .locat import Gaussian
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
 except ImportError:  # a machine without it uses another back-end; `unsupported_reason` says so
     triton = None
+    constexpr = object  # what follows names it in annotations
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOWEST_CAPABILITY = (8, 0)  # the first with bfloat16 and asynchronous copies
@@ -50,8 +50,8 @@ def _jit(function):
 
 @_jit
 def _load_tile(
-    base, tokens, token_stride, channels, channel_stride, valid, HEAD_DIM, BLOCK_D: tl.constexpr,
-    AGAIN: tl.constexpr = False,
+    base, tokens, token_stride, channels, channel_stride, valid, HEAD_DIM, BLOCK_D: constexpr,
+    AGAIN: constexpr = False,
 ):  # fmt: skip
     """(tokens, BLOCK_D) of one head, zero where a token is not valid or a channel does not exist.
 
@@ -99,8 +99,8 @@ def _decay(precision, squared):
 @_jit
 def _outer(row_factors, column_factors):
     """(M, ROWS) and (M, COLUMNS) multiplied out to (M, ROWS * COLUMNS), keys in row-major order."""
-    M: tl.constexpr = row_factors.shape[0]
-    N: tl.constexpr = row_factors.shape[1] * column_factors.shape[1]
+    M: constexpr = row_factors.shape[0]
+    N: constexpr = row_factors.shape[1] * column_factors.shape[1]
     return tl.reshape(row_factors[:, :, None] * column_factors[:, None, :], (M, N))
 
 
@@ -124,8 +124,8 @@ def _forward_kernel(
     iv_batch, iv_head, iv_patch, iv_axis,
     amp_batch, amp_head, amp_patch,
     heads, height, width, prefix, distance_cap, block_size, scaling, scale2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
+    HEAD_DIM: constexpr, BLOCK_D: constexpr, BLOCK_M: constexpr, BLOCK_P: constexpr,
+    ROWS: constexpr, COLUMNS: constexpr, PADDED: constexpr,
 ):  # fmt: skip
     """Output (batch, tokens, heads, head_dim) and log2 of the softmax's denominator (batch, heads, tokens)."""
     num_tokens = prefix + height * width
@@ -196,8 +196,8 @@ def _query_gradient_kernel(
     amp_batch, amp_head, amp_patch,
     do_batch, do_head, do_token, do_channel,
     heads, height, width, prefix, distance_cap, block_size, scaling, scale2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
+    HEAD_DIM: constexpr, BLOCK_D: constexpr, BLOCK_M: constexpr, BLOCK_P: constexpr,
+    ROWS: constexpr, COLUMNS: constexpr, PADDED: constexpr,
 ):  # fmt: skip
     """Everything that belongs to a query: dQ, the gradients of its three scalars, and delta = sum(dO * O) for dK."""
     num_tokens = prefix + height * width
@@ -289,11 +289,11 @@ def _key_value_gradient_kernel(
     amp_batch, amp_head, amp_patch,
     do_batch, do_head, do_token, do_channel,
     heads, height, width, prefix, distance_cap, block_size, scaling, scale2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD_DIM: constexpr, BLOCK_D: constexpr, BLOCK_M: constexpr,
+    ROWS: constexpr, COLUMNS: constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys. The first tiles hold the prefix keys: there the strength of the bonus is zero."""
-    BLOCK_N: tl.constexpr = ROWS * COLUMNS
+    BLOCK_N: constexpr = ROWS * COLUMNS
     num_tokens = prefix + height * width
     prefix_tiles = tl.cdiv(prefix, BLOCK_N)
     tiles_across = tl.cdiv(width, COLUMNS)

@@ -4,15 +4,16 @@ Not collected by name: `test_triton_locat.py` starts it in a process of its own,
 chosen before triton is first imported. LOCATVIT_KERNEL_DEVICE names the device; on "cpu" kernels are interpreted.
 """
 
+import importlib
 import os
 
 import numpy as np
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from locatvit_hf import triton_locat
 from locatvit_hf.locat import Gaussian, LocAtGaussian
@@ -31,7 +32,7 @@ def interpret_bfloat16():
     if DEVICE != "cpu":
         yield
         return
-    from triton.runtime import interpreter
+    interpreter = importlib.import_module("triton.runtime.interpreter")
 
     def values(handle):
         if handle.dtype.scalar.name != "bf16":

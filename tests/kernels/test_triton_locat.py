@@ -1,5 +1,6 @@
 """The fused kernel: its checks under Triton's interpreter and on a GPU, life without Triton, and its compilation."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -89,9 +90,7 @@ def compile_for(kernel, capability: int, dtype: str, head_dim: int, tiles: trito
     Returns registers of a thread, bytes of a thread that spilled to memory, and bytes of shared memory of a program.
     """
     triton = triton_locat.triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    backends, compiler = (importlib.import_module(f"triton.{name}") for name in ("backends.compiler", "compiler"))
     block_d = triton.next_power_of_2(head_dim)
     once = kernel is not triton_locat._key_value_gradient_kernel
     rows, columns = triton_locat._key_tile(side, side, tiles.keys, columns_once=once)
@@ -121,8 +120,8 @@ def compile_for(kernel, capability: int, dtype: str, head_dim: int, tiles: trito
             signature[name] = "i32"
             if name.startswith(("q_", "k_", "v_", "do_")):
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, values, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tiles.options())
+    source = compiler.ASTSource(kernel, signature, values, attributes)
+    compiled = triton.compile(source, target=backends.GPUTarget("cuda", capability, 32), options=tiles.options())
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
