@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.utils import is_tracing, logging
 
 from .locat import Gaussian
+from .triton_locat import fused_attention, unsupported_reason
 
 logger = logging.get_logger(__name__)
 
@@ -65,12 +66,17 @@ def sdpa_attention_forward(
     gaussian: Gaussian | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """The fastest way there: blockwise on CPU, otherwise PyTorch's fused attention with the bias written out.
+    """The fastest way there: the fused kernel on CUDA, blockwise on CPU, else PyTorch's attention with a written bias.
 
     Shapes as in `eager_attention_forward`.
     """
     if kwargs.get("output_attentions"):
         logger.warning_once("Attention maps need `attn_implementation='eager'`; 'sdpa' returns none.")
+    if gaussian is not None and query.is_cuda:
+        reason = unsupported_reason(query, key, value, gaussian, attention_mask, dropout)
+        if reason is None:
+            return fused_attention(query, key, value, gaussian, scaling), None
+        logger.warning_once(f"The fused kernel is not used: {reason}")
     if gaussian is not None and attention_mask is None and dropout == 0.0 and runs_blockwise(query):
         rows, columns = gaussian.factors()
         return BlockwiseAttention.apply(query, key, value, rows, columns, gaussian.num_prefix_tokens, scaling), None
@@ -126,6 +132,30 @@ def flex_attention_forward(
     attend = torch.compile(flex_attention) if query.device.type == "cuda" else flex_attention
     output = attend(query, key, value, score_mod=add_bias, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
+
+
+def fused_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    gaussian: Gaussian | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The Triton kernel, which never writes the bias out; where it cannot run, 'sdpa' and one line that says why.
+
+    Shapes as in `eager_attention_forward`.
+    """
+    reason = unsupported_reason(query, key, value, gaussian, attention_mask, dropout)
+    if reason is None:
+        return fused_attention(query, key, value, gaussian, scaling), None
+    logger.warning_once(f"'locat_fused' is not used: {reason}")
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, gaussian=gaussian, **kwargs
+    )
 
 
 # Attention logits that are held at a time, about what a core's cache takes; fewer logits than the second number a
@@ -247,8 +277,8 @@ class LocAtAttentionInterface(AttentionInterface):
         attn_implementation = attn_implementation or "eager"
         if attn_implementation not in self._local_mapping:
             raise ValueError(
-                f"attn_implementation={attn_implementation!r} cannot add the Gaussian to the attention logits; "
-                f"use one of {', '.join(sorted(self._local_mapping))}."
+                f"attn_implementation={attn_implementation!r} is not known to add the Gaussian to the attention "
+                f"logits; use one of {', '.join(sorted(self._local_mapping))}."
             )
         return self._local_mapping[attn_implementation]
 
@@ -257,6 +287,9 @@ ALL_ATTENTION_FUNCTIONS = LocAtAttentionInterface()
 ALL_ATTENTION_FUNCTIONS["eager"] = eager_attention_forward
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
 ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_attention_forward
+ALL_ATTENTION_FUNCTIONS["locat_fused"] = fused_attention_forward
+# Makes the name legal in transformers; which function runs is decided by the table above.
+AttentionInterface.register("locat_fused", fused_attention_forward)
 
 
 __all__ = ["ALL_ATTENTION_FUNCTIONS", "eager_attention_forward", "flex_attention_forward", "sdpa_attention_forward"]

@@ -100,7 +100,6 @@ class LocAtJumboConfig(FamilyConfigMixin, PreTrainedConfig):
             self.jumbo_intermediate_size = 4 * self.jumbo_hidden_size
         self.name_stages(kwargs)
         super().__post_init__(**kwargs)
-        self.complete_auto_map()
 
     @property
     def jumbo_hidden_size(self) -> int:

@@ -85,7 +85,6 @@ class LocAtSwinConfig(FamilyConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.name_stages(kwargs)
         super().__post_init__(**kwargs)
-        self.complete_auto_map()
 
     @property
     def num_stages(self) -> int:

@@ -105,7 +105,6 @@ class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         self.name_stages(kwargs)
         super().__post_init__(**kwargs)
-        self.complete_auto_map()
 
     @property
     def num_prefix_tokens(self) -> int:

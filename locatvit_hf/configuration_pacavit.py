@@ -107,7 +107,6 @@ class PaCaViTConfig(FamilyConfigMixin, PreTrainedConfig):
             setattr(self, name, list(getattr(self, name)))  # a tuple would come back from JSON as another value
         self.name_stages(kwargs)
         super().__post_init__(**kwargs)
-        self.complete_auto_map()
 
     @property
     def patch_size(self) -> int:

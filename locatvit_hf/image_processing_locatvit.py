@@ -1,16 +1,22 @@
 """One image processor for all families: classification crops the centre, segmentation keeps every pixel in place."""
 
 import math
+import os
 
-import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
-from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling, SizeDict
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import (
+    ChannelDimension,
+    ImageInput,
+    ImageType,
+    PILImageResampling,
+    SizeDict,
+    get_image_type,
+)
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 IGNORE_INDEX = 255
@@ -21,11 +27,13 @@ class LocAtViTImageProcessorKwargs(ImagesKwargs, total=False):
     do_reduce_labels: whether label 0 means "no class": 0 and 255 become 255, every other label goes down by one.
     do_grayscale: whether images become one grey channel instead of RGB.
     size_divisor: pixels; both sides are resized to multiples of it. Set for segmentation, None for classification.
+    output_stride: [height, width] in pixels of a cell of the model's segmentation logits.
     """
 
     do_reduce_labels: bool
     do_grayscale: bool
     size_divisor: int | None
+    output_stride: list[int] | tuple[int, int] | None
 
 
 class LocAtViTImageProcessor(TorchvisionBackend):
@@ -55,6 +63,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
     do_grayscale = False
     do_reduce_labels = False
     size_divisor = None
+    output_stride = None
 
     _auto_class = "AutoImageProcessor"
 
@@ -68,17 +77,13 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         segmentation: keep every pixel and resize to multiples of the patch, instead of cropping the centre.
         """
         height, width = pair(config.image_size)
-        mean, std = (
-            [value] * config.num_channels if isinstance(value, float | int) else list(value)
-            for value in (config.image_mean, config.image_std)
-        )
-        arguments = {"image_mean": mean, "image_std": std}
-        if config.num_channels == 1:
-            arguments.update(
-                do_grayscale=True, image_mean=arguments["image_mean"][:1], image_std=arguments["image_std"][:1]
-            )
-        elif config.num_channels != 3:
-            arguments.update(do_convert_rgb=False)
+        arguments = {
+            "image_mean": channel_values(config.image_mean, config.num_channels),
+            "image_std": channel_values(config.image_std, config.num_channels),
+            "do_convert_rgb": config.num_channels in (1, 3),
+            "do_grayscale": config.num_channels == 1,
+            "output_stride": list(config.output_stride),
+        }
         if segmentation:
             short = min(height, width)
             arguments.update(
@@ -109,17 +114,20 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         Raises ValueError for an image without pixels, and for a map whose size differs from its image's.
         """
         if isinstance(images, list | tuple):
+            if not images:
+                raise ValueError("There are no images to process: the list is empty.")
             images = [_with_channel_axis(image) for image in images]
         return super().preprocess(_with_channel_axis(images), segmentation_maps, **kwargs)
 
     def process_image(self, image: ImageInput, do_convert_rgb: bool | None = None, **kwargs) -> torch.Tensor:
         """One image as a tensor (channels, height, width); label maps come with `do_convert_rgb=False`."""
-        if isinstance(image, PIL.Image.Image) and min(image.size) == 0:
-            raise ValueError(f"An image of {image.width} x {image.height} pixels cannot be processed.")
-        if do_convert_rgb:
-            image = _pil_to_rgb(image) if isinstance(image, PIL.Image.Image) else _to_8_bits(image)
-        elif isinstance(image, np.ndarray) and image.dtype in (np.uint16, np.uint32, np.uint64):
-            image = image.astype(np.int64)  # torch has almost no arithmetic for wide unsigned integers
+        if get_image_type(image) == ImageType.PIL:
+            if min(image.size) == 0:
+                raise ValueError(f"An image of {image.width} x {image.height} pixels cannot be processed.")
+            if do_convert_rgb:
+                image, kwargs["input_data_format"] = _pil_to_rgb(image), ChannelDimension.FIRST
+        elif do_convert_rgb:
+            image = _array_to_8_bits(image)
         processed = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
         if processed.numel() == 0:
             raise ValueError(f"An image of shape {tuple(processed.shape)} holds no pixels.")
@@ -198,12 +206,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         if size.shortest_edge and size.longest_edge:
             height, width = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
         elif size.shortest_edge:
-            height, width = get_resize_output_image_size(
-                np.empty((1, height, width)),
-                size.shortest_edge,
-                default_to_square=False,
-                input_data_format="channels_first",
-            )
+            height, width = get_size_with_aspect_ratio((height, width), size.shortest_edge)
         elif size.height and size.width:
             height, width = size.height, size.width
         else:
@@ -226,8 +229,20 @@ class LocAtViTImageProcessor(TorchvisionBackend):
             for tensor in tensors
         ]
 
+    def fetch_images(self, image_url_or_urls):
+        """As the library's; a path that leads nowhere is one sentence."""
+        if isinstance(image_url_or_urls, str) and "://" not in image_url_or_urls:
+            if not os.path.isfile(image_url_or_urls):
+                raise ValueError(f"There is no image file {image_url_or_urls}.")
+        return super().fetch_images(image_url_or_urls)
+
     def post_process_semantic_segmentation(
-        self, outputs, target_sizes: list[tuple[int, int]] | None = None, return_segmentation_scores: bool = False
+        self,
+        outputs,
+        target_sizes: list[tuple[int, int]] | None = None,
+        return_segmentation_scores: bool = False,
+        do_resize: bool | None = None,
+        size: dict | None = None,
     ) -> list:
         """Class maps from the logits of a segmentation model.
 
@@ -235,6 +250,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         target_sizes: (height, width) in pixels of each original image. Where given, the cells of the padding are cut
             off first, then the rest is upsampled bilinearly in float32. Where None, maps have the size of the logits.
         return_segmentation_scores: return a dict of "segmentation" and "segmentation_scores" (classes, height, width).
+        do_resize, size: as the images were prepared, where that was not with the processor's own values.
         Returns a list of int64 maps (height, width), one an image.
         """
         logits = outputs.logits.float()
@@ -245,34 +261,51 @@ class LocAtViTImageProcessor(TorchvisionBackend):
                 target_sizes = target_sizes.tolist()
             if len(target_sizes) != len(logits):
                 raise ValueError(f"There are {len(logits)} images in the outputs but {len(target_sizes)} target_sizes.")
-            scores = self._place_on_images(logits, [tuple(map(int, size)) for size in target_sizes])
+            target_sizes = [tuple(map(int, target_size)) for target_size in target_sizes]
+            if any(min(target_size) < 1 for target_size in target_sizes):
+                raise ValueError(f"target_sizes must be (height, width) of at least 1 pixel, got {target_sizes}.")
+            resized = target_sizes
+            if self.do_resize if do_resize is None else do_resize:
+                size = self.size if size is None else SizeDict(**size)
+                resized = [self._resized_size(*target, size, self.size_divisor) for target in target_sizes]
+            scores = self._place_on_images(logits, resized, target_sizes)
         if return_segmentation_scores:
             return [BatchFeature({"segmentation": s.argmax(dim=0), "segmentation_scores": s}) for s in scores]
         return [s.argmax(dim=0) for s in scores]
 
-    def _place_on_images(self, logits: torch.Tensor, target_sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
+    def _place_on_images(
+        self, logits: torch.Tensor, resized: list[tuple[int, int]], target_sizes: list[tuple[int, int]]
+    ) -> list[torch.Tensor]:
         """Each image's logits (classes, height, width) at its target size, padding cut off before upsampling."""
-        resized = target_sizes
-        if self.do_resize:
-            resized = [self._resized_size(*size, self.size, self.size_divisor) for size in target_sizes]
         seen = [(self.crop_size.height, self.crop_size.width)] * len(resized) if self.do_center_crop else resized
-        divisor = self.size_divisor or 1
-        # Pixels of one cell: the batch was padded to its largest image, and that to a multiple of the patch.
-        cell = [
-            math.ceil(max(size[axis] for size in seen) / divisor) * divisor / logits.shape[axis + 2] for axis in (0, 1)
-        ]
+        # Without a known stride the grid is taken to cover the largest image exactly.
+        cell = self.output_stride or [max(size[axis] for size in seen) / logits.shape[axis + 2] for axis in (0, 1)]
         placed = []
         for image_logits, size, seen_size, target_size in zip(logits, resized, seen, target_sizes, strict=True):
-            cells = [max(1, math.ceil(seen_size[axis] / cell[axis])) for axis in (0, 1)]
+            cells = [math.ceil(side / pixels) for side, pixels in zip(seen_size, cell, strict=True)]
+            if any(needed > present for needed, present in zip(cells, image_logits.shape[1:], strict=True)):
+                raise ValueError(
+                    f"The logits have {image_logits.shape[1]} x {image_logits.shape[2]} cells, but an image of "
+                    f"{seen_size[0]} x {seen_size[1]} pixels needs {cells[0]} x {cells[1]}; if it was prepared with "
+                    "another do_resize or size, pass the same here."
+                )
             image_logits = image_logits[None, :, : cells[0], : cells[1]]
-            covered = tuple(round(count * side) for count, side in zip(cells, cell, strict=True))
-            if covered != seen_size or self.do_center_crop:
+            covered = tuple(round(count * pixels) for count, pixels in zip(cells, cell, strict=True))
+            if covered != tuple(seen_size) or self.do_center_crop:
                 image_logits = F.interpolate(image_logits, size=covered, mode="bilinear", align_corners=False)
                 image_logits = image_logits[..., : seen_size[0], : seen_size[1]]
             if self.do_center_crop:
                 image_logits = _undo_center_crop(image_logits, size)
             placed.append(F.interpolate(image_logits, size=target_size, mode="bilinear", align_corners=False)[0])
         return placed
+
+
+def channel_values(values: float | list[float] | tuple[float, ...], num_channels: int) -> list[float]:
+    """A mean or std for every channel, from one number, from equal ones, or for grey images from those of a colour."""
+    values = [values] if isinstance(values, float | int) else list(values)
+    if len(set(values)) == 1:
+        return values[:1] * num_channels
+    return [sum(values) / len(values)] if num_channels == 1 and values else values
 
 
 def pair(size) -> tuple[int, int]:
@@ -282,7 +315,7 @@ def pair(size) -> tuple[int, int]:
 
 def _with_channel_axis(image):
     """A grey array or tensor (height, width) as (1, height, width); anything else as it is."""
-    return image[None] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 2 else image
+    return image[None] if getattr(image, "ndim", None) == 2 else image
 
 
 def _undo_center_crop(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -298,31 +331,40 @@ def _undo_center_crop(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tens
     return logits
 
 
-def _pil_to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """RGB with transparency composited on white; 16-bit, 32-bit and float images are scaled to 8 bits first.
-
-    32-bit and float images carry no scale of their own: values up to 1 (float), 255 or 65535 tell it.
-    """
+def _pil_to_rgb(image) -> torch.Tensor:
+    """uint8 (3, height, width) of a PIL image of any mode, transparency composited on white."""
     if image.mode.startswith("I;"):
-        image = PIL.Image.fromarray(_to_8_bits(np.asarray(image).astype(np.uint16)))
-    elif image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        largest = values.max()
-        scale = 255.0 if image.mode == "F" and largest <= 1.0 else 1.0 if largest <= 255 else 255.0 / 65535.0
-        image = PIL.Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("RGB")
+        pixels = tvF.pil_to_tensor(image).to(torch.int64) & 0xFFFF  # torchvision may read unsigned values as signed
+        return _scale_to_8_bits(pixels, 65535.0).expand(3, -1, -1)
+    if image.mode in ("I", "F"):
+        pixels = tvF.pil_to_tensor(image)
+        return _scale_to_8_bits(pixels, _full_scale(pixels)).expand(3, -1, -1)
+    image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        pixels = tvF.pil_to_tensor(image.convert("RGBA")).float()
+        opacity = pixels[3:] / 255.0
+        return (pixels[:3] * opacity + 255.0 * (1.0 - opacity)).round().to(torch.uint8)
+    return tvF.pil_to_tensor(image.convert("RGB"))
 
 
-def _to_8_bits(image):
-    """uint8 values of a 16-bit array or tensor; anything else as it is."""
-    if isinstance(image, np.ndarray) and image.dtype == np.uint16:
-        return np.rint(image / 257.0).astype(np.uint8)
-    if isinstance(image, torch.Tensor) and image.dtype == torch.uint16:
-        return (image.to(torch.float32) / 257.0).round().to(torch.uint8)
-    return image
+def _array_to_8_bits(image):
+    """uint8 values of an array or a tensor of bools or wide integers; 8 bits and floats are returned as they are."""
+    pixels = image if isinstance(image, torch.Tensor) else torch.from_numpy(image)
+    if pixels.dtype == torch.bool:
+        return pixels.to(torch.uint8) * 255
+    if pixels.is_floating_point() or pixels.dtype in (torch.uint8, torch.int8) or pixels.numel() == 0:
+        return image
+    return _scale_to_8_bits(pixels, 65535.0 if pixels.dtype == torch.uint16 else _full_scale(pixels))
 
 
-__all__ = ["LocAtViTImageProcessor", "pair"]
+def _full_scale(pixels: torch.Tensor) -> float:
+    """What stands for white where the type does not say: 1 (floats), 255 or 65535, the first that no value exceeds."""
+    largest = pixels.max().item()
+    return 1.0 if pixels.is_floating_point() and largest <= 1.0 else 255.0 if largest <= 255 else 65535.0
+
+
+def _scale_to_8_bits(pixels: torch.Tensor, white: float) -> torch.Tensor:
+    return (pixels.to(torch.float64) * (255.0 / white)).round().clamp(0, 255).to(torch.uint8)
+
+
+__all__ = ["LocAtViTImageProcessor", "channel_values", "pair"]

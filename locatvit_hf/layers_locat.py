@@ -5,6 +5,7 @@ import os
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import create_repo, file_exists
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -13,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_tracing
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from .image_processing_locatvit import LocAtViTImageProcessor, pair
+from .image_processing_locatvit import LocAtViTImageProcessor, channel_values, pair
 from .locat import LocAtGaussian
 
 
@@ -31,11 +32,15 @@ class FamilyConfigMixin(BackboneConfigMixin):
             raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(cls.presets)}.")
         return cls(**{**cls.presets[name], **overrides})
 
-    def complete_auto_map(self) -> None:
+    def __post_init__(self, **kwargs):
         """Names the code of every Auto class, unless a loaded config did.
 
         Complete from the start: saving a model merges only its own Auto class into the map.
         """
+        num_labels = kwargs.get("num_labels")
+        if num_labels is not None and num_labels < 0:
+            raise ValueError(f"num_labels must not be negative, got {num_labels}.")
+        super().__post_init__(**kwargs)
         if getattr(self, "auto_map", None) is not None:
             return
         self.auto_map = {"AutoConfig": f"configuration_{self.model_type}.{self.class_prefix}Config"}
@@ -55,6 +60,8 @@ class FamilyConfigMixin(BackboneConfigMixin):
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
         out_indices, out_features = kwargs.pop("out_indices", None), kwargs.pop("out_features", None)
         if getattr(self, "feature_pyramid", False) and out_indices is None and out_features is None:
+            if self.num_hidden_layers < 3:
+                raise ValueError(f"feature_pyramid=True needs at least 3 layers, got {self.num_hidden_layers}.")
             out_indices = [self.num_hidden_layers * quarter // 4 for quarter in (1, 2, 3, 4)]
         self.set_output_features_output_indices(out_indices=out_indices, out_features=out_features)
 
@@ -117,9 +124,29 @@ class FamilyConfigMixin(BackboneConfigMixin):
                 "feature_pyramid=True needs four out_features (or out_indices) and reshape_hidden_states=True."
             )
 
+    def validate_functions(self):
+        """The activation, the kind of loss and the numbers of norms and of initialisation exist."""
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is no activation of transformers, such as 'gelu'.")
+        kinds = ("single_label_classification", "multi_label_classification", "regression")
+        if self.problem_type not in (None, *kinds):
+            raise ValueError(f"problem_type must be one of {', '.join(kinds)}, got {self.problem_type!r}.")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+
     def validate_image(self):
         """Sizes are positive, and an image of `image_size` holds at least one patch of the last map."""
         self.check_positive("num_channels", "segmentation_hidden_size")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}.")
+        for name in ("image_mean", "image_std"):
+            values = channel_values(getattr(self, name), self.num_channels)
+            if len(values) != self.num_channels or (name == "image_std" and min(values) <= 0):
+                raise ValueError(
+                    f"{name} must be one number, or one for each of the {self.num_channels} channels"
+                    f"{', above 0' if name == 'image_std' else ''}; got {getattr(self, name)}."
+                )
         self.check_pairs("image_size", "patch_size")
         self.check_rates("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
         if any(side < cell for side, cell in zip(pair(self.image_size), self.output_stride, strict=True)):
@@ -191,7 +218,7 @@ def pad_to_multiple(pixel_values: torch.Tensor, multiple: tuple[int, int]) -> to
 
 
 def additive_attention_mask(
-    attention_mask: torch.Tensor | None, batch_size: int, num_tokens: int, dtype: torch.dtype
+    attention_mask: torch.Tensor | None, batch_size: int, num_tokens: int, num_heads: int, dtype: torch.dtype
 ) -> torch.Tensor | None:
     """An additive mask of `dtype`, broadcastable to (batch, heads, tokens, tokens).
 
@@ -205,7 +232,10 @@ def additive_attention_mask(
     shape = tuple(attention_mask.shape)
     if attention_mask.ndim == 2 and shape[0] == batch_size and shape[1] == num_tokens:
         attention_mask = attention_mask.bool()[:, None, None, :]
-    elif attention_mask.ndim > 4 or any(size not in (1, num_tokens) for size in shape[-2:]):
+    elif attention_mask.ndim > 4 or any(
+        size not in (1, allowed)
+        for size, allowed in zip(shape[::-1], (num_tokens, num_tokens, num_heads, batch_size), strict=False)
+    ):
         raise ValueError(
             f"attention_mask must be (batch, tokens) = ({batch_size}, {num_tokens}), or broadcast to "
             f"(batch, heads, tokens, tokens), prefix tokens counted; got {shape}."
@@ -252,32 +282,33 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> t
     if labels.is_floating_point():
         if labels.shape != logits.shape:
             raise ValueError(f"Soft labels must be {tuple(logits.shape)} like the logits, got {tuple(labels.shape)}.")
-        return F.cross_entropy(logits.float(), labels.float())
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(dtype), labels.to(dtype))
     check_labels(labels, num_labels)
-    return F.cross_entropy(logits, labels.view(-1))
+    return F.cross_entropy(logits, labels.view(-1).long())
 
 
 def segmentation_loss(
-    logits: torch.Tensor, labels: torch.Tensor, cell: tuple[int, int], ignore_index: int
+    logits: torch.Tensor, labels: torch.Tensor, image_size: tuple[int, int], cell: tuple[int, int], ignore_index: int
 ) -> torch.Tensor:
     """Mean cross-entropy over the pixels that are not ignored, at the size of the labels.
 
     logits: (batch, classes, grid height, grid width), each covering `cell` (height, width) pixels of the padded image.
-    labels: (batch, height, width) of the images' size. Logits are upsampled bilinearly in float32 to the padded image
-    and the padding is cut off; the reference stretches the padded map over the image, which shifts every mask.
+    labels: (batch, height, width) of `image_size`. Logits are upsampled bilinearly in at least float32 to the padded
+    image and the padding is cut off; the reference stretches the padded map over the image, which shifts every mask.
     A batch without a valid pixel costs zero. Raises ValueError for labels of another size or outside the classes.
     """
-    padded_size = [cells * pixels for cells, pixels in zip(logits.shape[-2:], cell, strict=True)]
-    padding = [padded - side for padded, side in zip(padded_size, labels.shape[-2:], strict=True)]
-    if len(labels) != len(logits) or any(not 0 <= pad < pixels for pad, pixels in zip(padding, cell, strict=True)):
+    if tuple(labels.shape) != (logits.shape[0], *image_size):
         raise ValueError(
-            f"labels must hold one map of its image's size for each image: {len(logits)} images of at most "
-            f"{tuple(padded_size)} pixels came with labels of shape {tuple(labels.shape)}."
+            f"labels must hold one map of its image's size for each image, {(logits.shape[0], *image_size)}; "
+            f"got {tuple(labels.shape)}."
         )
     check_labels(labels, logits.shape[1], ignore_index)
-    logits = F.interpolate(logits.float(), size=padded_size, mode="bilinear", align_corners=False)
+    padded_size = [cells * pixels for cells, pixels in zip(logits.shape[-2:], cell, strict=True)]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = F.interpolate(logits, size=padded_size, mode="bilinear", align_corners=False)
     logits = logits[..., : labels.shape[-2], : labels.shape[-1]]
-    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    total = F.cross_entropy(logits, labels.long(), ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp(min=1)
 
 
@@ -404,25 +435,45 @@ class FeaturePyramid(nn.Module):
 
 
 class CompleteCheckpointMixin:
-    """Saving writes a folder that works elsewhere: a folder without an image processor gets the one of the config."""
+    """Saving writes a folder that works elsewhere: one without an image processor gets the one of the config."""
 
     _segments_images = False
+    _repository_has_processor = False
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
         """As in transformers, plus `preprocessor_config.json` and its code where the folder has none."""
-        hub_arguments = {
-            name: kwargs.pop(name)
-            for name in ("repo_id", "commit_message", "private", "create_pr", "revision", "tags")
-            if push_to_hub and name in kwargs
-        }
+        upload = {name: kwargs.pop(name, None) for name in ("repo_id", "commit_message", "create_pr", "private")}
+        os.makedirs(save_directory, exist_ok=True)
+        before = self._get_files_timestamps(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
-        is_main_process = kwargs.get("is_main_process", True)
-        if is_main_process and not os.path.isfile(os.path.join(save_directory, "preprocessor_config.json")):
+        if not kwargs.get("is_main_process", True):
+            return
+        has_processor = os.path.isfile(os.path.join(save_directory, "preprocessor_config.json"))
+        if not has_processor and not self._repository_has_processor:
             processor = LocAtViTImageProcessor.from_model_config(self.config, segmentation=self._segments_images)
             processor.save_pretrained(save_directory)
-        if push_to_hub and is_main_process:
-            repo_id = hub_arguments.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_arguments)
+        if push_to_hub:
+            token = kwargs.get("token")
+            repo_id = upload["repo_id"] or os.path.basename(os.path.abspath(save_directory))
+            repo_id = create_repo(repo_id, private=upload["private"], token=token, exist_ok=True).repo_id
+            before.pop("preprocessor_config.json", None)  # also one that was in the folder before belongs to the model
+            self._upload_modified_files(
+                save_directory,
+                repo_id,
+                before,
+                commit_message=upload["commit_message"],
+                token=token,
+                create_pr=bool(upload["create_pr"]),
+            )
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """As in transformers; an image processor that the repository already has is left as it is."""
+        location = {name: kwargs.get(name) for name in ("token", "revision")}
+        self._repository_has_processor = file_exists(repo_id, "preprocessor_config.json", **location)
+        try:
+            return super().push_to_hub(repo_id, **kwargs)
+        finally:
+            self._repository_has_processor = False
 
 
 class FamilyPreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):

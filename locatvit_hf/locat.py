@@ -62,6 +62,14 @@ class Gaussian(NamedTuple):
         return squared.clamp(max=self.distance_cap)
 
 
+class PromotedLinear(nn.Linear):
+    """A linear map computed in at least float32: half types are promoted, float64 stays float64."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        return F.linear(states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
 class LocAtGaussian(nn.Module):
     """Predicts a Gaussian for every query patch from the query itself (paper, Gaussian-augmented attention).
 
@@ -77,8 +85,8 @@ class LocAtGaussian(nn.Module):
 
     def __init__(self, head_dim: int, native_grid: tuple[int, int], coarse_training: bool = False):
         super().__init__()
-        self.variance = nn.Linear(head_dim, 2)
-        self.amplitude = nn.Linear(head_dim, 1)
+        self.variance = PromotedLinear(head_dim, 2)
+        self.amplitude = PromotedLinear(head_dim, 1)
         self.coarse_training = coarse_training
 
         longest = max(native_grid)
@@ -94,11 +102,8 @@ class LocAtGaussian(nn.Module):
         """query: (batch, heads, prefix + patches, head_dim), before rotary embedding and before scaling."""
         patches = query[:, :, num_prefix_tokens:]
         block_size = COARSE_BLOCK_SIZE if self.coarse_training and self.training else 1
-        # Half types are promoted, float64 stays float64. The maps run in the type of their weights.
-        dtype = torch.promote_types(query.dtype, torch.float32)
         with maybe_autocast(query.device.type, enabled=False):
-            variance = self.variance(patches.to(self.variance.bias.dtype)).to(dtype)
-            amplitude = self.amplitude(patches.to(self.amplitude.bias.dtype)).to(dtype)
+            variance, amplitude = self.variance(patches), self.amplitude(patches)
             if block_size > 1:
                 # A mean over queries and a linear map commute, so three channels are averaged instead of head_dim.
                 variance = _average_blocks(variance, grid, block_size)

@@ -61,7 +61,7 @@ class LocAtJumboEmbeddings(nn.Module):
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
         patches = patches.flatten(2).transpose(1, 2)
         patches = patches + resample_position_embeddings(self.position_embeddings, self.config.native_grid, grid, 0)
-        return self.dropout(torch.cat([self.jumbo_tokens.expand(len(patches), -1, -1), patches], dim=1))
+        return self.dropout(torch.cat([self.jumbo_tokens.expand(patches.shape[0], -1, -1), patches], dim=1))
 
 
 class LocAtJumboAttention(MultiHeadProjections):
@@ -212,7 +212,8 @@ class LocAtJumboModel(LocAtJumboPreTrainedModel):
         check_pixel_values(pixel_values, self.config.num_channels)
         grid = patch_grid(pixel_values, self.config.patch_shape)
         hidden_states = self.embeddings(pad_to_multiple(pixel_values, self.config.patch_shape), grid)
-        mask = additive_attention_mask(attention_mask, *hidden_states.shape[:2], hidden_states.dtype)
+        num_heads = self.config.num_attention_heads
+        mask = additive_attention_mask(attention_mask, *hidden_states.shape[:2], num_heads, hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(hidden_states, self.jumbo_mlp, grid=grid, attention_mask=mask, **kwargs)
         num_jumbo = self.config.num_jumbo_tokens
@@ -319,7 +320,8 @@ class LocAtJumboForSemanticSegmentation(FreezableBackboneMixin, LocAtJumboPreTra
         logits = self.segmentation_head(features)
         loss = None
         if labels is not None:
-            loss = segmentation_loss(logits, labels, self.config.patch_shape, self.config.semantic_loss_ignore_index)
+            ignore_index = self.config.semantic_loss_ignore_index
+            loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config.patch_shape, ignore_index)
         return SemanticSegmenterOutput(
             loss=loss,
             logits=logits,

@@ -402,7 +402,8 @@ class LocAtSwinForSemanticSegmentation(FreezableBackboneMixin, LocAtSwinPreTrain
         logits = self.segmentation_head(patch_feature_map(outputs.hidden_states[-1], grid))
         loss = None
         if labels is not None:
-            loss = segmentation_loss(logits, labels, self.config.output_stride, self.config.semantic_loss_ignore_index)
+            ignore_index = self.config.semantic_loss_ignore_index
+            loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config.output_stride, ignore_index)
         return SemanticSegmenterOutput(
             loss=loss,
             logits=logits,

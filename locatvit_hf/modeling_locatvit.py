@@ -68,7 +68,7 @@ class LocAtViTEmbeddings(nn.Module):
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
         patches = patches.flatten(2).transpose(1, 2)
         tokens = [token for token in (self.cls_token, self.register_tokens) if token is not None]
-        prefix = torch.cat(tokens, dim=1).expand(len(patches), -1, -1) if tokens else patches[:, :0]
+        prefix = torch.cat(tokens, dim=1).expand(patches.shape[0], -1, -1) if tokens else patches[:, :0]
         if self.position_embeddings is None:
             return self.dropout(torch.cat([prefix, patches], dim=1))
         num_prefix = self.num_positioned_prefix_tokens
@@ -266,25 +266,22 @@ class LocAtViTModel(LocAtViTPreTrainedModel):
         check_pixel_values(pixel_values, self.config.num_channels)
         grid = patch_grid(pixel_values, self.config.patch_shape)
         hidden_states = self.embeddings(pad_to_multiple(pixel_values, self.config.patch_shape), grid)
-        mask = additive_attention_mask(attention_mask, *hidden_states.shape[:2], hidden_states.dtype)
+        num_heads = self.config.num_attention_heads
+        mask = additive_attention_mask(attention_mask, *hidden_states.shape[:2], num_heads, hidden_states.dtype)
         cosines, sines = self.rope(grid) if self.rope is not None else ([None] * len(self.layers),) * 2
         for layer, layer_cosines, layer_sines in zip(self.layers, cosines, sines, strict=True):
             # Positional: reentrant checkpointing finds the tensors that need a gradient among these only.
             hidden_states = layer(hidden_states, layer_cosines, layer_sines, grid=grid, attention_mask=mask, **kwargs)
         if self.config.pooling == "cls":
             hidden_states = self.layernorm(hidden_states)
-        pooled = self.pool(hidden_states, mask, attention_mask) if self.add_pooling_layer else None
+        pooled = self.pool(hidden_states, mask) if self.add_pooling_layer else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
-    def pool(
-        self,
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def pool(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """(batch, tokens, hidden_size) refined and reduced to (batch, hidden_size): class token or mean of the patches.
 
-        A key mask (batch, tokens) also leaves its patches out of the mean.
+        mask: additive, broadcastable to (batch, heads, tokens, tokens). Where it depends on the keys alone, the patches
+            that it blocks are also left out of the mean.
         """
         pools_mean = self.config.pooling == "mean"
         if self.config.use_refinement:
@@ -292,8 +289,9 @@ class LocAtViTModel(LocAtViTPreTrainedModel):
         if not pools_mean:
             return tokens[:, 0]
         patches = tokens[:, self.config.num_prefix_tokens :]
-        if attention_mask is not None and attention_mask.shape == tokens.shape[:2]:
-            weights = attention_mask[:, self.config.num_prefix_tokens :, None].to(patches.dtype)
+        if mask is not None and mask.shape[1] == mask.shape[2] == 1:
+            blocked = mask[:, 0, 0, self.config.num_prefix_tokens :, None] <= torch.finfo(mask.dtype).min / 2
+            weights = (~blocked).to(patches.dtype).expand(patches.shape[0], -1, -1)
             return self.layernorm((patches * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1))
         return self.layernorm(patches.mean(dim=1))
 
@@ -373,7 +371,8 @@ class LocAtViTForSemanticSegmentation(FreezableBackboneMixin, LocAtViTPreTrained
         logits = self.segmentation_head(features)
         loss = None
         if labels is not None:
-            loss = segmentation_loss(logits, labels, self.config.patch_shape, self.config.semantic_loss_ignore_index)
+            ignore_index = self.config.semantic_loss_ignore_index
+            loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config.patch_shape, ignore_index)
         return SemanticSegmenterOutput(
             loss=loss,
             logits=logits,

@@ -646,10 +646,10 @@ class PaCaViTForSemanticSegmentation(FreezableBackboneMixin, PaCaViTPreTrainedMo
         logits, auxiliary_logits = self.segmentation_head(outputs.hidden_states[1:])
         loss = None
         if labels is not None:
-            cell, ignore_index = self.config.output_stride, self.config.semantic_loss_ignore_index
-            loss = segmentation_loss(logits, labels, cell, ignore_index)
+            sizes = (pixel_values.shape[-2:], self.config.output_stride, self.config.semantic_loss_ignore_index)
+            loss = segmentation_loss(logits, labels, *sizes)
             if auxiliary_logits is not None:
-                auxiliary_loss = segmentation_loss(auxiliary_logits, labels, cell, ignore_index)
+                auxiliary_loss = segmentation_loss(auxiliary_logits, labels, *sizes)
                 loss = loss + self.config.auxiliary_loss_weight * auxiliary_loss
         return PaCaViTSemanticSegmenterOutput(
             loss=loss,

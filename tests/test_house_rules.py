@@ -8,7 +8,6 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,7 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAVELLING = sorted(path for path in (ROOT / "locatvit_hf").glob("*.py") if path.name != "__init__.py")
-# numpy comes with transformers and Pillow with torchvision, so no user has to install them (tested below).
-ALLOWED = {"torch", "torchvision", "transformers", "huggingface_hub", "numpy", "PIL"} | sys.stdlib_module_names
+ALLOWED = {"torch", "torchvision", "transformers", "huggingface_hub"} | sys.stdlib_module_names
 MAX_LINES = 700
 MAX_FILES_OF_A_FAMILY = 7
 
@@ -65,12 +63,6 @@ def test_imports_only_what_every_user_has(travelling: Path) -> None:
     needed = set(imports(ast.parse(travelling.read_text())))
     forbidden = {name for name, optional in needed if name not in ALLOWED and not (optional and name == "triton")}
     assert not forbidden, f"{travelling.name} needs {', '.join(sorted(forbidden))}"
-
-
-@pytest.mark.parametrize(("owner", "name"), [("transformers", "numpy"), ("torchvision", "pillow")])
-def test_what_comes_along_does_come_along(owner: str, name: str) -> None:
-    unconditional = {need.name.lower() for need in map(Requirement, requires(owner)) if need.marker is None}
-    assert name in unconditional
 
 
 def test_relative_imports_are_flat(travelling: Path) -> None:

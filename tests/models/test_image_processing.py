@@ -90,6 +90,25 @@ class TestImageModes:
         assert result.shape == (1, 1, 16, 16)
         torch.testing.assert_close(result.mean(), torch.tensor(76 / 255 * 2 - 1), atol=0.01, rtol=0)
 
+    def test_arrays_of_bools_and_wide_integers(self):
+        expected = torch.from_numpy(RAMP / 255).float().expand(3, 16, 16)
+        torch.testing.assert_close(values(RAMP.astype(np.int32) * 257), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(values(RAMP.astype(np.int64)), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(values(RAMP > 100), torch.from_numpy(RAMP > 100).float().expand(3, 16, 16))
+
+    def test_premultiplied_transparency(self):
+        image = PIL.Image.new("RGBA", (2, 1), (200, 100, 0, 255))
+        image.putpixel((1, 0), (0, 0, 0, 0))
+        expected = torch.tensor([[200, 255], [100, 255], [0, 255]]) / 255
+        torch.testing.assert_close(values(image.convert("RGBa"))[:, 0], expected, atol=0.01, rtol=0)
+        torch.testing.assert_close(values(image.convert("LA").convert("La"))[0, 0, 1], torch.tensor(1.0))
+
+    def test_no_images_and_no_file_are_one_sentence(self):
+        with pytest.raises(ValueError, match="the list is empty"):
+            LocAtViTImageProcessor()([])
+        with pytest.raises(ValueError, match=r"There is no image file nowhere\.png"):
+            LocAtViTImageProcessor()("nowhere.png")
+
     @pytest.mark.parametrize("image", [np.zeros((0, 4, 3), np.uint8), PIL.Image.new("RGB", (0, 4))])
     def test_an_image_without_pixels_is_one_sentence(self, image):
         with pytest.raises(ValueError, match=r"pixels"):
@@ -243,6 +262,36 @@ class TestMasksLandWhereThingsAre:
             outputs = bright_patches(**processor(image, return_tensors="pt"))
         (found,) = processor.post_process_semantic_segmentation(outputs, [size])
         assert intersection_over_union(found.numpy() == 1, mask) > 0.8
+
+    @pytest.mark.parametrize("prepared", [{"do_resize": False}, {"size": {"height": 448, "width": 448}}])
+    def test_images_prepared_with_other_arguments(self, bright_patches, prepared):
+        processor = LocAtViTImageProcessor.from_model_config(bright_patches.config, segmentation=True)
+        sizes = [(200, 280), (104, 205)]
+        scenes = [square_scene(*size) for size in sizes]
+        with torch.no_grad():
+            outputs = bright_patches(**processor([image for image, _ in scenes], return_tensors="pt", **prepared))
+        maps = processor.post_process_semantic_segmentation(outputs, sizes, **prepared)
+        for (_, mask), found in zip(scenes, maps, strict=True):
+            assert intersection_over_union(found.numpy() == 1, mask) > 0.85
+
+    def test_batches_padded_to_a_fixed_size_and_images_taken_out_of_a_batch(self, bright_patches):
+        pad = {"do_pad": True, "pad_size": {"height": 960, "width": 960}}
+        processor = LocAtViTImageProcessor.from_model_config(bright_patches.config, segmentation=True, **pad)
+        sizes = [(360, 480), (100, 205)]
+        scenes = [square_scene(*size) for size in sizes]
+        inputs = processor([image for image, _ in scenes], return_tensors="pt")
+        assert inputs["pixel_values"].shape == (2, 3, 960, 960)
+        with torch.no_grad():
+            logits = bright_patches(**inputs).logits
+        for index, (_, mask) in enumerate(scenes):
+            alone = SemanticSegmenterOutput(logits=logits[index : index + 1])
+            (found,) = processor.post_process_semantic_segmentation(alone, sizes[index : index + 1])
+            assert intersection_over_union(found.numpy() == 1, mask) > 0.85
+
+    def test_logits_of_another_size_are_one_sentence(self, bright_patches):
+        processor = LocAtViTImageProcessor.from_model_config(bright_patches.config, segmentation=True)
+        with pytest.raises(ValueError, match=r"have 8 x 8 cells, but an image of 256 x 256 pixels needs 32 x 32"):
+            processor.post_process_semantic_segmentation(bright_patches(torch.zeros(1, 3, 64, 64)), [(64, 64)])
 
     def test_without_target_sizes_maps_have_the_size_of_the_logits(self, bright_patches):
         processor = LocAtViTImageProcessor.from_model_config(bright_patches.config, segmentation=True)

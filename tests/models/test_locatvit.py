@@ -94,7 +94,8 @@ def test_a_back_end_that_would_drop_the_gaussian_is_refused():
     AttentionInterface.register("swallows_gaussians", sdpa_attention_forward)
     model = build()
     model.set_attn_implementation("swallows_gaussians")
-    with pytest.raises(ValueError, match=r"cannot add the Gaussian.*use one of eager, flex_attention, sdpa"):
+    message = r"not known to add the Gaussian.*use one of eager, flex_attention, locat_fused, sdpa"
+    with pytest.raises(ValueError, match=message):
         model(torch.randn(1, 3, 32, 32))
     with pytest.raises(ValueError):
         build(implementation="flash_attention_2")
@@ -178,6 +179,9 @@ class TestAttentionMask:
         body = model.locatvit
         with torch.no_grad():
             expected = body(pixel_values, attention_mask=keep).last_hidden_state
+            pooled = body(pixel_values, attention_mask=keep).pooler_output
+            other = body(pixel_values, attention_mask=keep[:, None, None]).pooler_output
+            torch.testing.assert_close(other, pooled)
             for mask in (
                 keep.long(),
                 keep.float(),
@@ -206,6 +210,11 @@ class TestAttentionMask:
         with torch.no_grad():
             mask = torch.zeros(1, 17, dtype=torch.bool)
             assert model(torch.randn(1, 3, 32, 32), attention_mask=mask).logits.isfinite().all()
+
+    @pytest.mark.parametrize("shape", [(3, 1, 17, 17), (2, 3, 17, 17)])
+    def test_other_batches_and_heads_are_one_sentence(self, shape):
+        with pytest.raises(ValueError, match=r"attention_mask must be"):
+            build()(torch.randn(2, 3, 32, 32), attention_mask=torch.zeros(shape))
 
     def test_another_shape_is_one_sentence(self):
         with pytest.raises(ValueError, match=r"attention_mask must be .*\(1, 17\).* got \(1, 16\)"):
@@ -262,11 +271,22 @@ class TestLosses:
             (LocAtViTForSemanticSegmentation, torch.full((1, 32, 32), 7), "class id 7, but the model has 5 classes"),
             (LocAtViTForSemanticSegmentation, torch.zeros(1, 16, 16).long(), "one map of its image's size"),
             (LocAtViTForSemanticSegmentation, torch.zeros(2, 32, 32).long(), "one map of its image's size"),
+            (LocAtViTForSemanticSegmentation, torch.zeros(1, 30, 32).long(), "one map of its image's size"),
+            (LocAtViTForSemanticSegmentation, torch.zeros(1, 1, 32, 32).long(), "one map of its image's size"),
         ],
     )
     def test_wrong_labels_are_one_sentence(self, model_class, labels, message):
         with pytest.raises(ValueError, match=message):
             build(model_class)(torch.randn(1, 3, 32, 32), labels=labels)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+    def test_integers_of_any_width_are_labels(self, dtype):
+        pixel_values = torch.randn(1, 3, 32, 32)
+        segmenter, classifier = build(LocAtViTForSemanticSegmentation).double(), build().double()
+        for model, labels in ((segmenter, torch.randint(0, 5, (1, 32, 32))), (classifier, torch.tensor([3]))):
+            loss = model(pixel_values.double(), labels=labels.to(dtype)).loss
+            assert loss.dtype == torch.float64
+            torch.testing.assert_close(loss, model(pixel_values.double(), labels=labels).loss)
 
     def test_losses_are_means_for_the_trainer(self):
         assert LocAtViTForImageClassification.accepts_loss_kwargs is False
@@ -420,11 +440,11 @@ class TestCompilers:
             program = torch.export.export(
                 model,
                 (torch.randn(2, 3, 40, 56),),
-                dynamic_shapes={"pixel_values": {2: dynamic, 3: dynamic}},
+                dynamic_shapes={"pixel_values": {0: dynamic, 2: dynamic, 3: dynamic}},
                 strict=False,
             )
             for size in [(40, 56), (32, 32), (32, 40), (128, 128), (33, 70)]:
-                pixel_values = torch.randn(2, 3, *size)
+                pixel_values = torch.randn(3, 3, *size)
                 torch.testing.assert_close(program.module()(pixel_values).logits, model(pixel_values).logits)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -471,6 +491,14 @@ class TestCompilers:
         ({"position_embedding_type": "sinus"}, "position_embedding_type must be"),
         ({"drop_path_rate": 1.5}, "drop_path_rate must be at least 0 and below 1"),
         ({"feature_pyramid": True, "out_indices": [1, 2]}, "feature_pyramid=True needs four"),
+        ({"feature_pyramid": True, "num_hidden_layers": 2}, "feature_pyramid=True needs at least 3 layers"),
+        ({"crop_pct": 0}, "crop_pct must be above 0"),
+        ({"num_labels": -1}, "num_labels must not be negative"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std must be one number, or one for each of the 3 channels, above 0"),
+        ({"num_channels": 4, "image_mean": [0.1, 0.2, 0.3]}, "image_mean must be one number, or one for each of the 4"),
+        ({"hidden_act": "geluu"}, "hidden_act='geluu' is no activation"),
+        ({"problem_type": "guess"}, "problem_type must be one of"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps must not be negative"),
     ],
 )
 def test_bad_configurations_are_one_sentence(overrides, message):

@@ -54,3 +54,29 @@ def test_repository_pushed_by_a_stranger_works(
     check: str, answers_of_a_copy: Answers, expected: dict[str, object]
 ) -> None:
     assert_answer(answers_of_a_copy, expected, check)
+
+
+KEEP_A_PROCESSOR = """
+import sys
+from pathlib import Path
+from locatvit_hf import LocAtViTForSemanticSegmentation, LocAtViTImageProcessor
+
+folder, work = map(Path, sys.argv[1:])
+model = LocAtViTForSemanticSegmentation.from_pretrained(folder / "segmenter")
+processor = LocAtViTImageProcessor.from_model_config(model.config, segmentation=True, do_reduce_labels=True)
+processor.push_to_hub("tester/processor-first")
+model.push_to_hub("tester/processor-first")
+processor.save_pretrained(work)
+model.save_pretrained(work, push_to_hub=True, repo_id="tester/one-folder")
+for name in ("processor-first", "one-folder"):
+    pushed = LocAtViTImageProcessor.from_pretrained(f"tester/{name}")
+    assert pushed.do_reduce_labels, name
+    LocAtViTForSemanticSegmentation.from_pretrained(f"tester/{name}")
+"""
+
+
+def test_pushing_a_model_keeps_the_processor_that_is_there(exported: Path, hub: str, tmp_path: Path) -> None:
+    repository = HERE.parents[1]
+    (tmp_path / "author").mkdir()
+    program = f"import sys; sys.path.insert(0, {str(repository)!r})" + KEEP_A_PROCESSOR
+    start([sys.executable, "-c", program, exported, tmp_path / "work"], tmp_path / "author", hub)
