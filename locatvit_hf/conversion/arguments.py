@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .errors import ConversionError
+from .kinds import check_kind
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -33,6 +34,17 @@ WITHOUT_EFFECT = {
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
     *("drop_block_rate", "init_std", "head_init_scale", "device", "dtype"),
 }
+# Kind of the value, where it has one in all families.
+KINDS = {
+    **dict.fromkeys(("img_size", "patch_size"), "a whole number or two of them"),
+    **dict.fromkeys(("in_chans", "num_classes", "embed_dim", "depth", "J", "window_size"), "a whole number"),
+    **dict.fromkeys(("reg_tokens", "num_reg_tokens"), "a whole number"),
+    "num_heads": "a whole number or a list of them",
+    "depths": "a list of whole numbers",
+    **dict.fromkeys(("qkv_bias", "gaug", "prr", "class_token", "no_embed_class", "no_pos_emb"), "true or false"),
+    **dict.fromkeys(("mlp_ratio", "rope_temperature", "layer_norm_eps"), "a number"),
+    "init_values": "a number or null",
+}
 ACTIVATIONS = {None: "gelu", "gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 ACTIVATIONS |= {"relu": "relu", "silu": "silu", "swish": "silu"}
 
@@ -54,14 +66,16 @@ def translate(
     same_value = {**SAME_VALUE, **same_value}
     fields = {}
     for name, value in arguments.items():
+        if name in KINDS:
+            check_kind("The model was built with", name, value, KINDS[name])
         if name in same_value:
             fields[same_value[name]] = list(value) if isinstance(value, tuple) else value
         elif name in only_values:
             value = tuple(value) if isinstance(value, list) else value
-            if value not in only_values[name]:
+            if not any(value == allowed for allowed in only_values[name]):
                 raise ConversionError(f"The model was built with {name}={value!r}, which {model} does not have.")
         elif name == "act_layer":
-            if value not in ACTIVATIONS:
+            if not isinstance(value, str | None) or value not in ACTIVATIONS:
                 raise ConversionError(f"The model was built with the unknown activation act_layer={value!r}.")
             fields["hidden_act"] = ACTIVATIONS[value]
         elif name not in WITHOUT_EFFECT and name not in elsewhere:

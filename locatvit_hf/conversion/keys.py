@@ -63,7 +63,7 @@ def rename(
     table: every tensor that the source must hold, and no other. Rows with the same names of ours are copies of one
         shared tensor: one of them is enough, and those that are there must agree.
     shapes: name and shape of each of our tensors in the table.
-    Raises ConversionError that names tensors which are missing, unknown or of another shape.
+    Raises ConversionError that names tensors which are missing, unknown, of another shape or not finite.
     """
     found = {ours for name, row in table.items() if name in state for ours in row}
     missing = [name for name, row in table.items() if name not in state and not found.issuperset(row)]
@@ -84,6 +84,8 @@ def rename(
             raise ConversionError(
                 f"The tensor {source} has shape {tuple(tensor.shape)}, but the configuration asks for {shape}."
             )
+        if not torch.isfinite(tensor).all():
+            raise ConversionError(f"The tensor {source} holds numbers that are not finite.")
         ours = table[source]
         parts = tensor.chunk(len(ours)) if len(ours) > 1 else (tensor,)
         for name, part in zip(ours, parts, strict=True):

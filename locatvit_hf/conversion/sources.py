@@ -5,6 +5,7 @@ Nothing in a checkpoint is executed: pickles are read with `weights_only=True`, 
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .errors import ConversionError
+from .kinds import check_kind
+from .pickles import code_in, protocol_of
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 RUN_SUFFIXES = (".pth.tar", ".pth", ".pt")
@@ -60,6 +63,17 @@ class Inert:
 WEIGHT_KEYS, EMA_KEY = ("state_dict", "model"), "state_dict_ema"
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+KINDS_OF_PREPROCESSING = {
+    "mean": "a list of numbers",
+    "std": "a list of numbers",
+    "crop_pct": "a number",
+    "interpolation": "text",
+    "input_size": "three whole numbers",
+    "img_size": "a whole number or two of them",
+}
+# Left around the whole model by distributed training and by torch.compile, in either order.
+WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -147,13 +161,15 @@ def _read_configured(folder: Path, weights: Path, source: str) -> Reference:
         raise ConversionError(f"{source} is a transformers checkpoint of model_type {kind!r}: {advice}.")
     if "architecture" not in config:
         return Reference(source, "init arguments in config.json", weights, None, config)
-    cfg = config.get("pretrained_cfg") or {}
-    arguments = dict(config.get("model_args") or {})
+    kinds = {"architecture": "text", "num_classes": "a whole number", "label_names": "a list"}
+    _check_kinds(file, config, {**kinds, "model_args": "a mapping", "pretrained_cfg": "a mapping"})
+    cfg, arguments = config.get("pretrained_cfg") or {}, dict(config.get("model_args") or {})
     if config.get("global_pool") is not None:
         arguments.setdefault("global_pool", config["global_pool"])
     num_classes = config.get("num_classes", cfg.get("num_classes"))
     if num_classes is not None:
         arguments.setdefault("num_classes", num_classes)
+    preprocessing = _preprocessing(file, cfg)
     size = cfg.get("input_size")
     if size is not None:
         arguments.setdefault("in_chans", size[0])
@@ -165,7 +181,7 @@ def _read_configured(folder: Path, weights: Path, source: str) -> Reference:
         weights,
         _without_tag(config["architecture"]),
         arguments,
-        _preprocessing(cfg, size[1:] if size else None),
+        preprocessing,
         config.get("label_names") or cfg.get("label_names"),
     )
 
@@ -176,7 +192,7 @@ def _read_run(weights: Path, source: str) -> Reference:
     if not file.is_file():
         content = load_tensors(weights)
         wrapped = [content[key] for key in (*WEIGHT_KEYS, EMA_KEY) if isinstance(content.get(key), Mapping)]
-        tensors = (wrapped[0] if wrapped else content).items()
+        tensors = without_wrappers(wrapped[0] if wrapped else content).items()
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
         return Reference(source, "weights alone", weights, None, {}, shapes=shapes)
     try:
@@ -185,6 +201,8 @@ def _read_run(weights: Path, source: str) -> Reference:
         raise ConversionError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(settings, dict) or not settings.get("model"):
         raise ConversionError(f"{file} does not name a model.")
+    kinds = dict.fromkeys(("num_classes", "in_chans"), "a whole number")
+    _check_kinds(file, settings, {"model": "text", "model_kwargs": "a mapping", **kinds})
     arguments = dict(settings.get("model_kwargs") or {})
     # `img_size` of the training program sets the loader, not the model: only `model_kwargs` reach the model.
     for setting, argument in (("num_classes", "num_classes"), ("gp", "global_pool"), ("in_chans", "in_chans")):
@@ -195,15 +213,13 @@ def _read_run(weights: Path, source: str) -> Reference:
             raise ConversionError(
                 f"{file} gives {setting}={value!r} but {argument}={arguments[argument]!r} in model_kwargs."
             )
-    side = settings.get("img_size")
-    size = list(settings["input_size"][1:]) if settings.get("input_size") else [side, side] if side else None
     return Reference(
         source,
         f"training run, {weights.name}",
         weights,
         _without_tag(settings["model"]),
         arguments,
-        _preprocessing(settings, size),
+        _preprocessing(file, settings),
     )
 
 
@@ -212,9 +228,20 @@ def _without_tag(architecture: str) -> str:
     return str(architecture).split("/")[-1].split(".")[0]
 
 
-def _preprocessing(settings: Mapping[str, Any], size: list[int] | None) -> dict[str, Any]:
+def _check_kinds(file: Path, settings: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
+    """Raises ConversionError for the first setting that is given and not of its kind."""
+    for name, kind in kinds.items():
+        if settings.get(name) not in (None, ""):
+            check_kind(f"{file} gives", name, settings[name], kind)
+
+
+def _preprocessing(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `settings`, read from `file`, say about the images. Raises ConversionError for a value of a wrong kind."""
+    _check_kinds(file, settings, KINDS_OF_PREPROCESSING)
     found = {name: settings.get(name) for name in ("mean", "std", "crop_pct", "interpolation")}
-    found["size"] = list(size) if size else None
+    size, side = settings.get("input_size"), settings.get("img_size")
+    if size or side:
+        found["size"] = list(size[1:]) if size else [side, side] if isinstance(side, int) else list(side)
     return {name: value for name, value in found.items() if value not in (None, "", [])}
 
 
@@ -240,9 +267,15 @@ def read_state(reference: Reference, ema: bool = False) -> tuple[dict[str, torch
     if strange or not state:
         problem = f"{strange[0]} is no tensor" if strange else "it is empty"
         raise ConversionError(f"{file.name} holds no state dict: {problem}.")
-    if all(name.startswith("module.") for name in state):  # left by distributed training
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return dict(state), where
+    return without_wrappers(state), where
+
+
+def without_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without the prefixes that every one of its names carries; see `WRAPPERS`."""
+    state = dict(state)
+    while state and (prefix := next((p for p in WRAPPERS if all(str(name).startswith(p) for name in state)), None)):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def load_tensors(file: Path) -> dict[str, Any]:
@@ -253,20 +286,28 @@ def load_tensors(file: Path) -> dict[str, Any]:
         except (SafetensorError, OSError, ValueError) as error:
             raise ConversionError(f"{file.name} is damaged or incomplete: {_first_line(error)}.") from error
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in INERT_GLOBALS]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(Inert, name) for name in INERT_GLOBALS]):
+            warnings.simplefilter("ignore")  # about pickles of another protocol, which are refused below
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the damaged byte led to
-        name = re.search(r"GLOBAL `?([\w.]+)", str(error))
-        if name:
-            raise ConversionError(
-                f"{file.name} is refused: its pickle asks for {name[1]}, which is code and not data."
-            ) from error
-        if "unrecognized function" in str(error):
-            raise ConversionError(f"{file.name} is refused: its pickle calls an object, which is code.") from error
-        raise ConversionError(f"{file.name} is damaged or no checkpoint of PyTorch: {_first_line(error)}.") from error
+    except Exception as error:  # torch raises whatever the damaged byte led to, and advises to run the code
+        raise ConversionError(_why_refused(file, error)) from error
     if not isinstance(content, Mapping):
         raise ConversionError(f"{file.name} holds no state dict but a {type(content).__name__}.")
     return dict(content)
+
+
+def _why_refused(file: Path, error: Exception) -> str:
+    """One sentence of ours for what torch said about a pickle."""
+    code, protocol = code_in(file, INERT_GLOBALS), protocol_of(file)
+    if code is not None:
+        return f"{file.name} is refused: its pickle asks for {code}, which is code and not data."
+    if "unrecognized function" in str(error):
+        return f"{file.name} is refused: its pickle calls an object, which is code."
+    if "Unsupported operand" in str(error) and protocol > 2:
+        return (
+            f"{file.name} is a pickle of protocol {protocol}, of which PyTorch reads only 2 safely; save it with that."
+        )
+    return f"{file.name} is damaged or no checkpoint of PyTorch."
 
 
 def _first_line(error: Exception) -> str:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from locatvit_hf.conversion import convert as conversion
+from locatvit_hf.conversion.export import complete_or_absent
 from tests.conversion.layouts import run_settings, write_mixin, write_run, write_timm
 from tests.golden import load_case
 
@@ -61,6 +64,64 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path, out, refuses, functio
     sentence = refuses("convert", source, out)
     assert "is refused" in sentence and name in sentence
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("written_by", ["pickle", "torch", "torch_legacy"])
+def test_code_is_named_in_every_protocol(tmp_path, out, refuses, written_by, protocol):
+    source = write_run(CASE, tmp_path / "run")
+    mark, weights = tmp_path / "mark", source / "model_best.pth.tar"
+    content = {"state_dict": RunsCode(f"touch {mark}")}
+    if written_by == "pickle":
+        weights.write_bytes(pickle.dumps(content, protocol))
+    else:
+        zipped = written_by == "torch"
+        torch.save(content, weights, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sentence = refuses("convert", source, out)
+    name = "posix.system" if os.name == "posix" else "nt.system"
+    assert sentence == f"model_best.pth.tar is refused: its pickle asks for {name}, which is code and not data."
+    assert not mark.exists()
+
+
+def test_pickle_of_a_module_names_its_class(tmp_path, out, refuses):
+    source = write_run(CASE, tmp_path / "run")
+    for protocol in (2, 4):
+        torch.save(torch.nn.Linear(2, 2), source / "model_best.pth.tar", pickle_protocol=protocol)
+        assert "asks for torch.nn.modules.linear.Linear, which is code" in refuses("convert", source, out)
+
+
+def test_strings_of_a_pickle_may_come_from_its_memo(tmp_path, out, refuses):
+    """As in a pickle that names the same function twice, or that was written to hide it."""
+    source = write_run(CASE, tmp_path / "run")
+    content = b"\x80\x04\x8c\x02os\x94\x8c\x06system\x9400h\x00h\x01\x93."
+    (source / "model_best.pth.tar").write_bytes(content)
+    assert "asks for os.system, which is code" in refuses("convert", source, out)
+
+
+def test_tensors_in_another_protocol(tmp_path, out, refuses):
+    source = write_run(CASE, tmp_path / "run")
+    torch.save({"state_dict": CASE.state}, source / "model_best.pth.tar", pickle_protocol=4)
+    sentence = refuses("convert", source, out)
+    assert sentence == (
+        "model_best.pth.tar is a pickle of protocol 4, of which PyTorch reads only 2 safely; save it with that."
+    )
+
+
+@pytest.mark.parametrize("written_by", ["pickle", "torch", "torch_legacy"])
+def test_truncated_anywhere(tmp_path, out, refuses, written_by):
+    source = write_run(CASE, tmp_path / "run")
+    weights = source / "model_best.pth.tar"
+    if written_by == "pickle":
+        weights.write_bytes(pickle.dumps({"state_dict": {"epoch": list(range(300))}}))
+    else:
+        torch.save({"state_dict": CASE.state}, weights, _use_new_zipfile_serialization=written_by == "torch")
+    whole = weights.read_bytes()
+    for length in (1, 2, 10, 100, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:length])
+        sentence = refuses("convert", source, out)
+        assert sentence == "model_best.pth.tar is damaged or no checkpoint of PyTorch."
 
 
 class Lookup:
@@ -154,6 +215,81 @@ def test_arguments_that_ours_does_not_have(tmp_path, out, refuses, argument):
     assert next(iter(argument)) in refuses("convert", source, out)
 
 
+@pytest.mark.parametrize(
+    ("argument", "kind"),
+    [
+        ({"mlp_ratio": "4"}, "a number"),
+        ({"embed_dim": 64.0}, "a whole number"),
+        ({"depth": "3"}, "a whole number"),
+        ({"img_size": [64, 64, 3]}, "a whole number or two of them"),
+        ({"patch_size": None}, "a whole number or two of them"),
+        ({"qkv_bias": "yes"}, "true or false"),
+        ({"gaug": "false"}, "true or false"),
+        ({"init_values": "1e-5"}, "a number or null"),
+        ({"no_embed_class": 2}, "true or false"),
+        ({"num_heads": [2]}, "int"),
+        ({"act_layer": ["gelu"]}, "unknown activation"),
+        ({"global_pool": ["avg"]}, "pools"),
+        ({"class_token": None}, "true or false"),
+        ({"norm_layer": {"a": []}}, "does not have"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_argument_of_a_wrong_type(tmp_path, out, refuses, argument, kind):
+    source = write_timm(CASE, tmp_path / "source", model_args={**CASE.arguments, **argument})
+    sentence = refuses("convert", source, out)
+    assert next(iter(argument)) in sentence or "num_attention_heads" in sentence
+    assert kind in sentence
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [
+        ({"mean": "0.5 0.5 0.5"}, "a list of numbers"),
+        ({"std": [0.5, "0.5", 0.5]}, "a list of numbers"),
+        ({"crop_pct": "0.9"}, "a number"),
+        ({"interpolation": 3}, "text"),
+        ({"input_size": 224}, "three whole numbers"),
+        ({"img_size": "224"}, "a whole number or two of them"),
+        ({"num_classes": "7"}, "a whole number"),
+        ({"model": 5}, "text"),
+        ({"model_kwargs": ["a"]}, "a mapping"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_setting_of_a_wrong_type(tmp_path, out, refuses, setting, kind):
+    source = write_run(CASE, tmp_path / "run", **setting)
+    (name, value), *_ = setting.items()
+    assert refuses("convert", source, out).endswith(f"args.yaml gives {name}={value!r}, which is not {kind}.")
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind"),
+    [
+        ({"model_args": ["a"]}, "a mapping"),
+        ({"pretrained_cfg": "a"}, "a mapping"),
+        ({"architecture": 5}, "text"),
+        ({"num_classes": "7"}, "a whole number"),
+        ({"label_names": "abcdefg"}, "a list"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_entry_of_a_wrong_type(tmp_path, out, refuses, entry, kind):
+    source = write_timm(CASE, tmp_path / "source", **entry)
+    (name, value), *_ = entry.items()
+    assert refuses("convert", source, out).endswith(f"config.json gives {name}={value!r}, which is not {kind}.")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensor_that_is_not_finite_is_named(tmp_path, out, refuses, value):
+    source = write_mixin(CASE, tmp_path / "source")
+    state = load_file(source / "model.safetensors")
+    state["blocks.1.norm2.bias"][3] = value
+    save_file(state, source / "model.safetensors")
+    sentence = "The tensor blocks.1.norm2.bias holds numbers that are not finite."
+    assert refuses("convert", source, out) == sentence
+
+
 def test_no_moving_average(tmp_path, out, refuses):
     source = write_mixin(CASE, tmp_path / "source")
     assert "no state_dict_ema" in refuses("convert", source, out, "--ema")
@@ -216,8 +352,10 @@ def test_verification_notices_a_difference(tmp_path, refuses, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_in_the_middle(tmp_path):
+def test_killed_in_the_middle(tmp_path, locatvit):
     source = write_mixin(CASE, tmp_path / "source")
+    (tmp_path / ".out.notahexa.partial").mkdir()
+    (tmp_path / ".other.01234567.partial").mkdir()
     script = (
         "import os, signal, sys; from pathlib import Path; from locatvit_hf.conversion import convert as c\n"
         "c.verify = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -226,4 +364,19 @@ def test_killed_in_the_middle(tmp_path):
     root = Path(__file__).resolve().parents[2]
     process = subprocess.run([sys.executable, "-c", script, str(source), str(tmp_path / "out")], cwd=root)
     assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(".out.*"))) == 2
+    assert locatvit("convert", source, tmp_path / "out").exit_code == 0
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".other.01234567.partial", ".out.notahexa.partial"]
+
+
+def test_leftovers_in_use_stay(tmp_path):
+    with complete_or_absent(tmp_path / "out") as first:
+        (first / "first").touch()
+        (first.with_suffix(".replaced")).mkdir()
+        with complete_or_absent(tmp_path / "out") as second:
+            (second / "second").touch()
+        assert (first / "first").exists() and first.with_suffix(".replaced").exists()
+        (tmp_path / "out" / "second").unlink()
+        (tmp_path / "out").rmdir()
+        first.with_suffix(".replaced").rmdir()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["first"] and not list(tmp_path.glob(".*"))
