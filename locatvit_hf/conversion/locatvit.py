@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..configuration_locatvit import LocAtViTConfig
+from . import timm_vit
 from .arguments import IMAGENET_MEAN, IMAGENET_STD, preset_of, translate
 from .errors import ConversionError
 from .keys import KeyTable, expand, without
@@ -16,11 +17,13 @@ from .keys import KeyTable, expand, without
 # `locatvit_tiny`, `locatvit_base_rope_mixed`.
 LOCAT_NAME = re.compile(r"locatvit_(?P<size>[a-z]+)(?P<rope>_rope_mixed)?")
 # `vit_base_patch16_224`, `nopos_vit_tiny_patch16_224`, `vit_small_patch14_reg4_dinov2`, `deit3_small_patch16_384`,
-# `vit_base_patch16_rope_mixed_224`. What else stands in a name changes the architecture, and is refused.
+# `vit_base_patch16_rope_mixed_224`. Sizes are those of our presets.
 BASELINE_NAME = re.compile(
     r"(?P<nopos>nopos_)?(?P<kind>vit|deit|deit3)_(?P<size>[a-z]+)_patch(?P<patch>\d+)"
     r"(?P<rope>_rope_mixed)?(_reg(?P<registers>\d+))?(?P<gap>_gap)?(?P<dinov2>_dinov2)?(_(?P<image>\d+))?"
 )
+# Any other name of a ViT is looked up in timm, which is needed for it.
+TIMM_NAME = re.compile(r"(vit|deit|deit3|flexivit)_\w+")
 
 # Argument of the reference (and of timm) -> field of ours, where the value is the same; more stand in `arguments`.
 SAME_VALUE = {
@@ -32,6 +35,7 @@ SAME_VALUE = {
     "reg_tokens": "num_register_tokens",
     "num_reg_tokens": "num_register_tokens",
     "rope_temperature": "rope_temperature",
+    "layer_norm_eps": "layer_norm_eps",
 }
 # Arguments that change the function in ways that we do not have: only these values are taken.
 ONLY_VALUES: dict[str, tuple[Any, ...]] = {
@@ -63,15 +67,21 @@ def recognise(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is of this family. The reference's own `save_pretrained` stores no name, only arguments."""
     if architecture is None:
         return {"embed_dim", "depth", "num_heads"} <= arguments.keys() and not arguments.keys() & {"J", "depths"}
-    return bool(LOCAT_NAME.fullmatch(architecture) or BASELINE_NAME.fullmatch(architecture))
+    return any(name.fullmatch(architecture) for name in (LOCAT_NAME, BASELINE_NAME, TIMM_NAME))
+
+
+def _baseline(architecture: str) -> re.Match | None:
+    """The parts of a name that stands for a baseline of one of our sizes."""
+    match = BASELINE_NAME.fullmatch(architecture)
+    return match if match and match["size"] in LocAtViTConfig.presets else None
 
 
 def default_arguments(architecture: str | None) -> dict[str, Any]:
-    """The arguments that the name of an architecture stands for. Raises ConversionError for an unknown size."""
+    """The arguments that the name of an architecture stands for. Raises ConversionError for an unknown one."""
     name = architecture or ""
     if match := LOCAT_NAME.fullmatch(name):
         return {**_size(match["size"], name), "gaug": True, "prr": True, "rope": bool(match["rope"])}
-    if match := BASELINE_NAME.fullmatch(name):
+    if match := _baseline(name):
         arguments = {**_size(match["size"], name), "gaug": False, "prr": False, "rope": bool(match["rope"])}
         arguments["patch_size"] = int(match["patch"])
         arguments["no_pos_emb"] = bool(match["nopos"])
@@ -80,12 +90,17 @@ def default_arguments(architecture: str | None) -> dict[str, Any]:
         if match["image"]:
             arguments["img_size"] = int(match["image"])
         if match["dinov2"]:
-            arguments.update(img_size=518, init_values=1e-5)
+            arguments.update(img_size=518, init_values=1e-5, num_classes=0)  # released without a head
         elif match["kind"] == "deit3":
             arguments["init_values"] = 1e-6
         if match["gap"]:
-            arguments.update(class_token=False, global_pool="avg")
+            # Those of timm without registers pool what the final norm gives.
+            arguments.update(class_token=False, global_pool="avg", fc_norm=bool(match["registers"]))
         return arguments
+    if TIMM_NAME.fullmatch(name):
+        return timm_vit.default_arguments(name)
+    if match := BASELINE_NAME.fullmatch(name):
+        return _size(match["size"], name)  # says that there is no such size
     return {"gaug": True, "prr": True}
 
 
@@ -102,11 +117,13 @@ def default_preprocessing(architecture: str | None) -> dict[str, Any]:
     """Mean, std and crop of models whose checkpoint does not say: ImageNet's statistics with RoPE, DeiT and DINOv2."""
     name = architecture or ""
     imagenet = "rope" in name or "dinov2" in name or name.startswith("deit")
-    return {
+    found = {
         "mean": IMAGENET_MEAN if imagenet else [0.5, 0.5, 0.5],
         "std": IMAGENET_STD if imagenet else [0.5, 0.5, 0.5],
         "crop_pct": 0.9,
     }
+    looked_up = TIMM_NAME.fullmatch(name) and not _baseline(name)
+    return {**found, **timm_vit.default_preprocessing(name)} if looked_up else found
 
 
 def config_fields(architecture: str | None, arguments: Mapping[str, Any]) -> dict[str, Any]:

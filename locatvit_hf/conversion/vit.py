@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..configuration_locatvit import LocAtViTConfig
 from ..layers_locat import resample_position_embeddings
-from . import locatvit
+from . import locatvit, timm_vit
 from .errors import ConversionError
 from .keys import KeyTable, expand, rename, restrict
 from .sources import find, read_reference, read_state
@@ -168,23 +168,26 @@ def open_vit(checkpoint: str | Path | nn.Module) -> PlainViT:
             return _of_transformers(checkpoint, {}, type(checkpoint).__name__)
         raise ConversionError(f"A {type(checkpoint).__name__} is no plain ViT of transformers or timm.")
     folder = find(str(checkpoint))
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ConversionError(f"{checkpoint} holds no config.json.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{file} is not valid JSON: {error}.") from error
-    if "architecture" in config:
-        return _of_timm_folder(folder, str(checkpoint))
+    config = _transformers_config(folder)
+    if config is None:
+        return _of_checkpoint(folder, str(checkpoint))
     if config.get("model_type") not in TRANSFORMERS_TYPES:
-        kind = config.get("model_type", "none")
+        kind = config["model_type"]
         raise ConversionError(
             f"{checkpoint} has the model_type {kind!r}; from_vit takes {', '.join(TRANSFORMERS_TYPES)}."
         )
     preprocessor = folder / "preprocessor_config.json"
     preprocessing = json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor.is_file() else {}
     return _of_transformers(_load_transformers(folder, config, str(checkpoint)), preprocessing, str(checkpoint))
+
+
+def _transformers_config(folder: Path) -> dict[str, Any] | None:
+    """config.json of a folder of transformers; None for any other file or folder, which `read_reference` judges."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and "model_type" in config else None
 
 
 @contextlib.contextmanager
@@ -274,6 +277,10 @@ def _of_transformers(model: PreTrainedModel, preprocessing: Mapping[str, Any], d
 
     @torch.no_grad()
     def resample(native: LocAtViTConfig, grid: tuple[int, int]) -> torch.Tensor:
+        rows, columns = native.native_grid
+        if rows != columns:  # which the library itself cannot resample
+            positions = base.embeddings.position_embeddings
+            return insert_register_positions(resample_position_embeddings(positions, (rows, columns), grid, own_prefix))
         tokens = torch.zeros(1, own_prefix + math.prod(grid), native.hidden_size)
         height, width = (cells * pixels for cells, pixels in zip(grid, native.patch_shape, strict=True))
         return insert_register_positions(base.embeddings.interpolate_pos_encoding(tokens, height, width))
@@ -338,8 +345,14 @@ def _side(size: Any) -> int | list[int]:
     return size if isinstance(size, int) else list(size)
 
 
-def _of_timm_folder(folder: Path, description: str) -> PlainViT:
-    reference = read_reference(folder, description)
+def _of_checkpoint(path: Path, description: str) -> PlainViT:
+    """A plain ViT of timm, or of a training run of the reference's program."""
+    reference = read_reference(path, description)
+    if reference.shapes is not None:
+        file = reference.weights_file
+        raise ConversionError(f"There is no args.yaml beside {file.name} in {file.parent}; the model is unknown.")
+    if reference.architecture is None:
+        raise ConversionError(f"{description} holds the arguments of a LocAtViT; convert it with `locatvit convert`.")
     # The distilled DeiT has a second token and a second head; their mean is no linear head on the class token.
     name = (reference.architecture or "").replace("_distilled", "")
     if not locatvit.recognise(name, reference.arguments) or name.startswith("locatvit"):
@@ -363,41 +376,8 @@ def _of_timm_folder(folder: Path, description: str) -> PlainViT:
 def _of_timm_model(model: nn.Module) -> PlainViT:
     """A `VisionTransformer` of timm in memory. What it has besides a plain ViT shows up as tensors without a place."""
     description = f"The timm model {type(model).__name__}"
-    missing = [
-        name for name in ("patch_embed", "blocks", "global_pool", "num_prefix_tokens") if not hasattr(model, name)
-    ]
-    if missing or not hasattr(model.blocks[0].attn, "num_heads"):
-        raise ConversionError(f"{description} is no plain ViT.")
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    rope = "rope.freqs" in state
-    block, norm = (
-        model.blocks[0],
-        next(module for module in model.blocks[0].modules() if isinstance(module, nn.LayerNorm)),
-    )
-    if not isinstance(block.mlp.act, nn.GELU) or block.mlp.act.approximate != "none":
-        raise ConversionError(f"{description} has the activation {block.mlp.act}; a plain ViT has GELU.")
-    num_registers = model.num_prefix_tokens - 1 if "cls_token" in state else model.num_prefix_tokens
-    arguments = {
-        "img_size": list(model.patch_embed.img_size),
-        "patch_size": list(model.patch_embed.patch_size),
-        "in_chans": model.patch_embed.proj.in_channels,
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "num_heads": block.attn.num_heads,
-        "qkv_bias": block.attn.qkv.bias is not None,
-        "class_token": "cls_token" in state,
-        "reg_tokens": num_registers,
-        "no_embed_class": getattr(model, "no_embed_class", False),
-        "no_pos_emb": "pos_embed" not in state,
-        "global_pool": model.global_pool,
-        "num_classes": model.num_classes,
-        "rope": rope,
-    }
-    if "blocks.0.ls1.gamma" in state:
-        arguments["init_values"] = 1e-5  # only whether there is layer scale matters: its values are copied
-    fields = locatvit.config_fields(None, {**arguments, "gaug": False, "prr": False})
-    fields["intermediate_size"] = block.mlp.fc1.out_features
-    fields["layer_norm_eps"] = norm.eps
+    fields = locatvit.config_fields(None, timm_vit.describe(model, description))
     cfg = model.pretrained_cfg or {}
     fields["image_mean"], fields["image_std"] = list(cfg.get("mean", [0.5] * 3)), list(cfg.get("std", [0.5] * 3))
     fields["crop_pct"] = cfg.get("crop_pct") or 0.9

@@ -119,6 +119,33 @@ def test_checkpoint_without_head_becomes_an_encoder(tmp_path, locatvit):
         assert case.error("0.tokens", model(case.input(0)).last_hidden_state) < 1e-5
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_compiled_and_distributed_training(tmp_path, locatvit, prefix):
+    case = load_case("locatvit")
+    source = write_run(case, tmp_path / "run")
+    state = {f"{prefix}{name}": tensor for name, tensor in case.state.items()}
+    torch.save({"state_dict": state}, source / "model_best.pth.tar")
+    result = locatvit("convert", source, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+
+
+def test_regvit_of_a_size_that_only_timm_knows(tmp_path, locatvit):
+    import timm
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    arguments = {"depth": 2, "img_size": 64, "num_classes": 5}
+    source = timm.create_model("vit_wee_patch16_reg1_gap_256", **arguments).eval()
+    save_for_hf(source, tmp_path / "source", model_args=arguments, safe_serialization=True)
+    result = locatvit("convert", tmp_path / "source", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    model = LocAtViTForImageClassification.from_pretrained(tmp_path / "out").eval()
+    assert not model.config.use_gaussian and model.config.intermediate_size == 5 * 256
+    pixel_values = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).logits, source(pixel_values), atol=1e-5, rtol=1e-4)
+
+
 def test_pytorch_bin_beside_timms_config(tmp_path, locatvit):
     case = load_case("vit_baseline")
     source = write_timm(case, tmp_path / "source")

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import sys
 
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import nn
@@ -35,6 +37,7 @@ from locatvit_hf import (
     LocAtViTImageProcessor,
     LocAtViTModel,
 )
+from locatvit_hf.conversion import timm_vit
 from locatvit_hf.conversion.vit import spell
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
@@ -139,6 +142,38 @@ def test_timm_source(tmp_path, warnings_of_from_vit, name, where):
     assert warnings_of_from_vit() == []
 
 
+# Neither sizes of ours nor, some of them, with the bias or the MLP of ours: what these names mean only timm knows.
+LOOKED_UP = ("vit_wee_patch16_reg1_gap_256", "vit_little_patch16_reg4_gap_256", "vit_base_patch16_224_miil")
+
+
+@pytest.mark.parametrize("architecture", LOOKED_UP)
+@torch.no_grad()
+def test_architecture_that_only_timm_knows(tmp_path, warnings_of_from_vit, architecture):
+    arguments = {"depth": 2, "img_size": 64, "num_classes": 5}
+    source = with_trained_like_weights(timm.create_model(architecture, **arguments))
+    save_for_hf(source, tmp_path, model_args=arguments, safe_serialization=True)
+    started = LocAtViTForImageClassification.from_vit(tmp_path)
+    pixel_values = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(started(pixel_values).logits, source(pixel_values), atol=1e-3, rtol=0)
+    assert started.config.hidden_size == source.embed_dim and warnings_of_from_vit() == []
+    assert list(started.config.image_mean) == list(source.pretrained_cfg["mean"])
+
+
+@pytest.mark.parametrize("where", ["folder", "file"])
+@torch.no_grad()
+def test_training_run(tmp_path, warnings_of_from_vit, where):
+    arguments = {"depth": 2, "img_size": 64}
+    source = with_trained_like_weights(timm.create_model("vit_tiny_patch16_224", num_classes=5, **arguments))
+    file = tmp_path / "model_best.pth.tar"
+    torch.save({"state_dict": {f"module._orig_mod.{k}": v for k, v in source.state_dict().items()}}, file)
+    settings = {"model": "vit_tiny_patch16_224", "num_classes": 5, "model_kwargs": arguments, "mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(settings))
+    started = LocAtViTForImageClassification.from_vit(tmp_path if where == "folder" else file)
+    pixel_values = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(started(pixel_values).logits, source(pixel_values), atol=1e-3, rtol=0)
+    assert list(started.config.image_mean) == [0.1, 0.2, 0.3] and warnings_of_from_vit() == []
+
+
 @torch.no_grad()
 def test_distilled_deit_of_timm(tmp_path, warnings_of_from_vit):
     arguments = {"depth": 2, "img_size": 64}
@@ -161,6 +196,21 @@ def test_another_image_size_is_resampled_as_the_source_does(name):
     arguments = {} if name.startswith("dinov2") else {"interpolate_pos_encoding": True}
     expected = source(pixel_values, **arguments).last_hidden_state
     assert started.config.native_grid == (6, 6)
+    torch.testing.assert_close(started(pixel_values).last_hidden_state, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2_registers"])
+@torch.no_grad()
+def test_rectangular_source_is_resampled_at_another_image_size(name):
+    """The source itself takes its native size only: its own resampling assumes a square."""
+    model_class, config, _ = SOURCES[name]
+    config = type(config)(**{**config.to_dict(), "image_size": [32, 48]})
+    source = encoder_of(with_trained_like_weights(model_class(config)))
+    native = LocAtViTModel.from_vit(source)
+    started = LocAtViTModel.from_vit(source, image_size=[64, 48])
+    assert native.config.native_grid == (4, 6) and started.config.native_grid == (8, 6)
+    pixel_values = torch.randn(1, 3, 64, 48)
+    expected = native(pixel_values).last_hidden_state  # ours takes any size, and resamples on the way
     torch.testing.assert_close(started(pixel_values).last_hidden_state, expected, atol=1e-3, rtol=0)
 
 
@@ -237,6 +287,51 @@ class TestRefusals:
         (tmp_path / "config.json").write_text(json.dumps({"architecture": "locatvit_tiny"}))
         (tmp_path / "pytorch_model.bin").touch()
         self.refused(tmp_path, "locatvit convert")
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50"}))
+        self.refused(tmp_path, "The architecture resnet50 is no plain ViT")
+        (tmp_path / "config.json").write_text(json.dumps({"embed_dim": 64, "depth": 2, "num_heads": 2}))
+        self.refused(tmp_path, "locatvit convert")
+
+    @pytest.mark.parametrize(
+        ("architecture", "reason"),
+        [
+            ("vit_small_patch16_rope_224", "rotary embeddings that are not learned"),
+            ("vit_tiny_r_s16_p8_224", "no plain ViT"),
+            ("vit_base_patch16_gap_224", "global_pool='avg', a place of the final norm"),
+            ("vit_medium_patch16_gap_240", "global_pool='avg', a place of the final norm"),
+            ("vit_relpos_small_patch16_224", "blocks hold other layers"),
+            ("vit_base_patch16_clip_224", "norm_pre.weight"),
+            ("vit_giant_patch14_dinov2", "blocks hold other layers"),
+            ("vit_frobnicate_patch16_224", "is unknown, to timm"),
+        ],
+    )
+    def test_other_models_of_timm(self, tmp_path, architecture, reason):
+        arguments = {"depth": 1, "num_classes": 5, "embed_dim": 96, "num_heads": 2}
+        save_file({"norm_pre.weight": torch.ones(96)}, tmp_path / "model.safetensors")
+        if timm.is_model(architecture) and "_r_" not in architecture:
+            source = timm.create_model(architecture, **arguments)
+            self.refused(source, reason)
+            save_file(source.state_dict(), tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture, "model_args": arguments}))
+        self.refused(tmp_path, reason)
+
+    def test_without_timm(self, tmp_path, monkeypatch):
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_little_patch16_reg4_gap_256"}))
+        save_file({"cls_token": torch.ones(1)}, tmp_path / "model.safetensors")
+        timm_vit._default_arguments.cache_clear()
+        monkeypatch.setitem(sys.modules, "timm", None)
+        self.refused(tmp_path, "only timm knows, and it is not installed")
+
+    def test_weights_alone_and_nothing(self, tmp_path):
+        torch.save({"state_dict": {"cls_token": torch.ones(1)}}, tmp_path / "last.pth.tar")
+        self.refused(tmp_path / "last.pth.tar", "no args.yaml beside last.pth.tar")
+        (tmp_path / "last.pth.tar").unlink()
+        self.refused(tmp_path, "neither config.json")
+
+    def test_tensor_that_is_not_finite(self):
+        source = ViTModel(SOURCES["vit"][1])
+        source.layernorm.bias.data[1] = float("nan")
+        self.refused(source, "The tensor layernorm.bias holds numbers that are not finite")
 
     def test_missing_tensor(self, tmp_path):
         ViTModel(SOURCES["vit"][1]).save_pretrained(tmp_path)
