@@ -100,10 +100,12 @@ class LocAtGaussian(nn.Module):
 
     def forward(self, query: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int = 0) -> Gaussian:
         """query: (batch, heads, prefix + patches, head_dim), before rotary embedding and before scaling."""
-        patches = query[:, :, num_prefix_tokens:]
+        states = query.transpose(1, 2)  # as projections lie in memory, so that the maps need no copy
         block_size = COARSE_BLOCK_SIZE if self.coarse_training and self.training else 1
         with maybe_autocast(query.device.type, enabled=False):
-            variance, amplitude = self.variance(patches), self.amplitude(patches)
+            variance, amplitude = (
+                linear(states)[:, num_prefix_tokens:].transpose(1, 2) for linear in (self.variance, self.amplitude)
+            )
             if block_size > 1:
                 # A mean over queries and a linear map commute, so three channels are averaged instead of head_dim.
                 variance = _average_blocks(variance, grid, block_size)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import locatvit_hf
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViTForSemanticSegmentation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,22 @@ def test_table_of_models(preset: str) -> None:
             model = LocAtViTForImageClassification(config)
         counted.append(sum(parameter.numel() for parameter in model.parameters()))
     assert parameters == " → ".join(f"{number:,}" for number in counted)
+
+
+FAMILY_ROW = re.compile(r'^\| `(\w+)Config` \| `"(\w+)"` \| ([\d, →]+) \|', re.MULTILINE)
+
+
+@pytest.mark.parametrize(("prefix", "preset", "parameters"), FAMILY_ROW.findall(README))
+def test_table_of_the_other_families(prefix: str, preset: str, parameters: str) -> None:
+    config_class = getattr(locatvit_hf, f"{prefix}Config")
+    switches = [{}] if prefix == "PaCaViT" else [{"use_gaussian": on, "use_refinement": on} for on in (False, True)]
+    counted = []
+    for switch in switches:
+        with torch.device("meta"):
+            config = config_class.from_preset(preset, num_labels=1000, **switch)
+            model = getattr(locatvit_hf, f"{prefix}ForImageClassification")(config)
+        counted.append(f"{sum(parameter.numel() for parameter in model.parameters()):,}")
+    assert parameters.strip() == " → ".join(counted)
 
 
 def test_commands_exist() -> None:
