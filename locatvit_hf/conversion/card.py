@@ -1,6 +1,7 @@
 """The README.md of a converted checkpoint: what it is, where it came from, how to use it. No claim is unchecked."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -10,7 +11,7 @@ CARD = """---
 library_name: transformers
 pipeline_tag: {task}
 tags:
-- locatvit
+- {model_type}
 - vision
 ---
 
@@ -20,8 +21,8 @@ tags:
 
 Converted by locatvit-hf {version} from `{source}`: {layout}; {where} of `{file}`, SHA-256 `{digest}`.
 
-Every tensor was accounted for, and the folder was reloaded and compared with its source. No accuracy was measured here,
-and the weights stay under the terms of their source; `LICENSE` is that of the code in this folder.
+{tensors} The folder was reloaded and gave the same output.
+No accuracy was measured here. The weights stay under the terms of their source; `LICENSE` is that of the code here.
 
 ```python
 from transformers import AutoImageProcessor, {auto_class}
@@ -50,6 +51,26 @@ ICLR 2026, [arXiv 2603.04892](https://arxiv.org/abs/2603.04892)."""
 PACA = """*PaCa-ViT: Learning Patch-to-Cluster Attention in Vision Transformers*, Grainger, Paniagua, Song, Cuntoor, Lee
 and Wu, CVPR 2023, [arXiv 2203.11987](https://arxiv.org/abs/2203.11987)."""
 
+# Model type -> what it is, without LocAt; where that was published.
+FAMILIES = {
+    "locatvit": (
+        "vision transformer",
+        "*An Image is Worth 16x16 Words*, Dosovitskiy et al., ICLR 2021, [arXiv 2010.11929]"
+        "(https://arxiv.org/abs/2010.11929).",
+    ),
+    "locatswin": (
+        "Swin transformer",
+        "*Swin Transformer: Hierarchical Vision Transformer using Shifted Windows*, Liu et al., ICCV 2021, "
+        "[arXiv 2103.14030](https://arxiv.org/abs/2103.14030).",
+    ),
+    "locatjumbo": (
+        "Jumbo vision transformer, whose class token is several tokens wide",
+        "*Simpler Fast Vision Transformers with a Jumbo CLS Token*, Fuller et al., 2025, "
+        "[arXiv 2502.15021](https://arxiv.org/abs/2502.15021).",
+    ),
+    "pacavit": ("PaCa-ViT, a vision transformer whose patches attend to learned clusters of patches", PACA),
+}
+
 # Ending of a model's class -> task of the pipeline, Auto class, what to do with the inputs.
 TASKS = {
     "ForImageClassification": (
@@ -71,11 +92,12 @@ TASKS = {
 
 
 def write_card(
-    folder: Path, reference: Reference, model: PreTrainedModel, where: str, digest: str, version: str
+    folder: Path, reference: Reference, model: PreTrainedModel, where: str, tensors: str, digest: str, version: str
 ) -> None:
     """Writes README.md into `folder`.
 
-    where: which part of the file was taken. digest: SHA-256 of the source's weights. version: of this package.
+    where: which part of the file was taken. tensors: what became of its tensors, a sentence.
+    digest: SHA-256 of the source's weights. version: of this package.
     """
     name = type(model).__name__
     task, auto_class, usage = next(row for ending, row in TASKS.items() if name.endswith(ending))
@@ -83,18 +105,22 @@ def write_card(
         # Auto classes know the backbone inside another model only where this package is imported.
         auto_class, usage = name, f"{usage}  # needs `import locatvit_hf`"
     config = getattr(model.config, "backbone_config", None) or model.config
-    gaussian, refinement = (getattr(config, name, False) for name in ("use_gaussian", "use_refinement"))
-    if gaussian or refinement:
-        parts = ["Gaussian-augmented attention"] * gaussian + ["patch representation refinement"] * refinement
-        description = f"A vision transformer with {' and '.join(parts)} (LocAt)."
-    elif config.model_type == "pacavit":
-        description = "A PaCa-ViT: a vision transformer whose patches attend to learned clusters of patches."
-    else:
-        description = "A plain vision transformer, the baseline that LocAt models are compared with."
-    facts = {"Gaussian-augmented attention": gaussian, "Patch representation refinement": refinement}
-    facts = {name: "yes" if used else "no" for name, used in facts.items()}
+    kind, method = FAMILIES[config.model_type]
+    facts: dict[str, Any] = {}
     if config.model_type == "pacavit":
+        description = f"A {kind}."
         facts = {"Clustering": config.clustering_type, "Clusters of each stage": config.num_clusters}
+    else:
+        parts = {
+            "Gaussian-augmented attention": config.use_gaussian,
+            "patch representation refinement": config.use_refinement,
+        }
+        added = " and ".join(part for part, used in parts.items() if used)
+        description = f"A {kind}, with {added} (LocAt)." if added else f"A plain {kind}: a baseline of LocAt."
+        method = f"{LOCAT}\nIt builds on {method}" if added else method
+        facts = {part[0].upper() + part[1:]: "yes" if used else "no" for part, used in parts.items()}
+    if name.startswith("UperNet"):
+        description = f"{description} It is the backbone of a UPerNet for semantic segmentation."
     card = CARD.format(
         task=task,
         title=reference.architecture or config.model_type,
@@ -113,7 +139,9 @@ def write_card(
         patch_size=getattr(config, "patch_size", "-"),
         classes=config.num_labels or "none",
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        method=PACA if config.model_type == "pacavit" else LOCAT,
+        method=method,
+        model_type=config.model_type,
+        tensors=tensors,
         mean=list(config.image_mean),
         std=list(config.image_std),
     )

@@ -56,14 +56,16 @@ def convert(
     config = configure(family, reference)
     state, where = read_state(reference, ema)
     report(f"Took {where} of {reference.weights_file.name}: {len(state)} tensors.")
-    state = family.prepare_state(state)
+    stored, state = state, family.prepare_state(state)
     check_class_count(state, config)
     model = (family.build_model or partial(build_model, family))(config, state)
+    tensors = account(stored, state)
+    report(tensors)
     segments = type(model).__name__.endswith("ForSemanticSegmentation")
     with complete_or_absent(folder, overwrite) as unfinished:
         build_processor(family, reference, config, segments).save_pretrained(unfinished)
         model.save_pretrained(unfinished)
-        write_card(unfinished, reference, model, where, _sha256(reference.weights_file), __version__)
+        write_card(unfinished, reference, model, where, tensors, _sha256(reference.weights_file), __version__)
         (unfinished / "LICENSE").write_text(licence_text(), encoding="utf-8")
         verify(model, unfinished)
     report(f"Wrote {folder}; reloaded, it gives the same output.")
@@ -95,6 +97,16 @@ def _sentence_of(error: Exception) -> str:
     """What a validator said, without the frame that the strict configuration puts around it."""
     cause = error.__cause__ or error
     return " ".join(str(cause).split())
+
+
+def account(stored: dict[str, torch.Tensor], prepared: dict[str, torch.Tensor]) -> str:
+    """What became of the tensors of a checkpoint whose prepared ones all have a place, as a sentence."""
+    kept = {id(tensor) for tensor in prepared.values()}
+    left_out = [name for name, tensor in stored.items() if id(tensor) not in kept]
+    if not left_out:
+        return "Every tensor has its place in the model."
+    what = f"{len(left_out)} copies, constants or parts around the model, such as {left_out[0]}"
+    return f"Every tensor has its place in the model but {what}."
 
 
 def check_class_count(state: dict[str, torch.Tensor], config: PreTrainedConfig) -> None:

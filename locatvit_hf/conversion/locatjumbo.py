@@ -56,6 +56,10 @@ def build_config(architecture: str, arguments: Mapping[str, Any], **fields: Any)
         found.update(use_gaussian=False, use_refinement=False)
     found.update(translate(arguments, SAME_VALUE, ONLY_VALUES, (), "LocAt-Jumbo"))
     config = LocAtJumboConfig(**{**found, **fields})
+    if match["locat"] and not config.normalizes_patches:
+        raise ConversionError(
+            f"{architecture} with gaug=False and prr=False still normalises its patches, which a plain Jumbo does not."
+        )
     # The reference decides this by the height of the native grid alone.
     config.coarse_training = config.use_gaussian and config.native_grid[0] >= 32
     return config

@@ -128,6 +128,10 @@ def test_names_become_configurations():
         locatswin.build_config("locatswin_huge", {})
     with pytest.raises(ConversionError, match="global_pool='max', which LocAt-Swin does not have"):
         locatswin.build_config("locatswin_tiny", {"global_pool": "max"})
+    with pytest.raises(ConversionError, match="gaug=False and prr=False still normalises its patches"):
+        locatjumbo.build_config("locatjumbo_tiny", {"gaug": False, "prr": False})
+    with pytest.raises(ConversionError, match="depths=2, which is not a list of whole numbers"):
+        locatswin.build_config("locatswin_tiny", {"depths": 2})
     with pytest.raises(ConversionError, match="unknown argument colour='red'"):
         locatjumbo.build_config("jumbo_tiny", {"colour": "red"})
 
