@@ -132,7 +132,7 @@ def build_processor(family: Family, reference: Reference, config: PreTrainedConf
     """The image processor of a checkpoint: of the configuration, and of what only the checkpoint's evaluation says."""
     arguments: dict[str, Any] = {"segmentation": segmentation}
     interpolation = reference.preprocessing.get("interpolation", "bicubic")
-    if interpolation in ("bilinear", "nearest", "lanczos", "box", "hamming"):
+    if interpolation != "bicubic":
         arguments["resample"] = PILImageResampling[interpolation.upper()]
     processor = family.processor.from_model_config(config, **arguments)
     size = reference.preprocessing.get("size")

@@ -1,5 +1,6 @@
 """What kind of value a setting of a checkpoint must be, so that a wrong one is named where it is read."""
 
+import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -12,7 +13,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_list_of(is_item: Callable[[Any], bool]) -> Callable[[Any], bool]:

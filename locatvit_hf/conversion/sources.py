@@ -72,6 +72,7 @@ KINDS_OF_PREPROCESSING = {
     "input_size": "three whole numbers",
     "img_size": "a whole number or two of them",
 }
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 # Left around the whole model by distributed training and by torch.compile, in either order.
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -197,7 +198,7 @@ def _read_run(weights: Path, source: str) -> Reference:
         return Reference(source, "weights alone", weights, None, {}, shapes=shapes)
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConversionError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(settings, dict) or not settings.get("model"):
         raise ConversionError(f"{file} does not name a model.")
@@ -242,6 +243,11 @@ def _preprocessing(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     size, side = settings.get("input_size"), settings.get("img_size")
     if size or side:
         found["size"] = list(size[1:]) if size else [side, side] if isinstance(side, int) else list(side)
+        if min(found["size"]) <= 0:
+            raise ConversionError(f"{file} gives images of {found['size']} pixels, which must be positive.")
+    if found["interpolation"] and found["interpolation"] not in INTERPOLATIONS:
+        known = ", ".join(INTERPOLATIONS)
+        raise ConversionError(f"{file} gives the unknown interpolation={found['interpolation']!r}; known are {known}.")
     return {name: value for name, value in found.items() if value not in (None, "", [])}
 
 

@@ -174,6 +174,8 @@ def test_args_yaml_that_is_no_yaml(tmp_path, out, refuses):
     assert "not valid YAML" in refuses("convert", source, out)
     (source / "args.yaml").write_text(yaml.dump(RunsCode("true")))
     assert "not valid YAML" in refuses("convert", source, out)
+    (source / "args.yaml").write_bytes(b"model: \xff\xfe")
+    assert "not valid YAML" in refuses("convert", source, out)
 
 
 def test_wrong_class_count(tmp_path, out, refuses):
@@ -219,6 +221,7 @@ def test_arguments_that_ours_does_not_have(tmp_path, out, refuses, argument):
     ("argument", "kind"),
     [
         ({"mlp_ratio": "4"}, "a number"),
+        ({"mlp_ratio": float("inf")}, "a number"),
         ({"embed_dim": 64.0}, "a whole number"),
         ({"depth": "3"}, "a whole number"),
         ({"img_size": [64, 64, 3]}, "a whole number or two of them"),
@@ -261,6 +264,14 @@ def test_setting_of_a_wrong_type(tmp_path, out, refuses, setting, kind):
     source = write_run(CASE, tmp_path / "run", **setting)
     (name, value), *_ = setting.items()
     assert refuses("convert", source, out).endswith(f"args.yaml gives {name}={value!r}, which is not {kind}.")
+
+
+def test_images_of_no_size_and_unknown_interpolation(tmp_path, out, refuses):
+    for setting in ({"img_size": -5}, {"input_size": [3, 0, 64]}):
+        source = write_run(CASE, tmp_path / "run", **setting)
+        assert "pixels, which must be positive" in refuses("convert", source, out)
+    source = write_run(CASE, tmp_path / "run", interpolation="cubist")
+    assert "unknown interpolation='cubist'" in refuses("convert", source, out)
 
 
 @pytest.mark.parametrize(
