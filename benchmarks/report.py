@@ -244,6 +244,7 @@ def plot(results: dict, path: Path) -> None:
             axis.plot(sizes, middle, "o-", label=name, ms=3, lw=2 if stands_out else 1.2, **style)
             axis.fill_between(sizes, low, high, alpha=0.15, lw=0, **style)
         axis.set(title=f"{mode}, tiny, {dtype}", xlabel="image side, pixels", xscale="log", yscale="log")
+        axis.set_xlim(0.93 * SIZES[0], 1.07 * SIZES[-1])
         axis.set_ylabel("milliseconds an image" if grows else "time / reference, same round")
         axis.set_xticks(SIZES, [str(size) for size in SIZES])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
