@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import is_tracing
 from transformers.utils.generic import maybe_autocast
 
 # Both bounds keep half-precision arithmetic of the reference finite; they are part of the function that was trained.
@@ -100,11 +101,10 @@ class LocAtGaussian(nn.Module):
 
     def forward(self, query: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int = 0) -> Gaussian:
         """query: (batch, heads, prefix + patches, head_dim), before rotary embedding and before scaling."""
-        states = query.transpose(1, 2)  # as projections lie in memory, so that the maps need no copy
         block_size = COARSE_BLOCK_SIZE if self.coarse_training and self.training else 1
         with maybe_autocast(query.device.type, enabled=False):
             variance, amplitude = (
-                linear(states)[:, num_prefix_tokens:].transpose(1, 2) for linear in (self.variance, self.amplitude)
+                _map_patches(linear, query, num_prefix_tokens) for linear in (self.variance, self.amplitude)
             )
             if block_size > 1:
                 # A mean over queries and a linear map commute, so three channels are averaged instead of head_dim.
@@ -123,6 +123,14 @@ class LocAtGaussian(nn.Module):
             distance_cap=self.distance_cap,
             block_size=block_size,
         )
+
+
+def _map_patches(linear: nn.Module, query: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
+    """`linear` of the patches of (batch, heads, prefix + patches, head_dim)."""
+    if is_tracing():
+        return linear(query[:, :, num_prefix_tokens:])
+    # In the order in which projections lie in memory, the map needs no copy of the query.
+    return linear(query.transpose(1, 2))[:, num_prefix_tokens:].transpose(1, 2)
 
 
 def _average_blocks(values: torch.Tensor, grid: tuple[int, int], block_size: int) -> torch.Tensor:
