@@ -385,12 +385,28 @@ class MultiHeadProjections(nn.Module):
 
 def patch_feature_map(tokens: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int = 0) -> torch.Tensor:
     """(batch, tokens, channels) without its prefix tokens as (batch, channels, grid height, grid width)."""
-    return tokens[:, num_prefix_tokens:].unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
+    return channels_last_map(tokens[:, num_prefix_tokens:], grid).contiguous()
+
+
+def channels_last_map(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(batch, patches, channels) seen as (batch, channels, grid height, grid width): nothing is copied.
+
+    Channels stay last in memory, where convolutions take and leave them.
+    """
+    return patches.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 def feature_map_tokens(feature_map: torch.Tensor) -> torch.Tensor:
     """(batch, channels, height, width) as (batch, patches, channels), row by row: `patch_feature_map` undone."""
     return feature_map.flatten(2).transpose(1, 2)
+
+
+class ResidualDepthwise(nn.Conv2d):
+    """x + depthwise 3x3 convolution of x, in one pass: the identity is one more weight in the middle of the kernel."""
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        identity = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        return self._conv_forward(feature_map, self.weight + identity, self.bias)
 
 
 class ProbeHead(nn.Module):
@@ -563,7 +579,9 @@ __all__ = [
     "MLP",
     "MultiHeadProjections",
     "ProbeHead",
+    "ResidualDepthwise",
     "additive_attention_mask",
+    "channels_last_map",
     "check_labels",
     "check_pixel_values",
     "classification_loss",

@@ -34,6 +34,8 @@ from .layers_locat import (
     FreezableBackboneMixin,
     LayerScale,
     MultiHeadProjections,
+    ResidualDepthwise,
+    channels_last_map,
     check_pixel_values,
     classification_loss,
     drop_path_rates,
@@ -139,8 +141,7 @@ class PaCaViTConvClustering(PaCaViTClustering):
         self.activation = nn.GELU()
 
     def logits(self, feature_map: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.activation(self.depthwise(feature_map))
-        return self.clusters(self.activation(self.pointwise(hidden_states)))
+        return self.clusters(self.activation(self.pointwise(self.activation(self.depthwise(feature_map)))))
 
 
 class PaCaViTMlpClustering(PaCaViTClustering):
@@ -282,7 +283,7 @@ class PaCaViTAttention(MultiHeadProjections):
         the assignment that was used.
         """
         if self.clustering is not None:
-            assignment = self.clustering(patch_feature_map(hidden_states, grid))
+            assignment = self.clustering(channels_last_map(hidden_states, grid))
         sources = hidden_states
         if self.cluster_norm is not None:
             # These patches are pooled, even where the assignment comes from an earlier layer.
@@ -343,12 +344,11 @@ class PaCaViTMLP(MLP):
         channels = config.hidden_sizes[stage]
         inner = config.mlp_ratio * channels
         super().__init__(channels, inner, config.hidden_act, config.hidden_dropout_prob)
-        self.depthwise = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner)
+        self.depthwise = ResidualDepthwise(inner, inner, kernel_size=3, padding=1, groups=inner)
 
     def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        hidden_states = self.up_proj(hidden_states)
-        mixed = self.depthwise(patch_feature_map(hidden_states, grid))
-        hidden_states = self.activation(hidden_states + feature_map_tokens(mixed))
+        mixed = self.depthwise(channels_last_map(self.up_proj(hidden_states), grid))
+        hidden_states = self.activation(feature_map_tokens(mixed))
         return self.dropout(self.down_proj(self.dropout(hidden_states)))
 
 
