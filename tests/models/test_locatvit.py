@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from locatvit_hf import (
@@ -503,7 +503,7 @@ class TestCompilers:
     ],
 )
 def test_bad_configurations_are_one_sentence(overrides, message):
-    with pytest.raises((ValueError, StrictDataclassClassValidationError), match=message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
         LocAtViTConfig(**{**SMALL, **overrides})
 
 
