@@ -107,6 +107,11 @@ class LocAtJumboConfig(FamilyConfigMixin, PreTrainedConfig):
         return self.num_jumbo_tokens * self.hidden_size
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: the jumbo tokens."""
+        return self.num_jumbo_tokens
+
+    @property
     def normalizes_patches(self) -> bool:
         """Whether the patches have a final norm: with LocAt. Nothing reads them after the last layer of a Jumbo."""
         return self.use_gaussian or self.use_refinement

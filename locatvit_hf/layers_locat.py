@@ -9,9 +9,11 @@ from huggingface_hub import create_repo, file_exists
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.backbone_utils import BackboneConfigMixin
+from transformers.backbone_utils import BackboneConfigMixin, filter_output_hidden_states
+from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import is_tracing
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, is_tracing
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .image_processing_locatvit import LocAtViTImageProcessor, channel_values, pair
@@ -75,6 +77,11 @@ class FamilyConfigMixin(BackboneConfigMixin):
         """(height, width) in patches of an image of `image_size`."""
         (height, width), (patch_height, patch_width) = pair(self.image_size), self.patch_shape
         return height // patch_height, width // patch_width
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches."""
+        return 0
 
     @property
     def output_stride(self) -> tuple[int, int]:
@@ -568,6 +575,71 @@ class FreezableBackboneMixin:
         return self
 
 
+class ImageClassificationMixin:
+    """How a linear `classifier` of what the encoder pools answers."""
+
+    _auto_class = "AutoModelForImageClassification"
+    _output_class = ImageClassifierOutput
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """
+        pixel_values, and anything else that the encoder takes: as in the family's `…Model`.
+        labels: (batch,) class ids, or (batch, classes) soft labels; `config.problem_type` may say otherwise.
+
+        Returns `loss` where there are labels, `logits` (batch, classes), and what else the encoder was asked for.
+        """
+        outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = classification_loss(logits, labels, self.config) if labels is not None else None
+        return self._output_class(loss=loss, logits=logits, **records(outputs))
+
+
+class ProbeSegmentationMixin(FreezableBackboneMixin):
+    """How a `ProbeHead` on the last layer's patches answers, read before the final norm and without refinement."""
+
+    _auto_class = "AutoModelForSemanticSegmentation"
+    _segments_images = True
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SemanticSegmenterOutput:
+        """
+        pixel_values, and anything else that the encoder takes: as in the family's `…Model`.
+        labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left out.
+
+        Returns `loss` where there are labels and `logits` (batch, classes, grid height, grid width) on the last layer's
+        grid, whose cells are `config.output_stride` pixels of the padded image; the processor's
+        `post_process_semantic_segmentation` cuts the padding off.
+        """
+        kwargs["output_hidden_states"] = True
+        outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
+        grid = patch_grid(pixel_values, self.config.output_stride)
+        logits = self.segmentation_head(
+            patch_feature_map(outputs.hidden_states[-1], grid, self.config.num_prefix_tokens)
+        )
+        loss = None
+        if labels is not None:
+            ignore_index = self.config.semantic_loss_ignore_index
+            loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config.output_stride, ignore_index)
+        return SemanticSegmenterOutput(loss=loss, logits=logits, **records(outputs))
+
+
+def records(outputs: ModelOutput) -> dict[str, tuple]:
+    """What an encoder recorded on request beside its last state: hidden states, attentions, cluster assignments."""
+    return {name: value for name, value in outputs.items() if name not in ("last_hidden_state", "pooler_output")}
+
+
 __all__ = [
     "CompleteCheckpointMixin",
     "DropPath",
@@ -575,10 +647,12 @@ __all__ = [
     "FamilyPreTrainedModel",
     "FeaturePyramid",
     "FreezableBackboneMixin",
+    "ImageClassificationMixin",
     "LayerScale",
     "MLP",
     "MultiHeadProjections",
     "ProbeHead",
+    "ProbeSegmentationMixin",
     "ResidualDepthwise",
     "additive_attention_mask",
     "channels_last_map",
@@ -591,6 +665,7 @@ __all__ = [
     "pair",
     "patch_feature_map",
     "patch_grid",
+    "records",
     "resample_position_embeddings",
     "segmentation_loss",
 ]

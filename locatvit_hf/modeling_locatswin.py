@@ -9,8 +9,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPooling,
-    ImageClassifierOutput,
-    SemanticSegmenterOutput,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_tracing
@@ -23,16 +21,15 @@ from .layers_locat import (
     MLP,
     DropPath,
     FamilyPreTrainedModel,
-    FreezableBackboneMixin,
+    ImageClassificationMixin,
     MultiHeadProjections,
     ProbeHead,
+    ProbeSegmentationMixin,
     check_pixel_values,
-    classification_loss,
     drop_path_rates,
     pad_to_multiple,
     patch_feature_map,
     patch_grid,
-    segmentation_loss,
 )
 from .locat import refine
 
@@ -331,10 +328,8 @@ class LocAtSwinModel(LocAtSwinPreTrainedModel):
         return tokens.mean(dim=1)
 
 
-class LocAtSwinForImageClassification(LocAtSwinPreTrainedModel):
+class LocAtSwinForImageClassification(ImageClassificationMixin, LocAtSwinPreTrainedModel):
     """The encoder and a linear classifier on its pooled output."""
-
-    _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: LocAtSwinConfig):
         super().__init__(config)
@@ -343,34 +338,9 @@ class LocAtSwinForImageClassification(LocAtSwinPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput:
-        """
-        pixel_values: as in `LocAtSwinModel`.
-        labels: (batch,) class ids, or (batch, classes) soft labels; `config.problem_type` may say otherwise.
 
-        Returns `loss` where there are labels and `logits` (batch, classes).
-        """
-        outputs = self.locatswin(pixel_values, return_dict=True, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        return ImageClassifierOutput(
-            loss=classification_loss(logits, labels, self.config) if labels is not None else None,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
-class LocAtSwinForSemanticSegmentation(FreezableBackboneMixin, LocAtSwinPreTrainedModel):
+class LocAtSwinForSemanticSegmentation(ProbeSegmentationMixin, LocAtSwinPreTrainedModel):
     """The encoder and the paper's probe on the last stage's map, before the final norm and without refinement."""
-
-    _auto_class = "AutoModelForSemanticSegmentation"
-    _segments_images = True
 
     def __init__(self, config: LocAtSwinConfig):
         super().__init__(config)
@@ -379,37 +349,6 @@ class LocAtSwinForSemanticSegmentation(FreezableBackboneMixin, LocAtSwinPreTrain
         self.locatswin.layernorm.requires_grad_(False)  # never read: distributed training would wait for its gradient
         self.segmentation_head = ProbeHead(config.hidden_size, config.segmentation_hidden_size, config.num_labels)
         self.post_init()
-
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SemanticSegmenterOutput:
-        """
-        pixel_values: as in `LocAtSwinModel`.
-        labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left out.
-
-        Returns `loss` where there are labels and `logits` (batch, classes, height, width) on the last stage's grid,
-        whose cells are `config.output_stride` pixels of the padded image; the processor's
-        `post_process_semantic_segmentation` cuts the padding off.
-        """
-        kwargs["output_hidden_states"] = True
-        outputs = self.locatswin(pixel_values, return_dict=True, **kwargs)
-        grid = patch_grid(pixel_values, self.config.output_stride)
-        logits = self.segmentation_head(patch_feature_map(outputs.hidden_states[-1], grid))
-        loss = None
-        if labels is not None:
-            ignore_index = self.config.semantic_loss_ignore_index
-            loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config.output_stride, ignore_index)
-        return SemanticSegmenterOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 class LocAtSwinBackbone(BackboneMixin, LocAtSwinPreTrainedModel):

@@ -10,8 +10,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPooling,
-    ImageClassifierOutput,
-    SemanticSegmenterOutput,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -25,19 +23,18 @@ from .layers_locat import (
     DropPath,
     FamilyPreTrainedModel,
     FeaturePyramid,
-    FreezableBackboneMixin,
+    ImageClassificationMixin,
     LayerScale,
     MultiHeadProjections,
     ProbeHead,
+    ProbeSegmentationMixin,
     additive_attention_mask,
     check_pixel_values,
-    classification_loss,
     drop_path_rates,
     pad_to_multiple,
     patch_feature_map,
     patch_grid,
     resample_position_embeddings,
-    segmentation_loss,
 )
 from .locat import refine
 
@@ -296,10 +293,8 @@ class LocAtViTModel(LocAtViTPreTrainedModel):
         return self.layernorm(patches.mean(dim=1))
 
 
-class LocAtViTForImageClassification(LocAtViTPreTrainedModel):
+class LocAtViTForImageClassification(ImageClassificationMixin, LocAtViTPreTrainedModel):
     """The encoder and a linear classifier on its pooled output."""
-
-    _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: LocAtViTConfig):
         super().__init__(config)
@@ -310,35 +305,9 @@ class LocAtViTForImageClassification(LocAtViTPreTrainedModel):
             self.classifier.init_scale = 0.001
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput:
-        """
-        pixel_values, attention_mask: as in `LocAtViTModel`.
-        labels: (batch,) class ids, or (batch, classes) soft labels; `config.problem_type` may say otherwise.
 
-        Returns `loss` where there are labels and `logits` (batch, classes).
-        """
-        outputs = self.locatvit(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        return ImageClassifierOutput(
-            loss=classification_loss(logits, labels, self.config) if labels is not None else None,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
-class LocAtViTForSemanticSegmentation(FreezableBackboneMixin, LocAtViTPreTrainedModel):
+class LocAtViTForSemanticSegmentation(ProbeSegmentationMixin, LocAtViTPreTrainedModel):
     """The encoder and the paper's probe on the last layer's patches, before the final norm and without refinement."""
-
-    _auto_class = "AutoModelForSemanticSegmentation"
-    _segments_images = True
 
     def __init__(self, config: LocAtViTConfig):
         super().__init__(config)
@@ -347,38 +316,6 @@ class LocAtViTForSemanticSegmentation(FreezableBackboneMixin, LocAtViTPreTrained
         self.locatvit.layernorm.requires_grad_(False)  # never read: distributed training would wait for its gradient
         self.segmentation_head = ProbeHead(config.hidden_size, config.segmentation_hidden_size, config.num_labels)
         self.post_init()
-
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SemanticSegmenterOutput:
-        """
-        pixel_values, attention_mask: as in `LocAtViTModel`.
-        labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left out.
-
-        Returns `loss` where there are labels and `logits` (batch, classes, grid height, grid width). The grid covers
-        the padded image; the processor's `post_process_semantic_segmentation` cuts the padding off.
-        """
-        kwargs["output_hidden_states"] = True
-        outputs = self.locatvit(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
-        grid = patch_grid(pixel_values, self.config.patch_shape)
-        features = patch_feature_map(outputs.hidden_states[-1], grid, self.config.num_prefix_tokens)
-        logits = self.segmentation_head(features)
-        loss = None
-        if labels is not None:
-            ignore_index = self.config.semantic_loss_ignore_index
-            loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config.patch_shape, ignore_index)
-        return SemanticSegmenterOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 class LocAtViTBackbone(BackboneMixin, LocAtViTPreTrainedModel):

@@ -32,15 +32,16 @@ from .layers_locat import (
     DropPath,
     FamilyPreTrainedModel,
     FreezableBackboneMixin,
+    ImageClassificationMixin,
     LayerScale,
     MultiHeadProjections,
     ResidualDepthwise,
     channels_last_map,
     check_pixel_values,
-    classification_loss,
     drop_path_rates,
     feature_map_tokens,
     patch_feature_map,
+    records,
     segmentation_loss,
 )
 
@@ -497,10 +498,10 @@ class PaCaViTModel(PaCaViTPreTrainedModel):
         return PaCaViTModelOutput(last_hidden_state=feature_map, pooler_output=feature_map.mean(dim=(2, 3)))
 
 
-class PaCaViTForImageClassification(PaCaViTPreTrainedModel):
+class PaCaViTForImageClassification(ImageClassificationMixin, PaCaViTPreTrainedModel):
     """The encoder and a linear classifier on the mean of the last map."""
 
-    _auto_class = "AutoModelForImageClassification"
+    _output_class = PaCaViTImageClassifierOutput
 
     def __init__(self, config: PaCaViTConfig):
         super().__init__(config)
@@ -508,29 +509,6 @@ class PaCaViTForImageClassification(PaCaViTPreTrainedModel):
         self.pacavit = PaCaViTModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> PaCaViTImageClassifierOutput:
-        """
-        pixel_values: as in `PaCaViTModel`.
-        labels: (batch,) class ids, or (batch, classes) soft labels; `config.problem_type` may say otherwise.
-
-        Returns `loss` where there are labels and `logits` (batch, classes).
-        """
-        outputs = self.pacavit(pixel_values, return_dict=True, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        return PaCaViTImageClassifierOutput(
-            loss=classification_loss(logits, labels, self.config) if labels is not None else None,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cluster_assignments=outputs.cluster_assignments,
-        )
 
 
 class PaCaViTConvLayer(nn.Sequential):
@@ -652,12 +630,7 @@ class PaCaViTForSemanticSegmentation(FreezableBackboneMixin, PaCaViTPreTrainedMo
                 auxiliary_loss = segmentation_loss(auxiliary_logits, labels, *sizes)
                 loss = loss + self.config.auxiliary_loss_weight * auxiliary_loss
         return PaCaViTSemanticSegmenterOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            auxiliary_logits=auxiliary_logits,
-            cluster_assignments=outputs.cluster_assignments,
+            loss=loss, logits=logits, auxiliary_logits=auxiliary_logits, **records(outputs)
         )
 
 
