@@ -103,7 +103,7 @@ def run_demo(output: Path, work: Path, num_scenes: tuple[int, int], pretrain_len
 
 
 def _command(program: str, name: str, scenes: Path, runs: Path, length: str) -> list[str]:
-    command = [sys.executable, "-m", f"training.{program}", "--config", str(RECIPES / f"digits_{program}.yaml")]
+    command = [sys.executable, "-m", f"training.{program}", "--config", str(RECIPES / program / "digits.yaml")]
     command += ["--dataset", str(scenes), "--output_dir", str(runs / program / name), "--length", length]
     return command + (
         MODELS[name] if program == "pretrain" else ["--pretrained", str(runs / "pretrain" / name / "model")]
@@ -191,7 +191,7 @@ def _open_work(work: Path, settings: dict) -> None:
 
 def _fingerprint() -> str:
     """Changes with the code that decides what is trained."""
-    files = [ROOT / "demo" / "scenes.py", *RECIPES.glob("digits_*.yaml"), *(ROOT / "locatvit_hf").glob("*.py")]
+    files = [ROOT / "demo" / "scenes.py", *RECIPES.glob("*/digits.yaml"), *(ROOT / "locatvit_hf").glob("*.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 

@@ -1,6 +1,6 @@
 """Image-label training of a LocAtViT, or of the plain ViT that it is compared with.
 
-accelerate launch training/pretrain.py --config training/recipes/digits_pretrain.yaml --output_dir runs/digits
+accelerate launch training/pretrain.py --config training/recipes/pretrain/digits.yaml --output_dir runs/digits
 """
 
 import sys

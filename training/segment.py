@@ -1,6 +1,6 @@
 """Semantic segmentation: the paper's probe on a frozen model, or full fine-tuning.
 
-accelerate launch training/segment.py --config training/recipes/digits_segment.yaml --pretrained runs/digits/model
+accelerate launch training/segment.py --config training/recipes/segment/digits.yaml --pretrained runs/digits/model
 """
 
 import sys
