@@ -55,16 +55,38 @@ class OptimizationArguments:
 
     length: str = field(default="300 epochs", metadata={"help": "Duration of the run."})
     warmup: str = field(default="20 epochs", metadata={"help": "Duration of the rise to the peak learning rate."})
-    schedule: Literal["linear", "cosine", "constant"] = field(
+    schedule: Literal["linear", "cosine", "constant", "step"] = field(
         default="linear", metadata={"help": "Shape of the fall after the warm-up; linear is the papers' one-cycle."}
+    )
+    milestones: list[str] = field(
+        default_factory=list, metadata={"help": "Of the step schedule: where the rate falls to a tenth, as '8 epochs'."}
     )
     learning_rate: float | int = field(default=1e-3, metadata={"help": "Peak learning rate."})
     start_learning_rate: float | int = 1e-7
     final_learning_rate: float | int = 1e-7
+    learning_rate_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Batch size that the three rates are meant for: at another they are scaled in proportion."},
+    )
     optimizer: str = field(default="adamw", metadata={"help": "Any optimiser name that timm knows."})
+    optimizer_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Its other settings, for example {betas: [0.9, 0.95]} or {momentum: 0.9}."},
+    )
     weight_decay: float | int = 0.05
+    final_weight_decay: float | int | None = field(
+        default=None, metadata={"help": "Where a cosine takes the weight decay by the end of the run."}
+    )
+    no_weight_decay: list[str] | None = field(
+        default=None,
+        metadata={"help": "Parts of names of parameters not decayed; by default vectors and what the model lists."},
+    )
     layer_decay: float | int | None = field(
         default=None, metadata={"help": "Learning rate of a layer relative to the next one."}
+    )
+    learning_rate_factors: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Part of parameter names to a factor, as {gaussian: 10}; the longest part that fits counts."},
     )
     max_gradient_norm: float | int | None = field(default=5.0, metadata={"help": "Clip gradients to this norm."})
     batch_size: int = field(
@@ -75,6 +97,11 @@ class OptimizationArguments:
         default=None, metadata={"help": "Keep an average of the weights with this decay, evaluate and export it."}
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model for training."})
+    channels_last: bool = field(default=False, metadata={"help": "Keep images and convolutions channels-last."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
+    )
 
 
 @strict
@@ -89,11 +116,28 @@ class RunArguments:
     checkpoint_every: str = "1 epochs"
     keep_checkpoints: int = field(default=2, metadata={"help": "Number of most recent checkpoints to keep."})
     log_every: int = field(default=50, metadata={"help": "Updates between two points of the training curve."})
+    trackers: list[str] = field(
+        default_factory=list, metadata={"help": "Where curves are also sent: tensorboard, trackio, wandb."}
+    )
     export: Literal["best", "last"] = field(default="best", metadata={"help": "Which weights to export."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Repository that receives the exported model."})
     eval_batch_size: int = field(default=64, metadata={"help": "Images a step of evaluation, in every process."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Print model, parameters, schedule and memory, draw one augmented batch, and stop."},
+    )
 
 
-RUNTIME_OPTIONS = {"num_workers", "overwrite", "checkpoint_every", "keep_checkpoints", "eval_batch_size"}
+RUNTIME_OPTIONS = {
+    "num_workers",
+    "overwrite",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_batch_size",
+    "trackers",
+    "push_to_hub",
+    "dry_run",
+}
 """Options that may change between an interrupted run and its continuation: they leave the weights alone."""
 
 

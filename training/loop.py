@@ -5,19 +5,21 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from training.arguments import RUNTIME_OPTIONS, OptimizationArguments, RunArguments, console
 from training.checkpointing import Interruption, atomic_folder, list_checkpoints, save_checkpoint, write_json
-from training.data import TrainingSamples, UpdateSampler, create_training_loader
+from training.data import TrainingSamples, create_training_loader
 from training.data.batches import seed_everything
 from training.optimization import create_ema, learning_rate_at, parse_duration, set_learning_rate
 
@@ -46,6 +48,11 @@ class RunState:
             setattr(self, name, value)
 
 
+def create_accelerator(arguments: OptimizationArguments | RunArguments) -> Accelerator:
+    """The processes and devices that `accelerate launch` gives, with the precision that the recipe asks for."""
+    return Accelerator(mixed_precision=arguments.mixed_precision)
+
+
 class TrainingLoop:
     """A run from its newest checkpoint, or from its start, to its end.
 
@@ -58,6 +65,11 @@ class TrainingLoop:
     processor: exported beside the model.
     samples: addressed by (epoch, index).
     metric: name of the entry of `record` whose largest value is the best model.
+    collate: makes a batch of a list of samples; by default tensors are stacked. A batch may nest lists and dicts.
+    mix: applied to the entries of every batch on the device, such as mixup; returns the entries of the batch.
+    evaluated: what is evaluated and exported instead of `model` or its average, such as a teacher.
+    state: objects with `state_dict` and `load_state_dict` that checkpoints keep too, such as a teacher.
+    before_step: called between the backward pass and the clipping of gradients of every update.
     """
 
     def __init__(
@@ -69,7 +81,14 @@ class TrainingLoop:
         optimizer: torch.optim.Optimizer,
         samples: TrainingSamples,
         metric: str,
+        *,
+        collate: Callable[[list[tuple]], Any] | None = None,
+        mix: Callable[..., tuple] | None = None,
+        evaluated: PreTrainedModel | None = None,
+        state: Sequence[Any] = (),
+        before_step: Callable[[], None] | None = None,
     ):
+        self.mix, self.evaluated, self.before_step = mix, evaluated, before_step
         self.accelerator, self.arguments, self.metric, self.processor = accelerator, arguments, metric, processor
         self.output = prepare_output(accelerator, arguments)
 
@@ -83,22 +102,14 @@ class TrainingLoop:
 
         self.state, self.ema = RunState(), create_ema(model, arguments)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        accelerator.register_for_checkpointing(self.state, *([self.ema] if self.ema is not None else []))
+        accelerator.register_for_checkpointing(self.state, *([self.ema] if self.ema is not None else []), *state)
         checkpoints = list_checkpoints(self.output / "checkpoints")
         if checkpoints:
             accelerator.load_state(str(checkpoints[-1]))
             self.print(f"Continuing at update {self.state.step} of {self.total}.")
-        sampler = UpdateSampler(
-            len(samples),
-            arguments.batch_size,
-            arguments.seed,
-            start=self.state.step,
-            stop=self.total,
-            accumulation_steps=arguments.gradient_accumulation_steps,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
+        self.loader = create_training_loader(
+            samples, arguments, accelerator, start=self.state.step, stop=self.total, collate=collate
         )
-        self.loader = create_training_loader(samples, sampler, arguments.num_workers)
 
     def __enter__(self) -> "TrainingLoop":
         self._interruption, self._bar = Interruption(), self._progress_bar()
@@ -111,6 +122,11 @@ class TrainingLoop:
         self._open.close()
 
     @property
+    def update_complete(self) -> bool:
+        """Whether the last call of `update` moved the weights, rather than adding to their gradients."""
+        return self._update_complete
+
+    @property
     def evaluation_due(self) -> bool:
         """Whether an update was just completed after which `record` is to be called."""
         done = self.state.step
@@ -119,6 +135,8 @@ class TrainingLoop:
     @property
     def evaluation_model(self) -> PreTrainedModel:
         """The weights that are evaluated and exported: the averaged ones where there are such."""
+        if self.evaluated is not None:
+            return self.evaluated
         return self.ema.module if self.ema is not None else self.accelerator.unwrap_model(self.model)
 
     def __iter__(self) -> Iterator[Any]:
@@ -128,13 +146,17 @@ class TrainingLoop:
             self._begin_update()
             for micro_step in range(accumulation):
                 self._last_micro_step = micro_step == accumulation - 1
-                yield [tensor.to(self.accelerator.device, non_blocking=True) for tensor in next(batches)]
+                batch = send_to_device(next(batches), self.accelerator.device, non_blocking=True)
+                yield self.mix(*batch) if self.mix is not None else batch
                 if self._update_complete != self._last_micro_step:
                     raise RuntimeError("Call update(loss) once for every batch of the loop.")
             self._end_update()
 
-    def update(self, loss: torch.Tensor) -> None:
-        """Propagate the mean loss of a batch back; after the last one of an update, move the weights."""
+    def update(self, loss: torch.Tensor, parts: dict[str, torch.Tensor] | None = None) -> None:
+        """Propagate the mean loss of a batch back; after the last one of an update, move the weights.
+
+        parts: scalars that the curves show beside the loss, such as the terms that it adds up.
+        """
         self._loss += loss.detach().float() / self.arguments.gradient_accumulation_steps
         scaled = loss / self.arguments.gradient_accumulation_steps
         if not self._last_micro_step:
@@ -148,6 +170,8 @@ class TrainingLoop:
                 f"The loss became {loss} at update {self.state.step + 1}: lower learning_rate, or lengthen warmup; "
                 f"the checkpoints in {self.output / 'checkpoints'} are from before."
             )
+        if self.before_step is not None:
+            self.before_step()
         if self.arguments.max_gradient_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_gradient_norm)
         self.optimizer.step()
@@ -158,8 +182,11 @@ class TrainingLoop:
         self._account(loss)
         self._stop, self._update_complete = stop, True
 
-    def record(self, metrics: dict[str, Any]) -> None:
-        """Note the metrics of this point of the run; export the model where they are the best so far."""
+    def record(self, metrics: dict[str, Any], examples: Callable[[], list[Image.Image]] | None = None) -> None:
+        """Note the metrics of this point of the run; export the model where they are the best so far.
+
+        examples: draws predictions for the trackers; called in every process, and only where there are trackers.
+        """
         state = self.state
         state.metrics = metrics
         scalars = {name: value for name, value in metrics.items() if isinstance(value, int | float)}

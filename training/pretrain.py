@@ -23,7 +23,7 @@ from locatvit_hf import LocAtViTImageProcessor
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import ClassificationAugmentation, ClassificationTransform, classification_objective
 from training.data import TrainingSamples, create_evaluation_loader, load_splits
-from training.loop import TrainingLoop
+from training.loop import TrainingLoop, create_accelerator
 from training.metrics import compute_over_processes, load_metric
 from training.optimization import create_optimizer
 
@@ -42,7 +42,7 @@ class PretrainArguments(DataArguments, OptimizationArguments, ClassificationAugm
 
 def main(arguments: PretrainArguments) -> dict[str, Any]:
     """Train, evaluate and export; returns the content of `all_results.json`."""
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    accelerator = create_accelerator(arguments)
     splits = load_splits(arguments)
     columns = [arguments.image_column, arguments.label_column]
 
@@ -57,9 +57,8 @@ def main(arguments: PretrainArguments) -> dict[str, Any]:
         splits.validation, columns, partial(collate, processor), arguments, accelerator
     )
 
-    with TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="accuracy") as loop:
-        for images, labels in loop:
-            images, targets = mix(images, labels)
+    with TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="accuracy", mix=mix) as loop:
+        for images, targets in loop:
             loop.update(criterion(loop.model(pixel_values=images).logits, targets))
             if loop.evaluation_due:
                 loop.record(evaluate(loop.evaluation_model, validation, accelerator))

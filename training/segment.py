@@ -22,7 +22,7 @@ from locatvit_hf import LocAtViTImageProcessor
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
 from training.augmentation import SegmentationAugmentation, SegmentationTransform, read_labels
 from training.data import TrainingSamples, create_evaluation_loader, load_splits
-from training.loop import TrainingLoop
+from training.loop import TrainingLoop, create_accelerator
 from training.metrics import compute_over_processes, load_metric
 from training.optimization import create_optimizer
 
@@ -46,7 +46,7 @@ class SegmentArguments(DataArguments, OptimizationArguments, SegmentationAugment
 
 def main(arguments: SegmentArguments) -> dict[str, Any]:
     """Train, evaluate and export; returns the content of `all_results.json`."""
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    accelerator = create_accelerator(arguments)
     splits = load_splits(arguments, segmentation=True)
     columns = [arguments.image_column, arguments.label_column]
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Sampler
 
 
-class UpdateSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for one process, update after update.
+class UpdateSampler(Sampler[list[tuple[int, ...]]]):
+    """Batches of (epoch, index) for one process, update after update; (epoch, index, repeat) with repeats.
 
     The order depends on nothing but the seed: update k holds the same images for any number of processes, accumulation
     steps and workers, and a run that starts at update k goes on exactly as one that never stopped. An epoch drops
@@ -19,6 +19,8 @@ class UpdateSampler(Sampler[list[tuple[int, int]]]):
     num_samples: images in the data set.
     batch_size: images an update, over all processes and accumulation steps.
     start, stop: first update, and the one after the last.
+    repeats: times that an image occurs in its update, each augmented anew (repeated augmentation). An epoch has as many
+        updates as without, and so sees a different share of the images.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class UpdateSampler(Sampler[list[tuple[int, int]]]):
         accumulation_steps: int = 1,
         process_index: int = 0,
         num_processes: int = 1,
+        repeats: int = 1,
     ):
         if batch_size > num_samples:
             raise ValueError(f"A batch of {batch_size} needs more images than the {num_samples} of the training split.")
@@ -39,7 +42,9 @@ class UpdateSampler(Sampler[list[tuple[int, int]]]):
                 f"batch_size={batch_size} must be a multiple of {num_processes} processes times "
                 f"{accumulation_steps} accumulation steps."
             )
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        if repeats < 1 or batch_size % repeats:
+            raise ValueError(f"batch_size={batch_size} must be a multiple of the {repeats} repeats of every image.")
+        self.num_samples, self.batch_size, self.seed, self.repeats = num_samples, batch_size, seed, repeats
         self.start, self.stop = start, stop
         self.accumulation_steps = accumulation_steps
         self.process_index, self.num_processes = process_index, num_processes
@@ -47,15 +52,21 @@ class UpdateSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulation_steps
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         updates_per_epoch, current, order = self.num_samples // self.batch_size, None, None
         for update in range(self.start, self.stop):
             epoch, position = divmod(update, updates_per_epoch)
             if epoch != current:
                 current, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-            for part in np.split(batch[self.process_index :: self.num_processes], self.accumulation_steps):
-                yield [(epoch, int(index)) for index in part]
+            images = self.batch_size // self.repeats
+            batch = order[position * images : (position + 1) * images]
+            keys = [(epoch, int(index)) for index in batch]
+            if self.repeats > 1:
+                # Copies stand side by side, so that they fall to different processes, whose batches hold more images.
+                keys = [(*key, repeat) for key in keys for repeat in range(self.repeats)]
+            mine = keys[self.process_index :: self.num_processes]
+            size = len(mine) // self.accumulation_steps
+            yield from (mine[start : start + size] for start in range(0, len(mine), size))
 
 
 @contextlib.contextmanager

@@ -1,23 +1,24 @@
 """Data sets and loaders: augmented samples for training, untouched ones for evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import datasets
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from training.arguments import DataArguments, RunArguments
+from training.arguments import DataArguments, OptimizationArguments, RunArguments
 
-from .batches import sample_randomness
+from .batches import UpdateSampler, sample_randomness
 
 
 class TrainingSamples(Dataset):
-    """Augmented samples, addressed by (epoch, index).
+    """Augmented samples, addressed by (epoch, index) or (epoch, index, repeat).
 
     dataset: any `datasets.Dataset`.
     transform: maps the values of `columns` to a tuple of tensors; may draw from Python's, NumPy's and torch's streams.
+        Where it has a method `at_epoch(epoch)`, this gives the transform of that epoch.
     """
 
     def __init__(self, dataset: datasets.Dataset, columns: list[str], transform: Callable[..., tuple], seed: int):
@@ -26,17 +27,19 @@ class TrainingSamples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple:
+    def __getitem__(self, key: tuple[int, ...]) -> tuple:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple]:
+    def __getitems__(self, keys: list[tuple[int, ...]]) -> list[tuple]:
         """A whole batch at once, which `datasets` reads several times faster than image by image."""
-        rows = self.dataset[[index for _, index in keys]]
+        rows = self.dataset[[index for _, index, *_ in keys]]
         samples = []
-        for (epoch, index), *values in zip(keys, *(rows[column] for column in self.columns), strict=True):
-            with sample_randomness(self.seed, epoch, index):
+        for key, *values in zip(keys, *(rows[column] for column in self.columns), strict=True):
+            epoch, index, *_ = key
+            transform = self.transform.at_epoch(epoch) if hasattr(self.transform, "at_epoch") else self.transform
+            with sample_randomness(self.seed, *key):
                 try:
-                    samples.append(self.transform(*values))
+                    samples.append(transform(*values))
                 except ValueError as error:
                     raise ValueError(f"Training sample {index}: {error}") from None
         return samples
@@ -56,9 +59,30 @@ class EvaluationSamples(Dataset):
         return list(zip(*(rows[column] for column in self.columns), strict=True))
 
 
-def create_training_loader(samples: TrainingSamples, sampler: Sampler, num_workers: int) -> DataLoader:
-    """Batches of stacked tensors in the order of the sampler."""
-    return DataLoader(samples, batch_sampler=sampler, **_worker_options(num_workers))
+def create_training_loader(
+    samples: TrainingSamples,
+    arguments: DataArguments | OptimizationArguments | RunArguments,
+    accelerator: Accelerator,
+    start: int,
+    stop: int,
+    collate: Callable[[list[tuple]], Any] | None = None,
+) -> Iterable[Any]:
+    """This process's batches of the updates from `start` until before `stop`, one an accumulation step.
+
+    collate: makes a batch of a list of samples; by default tensors are stacked.
+    """
+    sampler = UpdateSampler(
+        len(samples),
+        arguments.batch_size,
+        arguments.seed,
+        start,
+        stop,
+        accumulation_steps=arguments.gradient_accumulation_steps,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        repeats=getattr(arguments, "repeated_augmentation", 1),
+    )
+    return DataLoader(samples, batch_sampler=sampler, collate_fn=collate, **_worker_options(arguments.num_workers))
 
 
 def create_evaluation_loader(
