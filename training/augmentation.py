@@ -1,8 +1,10 @@
 """Augmentation and regularisation of the recipes, by timm and torchvision; image and label map move together."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -13,6 +15,8 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
+
+from locatvit_hf import LocAtViTImageProcessor
 
 IGNORE_INDEX = 255
 
@@ -46,21 +50,39 @@ class ClassificationAugmentation:
 
 @strict
 @dataclass(kw_only=True)
-class SegmentationAugmentation:
-    """Joint augmentation of images and label maps."""
+class LabelArguments:
+    """How the pixels of a label map name their classes: as ids from 0, unless one of these says otherwise."""
 
-    resize: int = field(default=512, metadata={"help": "Short side in pixels that the random scale refers to."})
-    max_resize: int = field(default=2048, metadata={"help": "Longest side in pixels, before the random scale."})
-    scale: list[float | int] = field(default_factory=lambda: [0.5, 2.0])
-    crop_size: int = field(default=512, metadata={"help": "Side in pixels of the training crops."})
-    max_class_share: float | int = field(
-        default=0.75, metadata={"help": "Try crops until no class fills more of them than this."}
-    )
-    horizontal_flip: float | int = 0.5
-    photometric_distortion: float | int = 0.5
     reduce_labels: bool = field(
         default=False, metadata={"help": "Label 0 means no class: 0 becomes 255, every other goes down by one."}
     )
+    label_mapping: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Class id of every id or, quoted as '#804080', of every colour in the masks, or a JSON file with "
+            "that; what it leaves out becomes 255, no class."
+        },
+    )
+
+
+@strict
+@dataclass(kw_only=True)
+class SegmentationAugmentation(LabelArguments):
+    """Joint augmentation of images and label maps."""
+
+    resize: int = field(
+        default=512, metadata={"help": "Short side in pixels, before the random scale and in evaluation."}
+    )
+    max_resize: int = field(default=2048, metadata={"help": "Longest side in pixels: larger images are made smaller."})
+    scale: list[float | int] = field(
+        default_factory=lambda: [0.5, 2.0], metadata={"help": "Range of the random scale; [1, 1] for none."}
+    )
+    crop_size: int = field(default=512, metadata={"help": "Side in pixels of the training crops."})
+    max_class_share: float | int = field(
+        default=0.75, metadata={"help": "Try ten crops until no class fills more of one than this."}
+    )
+    horizontal_flip: float | int = 0.5
+    photometric_distortion: float | int = 0.5
 
 
 class ClassificationTransform:
@@ -109,47 +131,152 @@ def classification_objective(
 class SegmentationTransform:
     """Maps (image, map) to (normalised pixels (3, crop, crop), labels (crop, crop) int64, 255 for no class).
 
-    mean, std: of the three channels, in 0 to 1.
+    mean, std: of the channels, in 0 to 1.
     Raises ValueError where image and map differ in size or a label is outside the classes.
     """
 
     def __init__(self, arguments: SegmentationAugmentation, num_labels: int, mean: list[float], std: list[float]):
-        self.num_labels, self.reduce_labels = num_labels, arguments.reduce_labels
-        low, high = (round(factor * arguments.resize) for factor in arguments.scale)
+        if not 0 < arguments.scale[0] <= arguments.scale[-1] or len(arguments.scale) != 2:
+            raise ValueError(f"scale must be [smallest, largest], both above 0, got {arguments.scale}.")
+        self.read_labels = LabelReader(arguments, num_labels)
+        self.read_image, self.is_grey = LocAtViTImageProcessor().process_image, len(mean) == 1
         fill = {tv_tensors.Image: [255 * channel for channel in mean], tv_tensors.Mask: IGNORE_INDEX}
         self.transform = v2.Compose(
             [
-                v2.RandomShortestSize(range(low, high + 1), max_size=round(arguments.scale[1] * arguments.max_resize)),
+                RandomScale(arguments.scale, arguments.resize, arguments.max_resize),
                 RandomCropOfClasses(arguments.crop_size, arguments.max_class_share, fill),
                 v2.RandomHorizontalFlip(arguments.horizontal_flip),
-                v2.RandomPhotometricDistort(p=arguments.photometric_distortion),
+                PhotometricDistortion(p=arguments.photometric_distortion),
                 v2.ToDtype({tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}, scale=True),
                 v2.Normalize(mean, std),
             ]
         )
 
     def __call__(self, image: Image.Image, label_map: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = tv_tensors.Mask(read_labels(image, label_map, self.num_labels, self.reduce_labels))
-        pixels, labels = self.transform(tv_tensors.Image(tvF.pil_to_tensor(image.convert("RGB"))), labels)
+        labels = tv_tensors.Mask(self.read_labels(image, label_map))
+        pixels = self.read_image(image, do_convert_rgb=True)
+        pixels = tvF.rgb_to_grayscale(pixels) if self.is_grey else pixels
+        pixels, labels = self.transform(tv_tensors.Image(pixels), labels)
         return pixels.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
 
 
-def read_labels(image: Image.Image, label_map: Image.Image, num_labels: int, reduce_labels: bool) -> torch.Tensor:
-    """The label map of an image as (height, width) int64.
+class LabelReader:
+    """Reads the label map of an image as (height, width) int64: class ids, and 255 for pixels without a class.
 
-    Raises ValueError where the sizes differ or a label is neither a class nor 255.
+    Maps hold one number a pixel, in 1, 8, 16 or 32 bits; those of a palette image are its indices. Maps in colours need
+    `label_mapping`.
+    num_labels: number of classes; None where any id is taken.
+    Calling it raises ValueError where the sizes differ, or a label is neither a class nor 255.
     """
-    if label_map.size != image.size:
-        raise ValueError(f"the label map is {label_map.size} pixels, but its image {image.size}.")
-    labels = tvF.pil_to_tensor(label_map).squeeze(0).to(torch.int64)
-    if labels.ndim != 2:
-        raise ValueError(f"a label map has one channel, not {len(labels)}.")
-    if reduce_labels:
-        labels = torch.where((labels == 0) | (labels == IGNORE_INDEX), IGNORE_INDEX, labels - 1)
-    known = labels[labels != IGNORE_INDEX]
-    if known.numel() and not 0 <= known.min() <= known.max() < num_labels:
-        raise ValueError(f"labels run from {known.min()} to {known.max()}, outside the {num_labels} classes.")
-    return labels
+
+    def __init__(self, arguments: LabelArguments, num_labels: int | None):
+        self.reduce_labels, self.num_labels = arguments.reduce_labels, num_labels
+        self.mapping = _parse_label_mapping(arguments.label_mapping)
+        if self.mapping is not None and self.reduce_labels:
+            raise ValueError("Give reduce_labels or label_mapping, not both: the mapping can leave label 0 out.")
+        if num_labels is not None and num_labels > IGNORE_INDEX:
+            raise ValueError(
+                f"Label {IGNORE_INDEX} marks pixels without a class, so there are at most {IGNORE_INDEX} classes, not "
+                f"{num_labels}."
+            )
+
+    def __call__(self, image: Image.Image, label_map: Image.Image) -> torch.Tensor:
+        if label_map.size != image.size:
+            raise ValueError(
+                f"the label map is {label_map.width} x {label_map.height} pixels, but its image {image.width} x "
+                f"{image.height}."
+            )
+        if self.mapping is not None and self.mapping.of_colors:
+            red, green, blue = tvF.pil_to_tensor(label_map.convert("RGB")).to(torch.int64)
+            labels = (red << 16) + (green << 8) + blue
+        elif label_map.mode in ("1", "L", "P", "I") or label_map.mode.startswith("I;"):
+            labels = tvF.pil_to_tensor(label_map).squeeze(0).to(torch.int64)
+            if label_map.mode.startswith("I;"):
+                labels &= 0xFFFF  # torchvision may read unsigned values as signed
+        else:
+            raise ValueError(
+                f"a label map holds one class id a pixel, but this one is an {label_map.mode} image: name the class of "
+                "each colour with --label_mapping '{\"#804080\": 0}'."
+            )
+        if self.mapping is not None:
+            position = torch.searchsorted(self.mapping.keys, labels).clamp(max=len(self.mapping.keys) - 1)
+            known = self.mapping.keys[position] == labels
+            labels = torch.where(known, self.mapping.classes[position], IGNORE_INDEX)
+        elif self.reduce_labels:
+            labels = torch.where((labels == 0) | (labels == IGNORE_INDEX), IGNORE_INDEX, labels - 1)
+        known = labels[labels != IGNORE_INDEX]
+        if self.num_labels is not None and known.numel() and not 0 <= known.min() <= known.max() < self.num_labels:
+            raise ValueError(
+                f"labels run from {known.min()} to {known.max()}, outside the {self.num_labels} classes; see "
+                "--label_names, --reduce_labels and --label_mapping."
+            )
+        return labels
+
+
+def read_labels(
+    image: Image.Image, label_map: Image.Image, num_labels: int | None, reduce_labels: bool = False
+) -> torch.Tensor:
+    """The label map of an image as (height, width) int64, see `LabelReader`."""
+    return LabelReader(LabelArguments(reduce_labels=reduce_labels), num_labels)(image, label_map)
+
+
+class LabelMapping(NamedTuple):
+    """keys: ids, or colours as 0xRRGGBB, in ascending order. classes: the class of each. of_colors: which they are."""
+
+    keys: torch.Tensor
+    classes: torch.Tensor
+    of_colors: bool
+
+
+def _parse_label_mapping(mapping: dict | str | None) -> LabelMapping | None:
+    if isinstance(mapping, str):
+        path = mapping
+        try:
+            mapping = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise ValueError(f"{path} is not a JSON file of the form {{'id or #colour': class id}}.") from None
+    if not mapping:
+        return None
+    of_colors = any(str(key).startswith("#") for key in mapping)
+    try:
+        pairs = {
+            (int(str(key).removeprefix("#"), 16) if of_colors else int(key)): IGNORE_INDEX
+            if value is None
+            else int(value)
+            for key, value in mapping.items()
+        }
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError("label_mapping must map ids, or colours like '#804080', to class ids.") from None
+    keys, classes = torch.tensor(sorted(pairs.items())).unbind(dim=1)
+    return LabelMapping(keys.contiguous(), classes.contiguous(), of_colors)
+
+
+class RandomScale(v2.Transform):
+    """Resizes by a random factor, the aspect ratio kept, what first fits into `resize` and `max_resize`.
+
+    scale: range of the factor.
+    resize, max_resize: pixels that the short and the long side have at factor 1, whichever is reached first.
+    """
+
+    def __init__(self, scale: list[float], resize: int, max_resize: int):
+        super().__init__()
+        self.scale, self.resize, self.max_resize = scale, resize, max_resize
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        sides = tvF.get_size(flat_inputs[0])
+        factor = torch.empty(()).uniform_(*self.scale).item()
+        factor *= min(self.resize / min(sides), self.max_resize / max(sides))
+        return {"size": [max(round(side * factor), 1) for side in sides]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tvF.resize(inpt, params["size"], antialias=True)
+
+
+class PhotometricDistortion(v2.RandomPhotometricDistort):
+    """Random brightness, contrast, saturation and hue, each with probability `p`; channels keep their places."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {**super().make_params(flat_inputs), "channel_permutation": None}
 
 
 class RandomCropOfClasses(v2.RandomCrop):
