@@ -32,19 +32,41 @@ class DataArguments:
     """Which images, in which columns."""
 
     dataset: str | None = field(
-        default=None, metadata={"help": "Hub name, `save_to_disk` folder, folder of parquet files or of images."}
+        default=None,
+        metadata={
+            "help": "Hub name, address, or folder: of `save_to_disk`, class folders, parquet files or tar shards."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    train_split: str = "train"
+    train_split: str = field(
+        default="train", metadata={"help": "Name of the split, or its files in the dataset: train-{000..099}.tar"}
+    )
     validation_split: str = "validation"
-    image_column: str = "image"
-    label_column: str = "label"
+    image_column: str = field(
+        default="image", metadata={"help": "Column of the images; in tar shards an extension: jpg"}
+    )
+    label_column: str = field(
+        default="label", metadata={"help": "Column of the labels; in tar shards an extension: cls"}
+    )
     label_names: list[str] | str | None = field(
         default=None,
         metadata={"help": "Names of the classes in order, or a JSON file {id: name}; by default those of the dataset."},
     )
     max_train_samples: int | None = None
     max_validation_samples: int | None = None
+    streaming: bool = field(
+        default=False, metadata={"help": "Read shards while training instead of copying them first."}
+    )
+    shuffle_buffer: int = field(
+        default=4096, metadata={"help": "Streaming: encoded images held in memory to be mixed, over all processes."}
+    )
+    parallel_shards: int = field(
+        default=64, metadata={"help": "Streaming: shards read side by side; at least processes times workers."}
+    )
+    max_corrupt_share: float | int = field(
+        default=0.01,
+        metadata={"help": "Images that cannot be decoded are replaced; stop where they are more than this."},
+    )
     num_workers: int = field(default=0, metadata={"help": "Data-loading processes beside every training process."})
 
 
@@ -130,6 +152,7 @@ class RunArguments:
 
 RUNTIME_OPTIONS = {
     "num_workers",
+    "max_corrupt_share",
     "overwrite",
     "checkpoint_every",
     "keep_checkpoints",

@@ -53,20 +53,28 @@ class UpdateSampler(Sampler[list[tuple[int, ...]]]):
         return (self.stop - self.start) * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        for epoch, positions, order in self.micro_batches():
+            yield [self.key(epoch, position, order) for position in positions]
+
+    def micro_batches(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(epoch, positions in the epoch, order of the epoch) of every micro-batch; see `key`."""
         updates_per_epoch, current, order = self.num_samples // self.batch_size, None, None
         for update in range(self.start, self.stop):
-            epoch, position = divmod(update, updates_per_epoch)
+            epoch, number = divmod(update, updates_per_epoch)
             if epoch != current:
-                current, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-            images = self.batch_size // self.repeats
-            batch = order[position * images : (position + 1) * images]
-            keys = [(epoch, int(index)) for index in batch]
-            if self.repeats > 1:
-                # Copies stand side by side, so that they fall to different processes, whose batches hold more images.
-                keys = [(*key, repeat) for key in keys for repeat in range(self.repeats)]
-            mine = keys[self.process_index :: self.num_processes]
-            size = len(mine) // self.accumulation_steps
-            yield from (mine[start : start + size] for start in range(0, len(mine), size))
+                current, order = epoch, self.order(epoch)
+            positions = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
+            for part in np.split(positions[self.process_index :: self.num_processes], self.accumulation_steps):
+                yield epoch, part, order
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of the images in the order in which the epoch uses them."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+
+    def key(self, epoch: int, position: int, order: np.ndarray) -> tuple[int, ...]:
+        """What `TrainingSamples` is asked for at a position of an epoch."""
+        number, repetition = divmod(int(position), self.repeats)
+        return (epoch, int(order[number])) if self.repeats == 1 else (epoch, int(order[number]), repetition)
 
 
 @contextlib.contextmanager
