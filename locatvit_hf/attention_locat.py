@@ -4,6 +4,7 @@ Every entry of `ALL_ATTENTION_FUNCTIONS` is written here, and no other is ever u
 `gaussian` keyword, drop it, and compute another model without a word.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -122,8 +123,8 @@ def flex_attention_forward(
         if gaussian is not None:
             patch_query = (query_index - prefix).clamp(min=0)
             patch_key = (key_index - prefix).clamp(min=0)
-            bonus = rows[batch, head, patch_query, patch_key // width]
-            bonus = bonus * columns[batch, head, patch_query, patch_key % width]
+            bonus = rows[batch, head, patch_key // width, patch_query]
+            bonus = bonus * columns[batch, head, patch_key % width, patch_query]
             score = score + torch.where((query_index >= prefix) & (key_index >= prefix), bonus, 0.0).to(score.dtype)
         if attention_mask is not None:
             score = score + attention_mask[batch, head, query_index, key_index]
@@ -158,9 +159,8 @@ def fused_attention_forward(
     )
 
 
-# Attention logits that are held at a time, about what a core's cache takes; fewer logits than the second number a
-# sample are quicker written out at once.
-BLOCK_LOGITS = 2**19
+# Attention logits that are held at a time; fewer logits than the second number are quicker written out at once.
+BLOCK_LOGITS = 2**20
 FEWEST_BLOCKWISE_LOGITS = 2**16
 
 
@@ -168,14 +168,16 @@ def runs_blockwise(query: torch.Tensor) -> bool:
     """Whether `BlockwiseAttention` serves this query (batch, heads, tokens, head_dim), and pays."""
     if is_tracing() or query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64):
         return False
-    return query.shape[1] * query.shape[2] ** 2 >= FEWEST_BLOCKWISE_LOGITS
+    batch, heads, tokens, _ = query.shape
+    return batch * heads * tokens**2 >= FEWEST_BLOCKWISE_LOGITS
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """Attention with a Gaussian on CPU: logits exist only for a block of heads and queries, forward and backward.
+    """Attention with a Gaussian on CPU: logits exist only for a block of maps and queries, forward and backward.
 
-    The Gaussian is added in place as the product of its factors, and the backward pass contracts the gradient of the
-    logits with the other factor at once: nothing of size tokens x tokens is kept, padded or allocated anew.
+    A map is one head of one sample. Logits are written with the keys first, (maps, keys, queries), so that the product
+    of the factors and all that follows runs along memory; nothing of size tokens x tokens is kept, padded or allocated
+    anew, and the backward pass contracts the gradient of the logits with the other factor at once.
     """
 
     @staticmethod
@@ -184,84 +186,97 @@ class BlockwiseAttention(torch.autograd.Function):
 
         Returns (batch, tokens, heads, head_dim).
         """
-        ctx.save_for_backward(query, key, value, rows, columns)
+        output, log_sums = value.new_empty(value.transpose(1, 2).shape), query.new_empty(query.shape[:3])
+        ctx.save_for_backward(query, key, value, rows, columns, output, log_sums)
         ctx.num_prefix_tokens, ctx.scaling = num_prefix_tokens, scaling
-        output = _tokens_first(value)
-        for sample, block, _, weights in _blocks_of_weights(query, key, rows, columns, num_prefix_tokens, scaling):
-            torch.bmm(weights, value[sample][block[0]], out=output[sample][block])
-        return output.transpose(1, 2)
+        of_keys, of_queries = (key, value), (query, output.transpose(1, 2), log_sums)
+        for block in _blocks(of_keys, of_queries, (rows, columns), num_prefix_tokens):
+            key, value, query, attended, log_sums, rows, columns, buffer = block
+            # Taking off the largest logit first would cost two passes. A sum in range proves that no exponential
+            # overflowed, and that what underflowed is nothing beside it; where it is not, do as softmax does.
+            weights = _write_logits(buffer, query, key, rows, columns, scaling).exp_()
+            sums, largest = weights.sum(dim=1), query.new_zeros(())
+            if not _is_in_range(sums):
+                weights = _write_logits(buffer, query, key, rows, columns, scaling)
+                largest = weights.amax(dim=1)
+                sums = weights.sub_(largest[:, None]).exp_().sum(dim=1)
+            torch.div(torch.bmm(weights.transpose(1, 2), value), sums[..., None], out=attended)
+            torch.add(sums.log_(), largest, out=log_sums)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, rows, columns = ctx.saved_tensors
-        prefix, scaling, width = ctx.num_prefix_tokens, ctx.scaling, columns.shape[-1]
-        grad_output = grad_output.transpose(1, 2)
-        grad_query, grad_key, grad_value = (
-            _tokens_first(query),
-            _tokens_first(key).zero_(),
-            _tokens_first(value).zero_(),
-        )
-        grad_rows, grad_columns = torch.empty_like(rows), torch.empty_like(columns)
-        buffer = None
-        for sample, block, patches, weights in _blocks_of_weights(query, key, rows, columns, prefix, scaling):
-            heads, queries = block
-            if buffer is None:
-                buffer = torch.empty_like(weights).flatten()  # the first block is the largest
-            gradient = grad_output[sample][block]
-            _accumulate(grad_value[sample][heads], weights.transpose(1, 2), gradient)
-            grad_weights = buffer[: weights.numel()].view_as(weights)
-            torch.bmm(gradient, value[sample][heads].transpose(1, 2), out=grad_weights)
-            grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            torch.baddbmm(
-                grad_query[sample][block], grad_logits, key[sample][heads], beta=0, alpha=scaling,
-                out=grad_query[sample][block],
-            )  # fmt: skip
-            _accumulate(grad_key[sample][heads], grad_logits.transpose(1, 2), query[sample][block], scaling)
-            grad_bias = grad_logits[:, max(prefix - queries.start, 0) :, prefix:].unflatten(-1, (-1, width))
-            grad_rows[sample][heads, patches] = (grad_bias @ columns[sample][heads, patches, :, None]).squeeze(-1)
-            grad_columns[sample][heads, patches] = (rows[sample][heads, patches, None, :] @ grad_bias).squeeze(-2)
-        return grad_query, grad_key, grad_value, grad_rows, grad_columns, None, None
+        query, key, value, rows, columns, output, log_sums = ctx.saved_tensors
+        # The gradient of softmax is p * (g - sum(p * g)), and that sum is the product with the output.
+        expected = (grad_output * output).sum(dim=-1).transpose(1, 2)
+        gradients = [torch.zeros_like(tensor) for tensor in (query, key, value, rows, columns)]
+        of_keys = (key, value, gradients[1], gradients[2])
+        of_queries = (query, grad_output.transpose(1, 2), log_sums, expected, gradients[0])
+        for block in _blocks(of_keys, of_queries, (rows, columns, *gradients[3:]), ctx.num_prefix_tokens):
+            key, value, grad_key, grad_value, query, gradient, log_sums, expected, grad_query = block[:9]
+            rows, columns, grad_rows, grad_columns, buffer = block[9:]
+            start = -log_sums[:, None]
+            weights = _write_logits(buffer, query, key, rows, columns, ctx.scaling, start).exp_()
+            grad_value += torch.bmm(weights, gradient)
+            grad_logits = torch.baddbmm(-expected[:, None], value, gradient.transpose(1, 2)).mul_(weights)
+            grad_query.add_(torch.bmm(grad_logits.transpose(1, 2), key), alpha=ctx.scaling)
+            grad_key.add_(torch.bmm(grad_logits, query), alpha=ctx.scaling)
+            # The weights have served: their memory takes the products with a factor before these are summed.
+            grad_bias, products = _biased(grad_logits, rows, columns), _biased(weights, rows, columns)
+            torch.sum(torch.mul(grad_bias, columns[:, None], out=products), dim=2, out=grad_rows)
+            torch.sum(torch.mul(grad_bias, rows[:, :, None], out=products), dim=1, out=grad_columns)
+        return *gradients, None, None
 
 
-def _blocks_of_weights(
-    query, key, rows, columns, num_prefix_tokens: int, scaling: float
-) -> Iterator[tuple[int, tuple[slice, slice], slice, torch.Tensor]]:
-    """Attention weights a block at a time, in one buffer: index of the sample, (heads, queries), the patches among the
-    queries, and (heads, queries, tokens) weights that are valid until the next block.
+def _blocks(of_keys, of_queries, of_patches, num_prefix_tokens: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """All given tensors cut down to a block of maps and its queries, block after block, and memory for its logits.
+
+    of_keys, of_queries: (batch, heads, tokens, ...), of which a block keeps all tokens, or its queries alone.
+    of_patches: (batch, heads, height or width, patches), of which it keeps the patches among its queries.
     """
-    batch, num_heads, tokens, _ = query.shape
-    heads_at_once = max(1, min(num_heads, BLOCK_LOGITS // tokens**2))
-    queries_at_once = tokens
-    if heads_at_once == 1:
-        num_blocks = -(-tokens * tokens // BLOCK_LOGITS)
-        queries_at_once = -(-tokens // num_blocks)
-    buffer = query.new_empty(heads_at_once * queries_at_once * tokens)
-    for sample in range(batch):
-        for head in range(0, num_heads, heads_at_once):
+    if of_keys[0].shape[0] > of_keys[0].shape[1]:  # the longer of batch and heads makes the maps of a block
+        transposed = ([t.transpose(0, 1) for t in tensors] for tensors in (of_keys, of_queries, of_patches))
+        of_keys, of_queries, of_patches = transposed
+    num_groups, num_maps, tokens = of_keys[0].shape[:3]
+    num_parts = -(-num_maps * tokens**2 // BLOCK_LOGITS)  # of the logits of a group
+    maps_at_once = -(-num_maps // min(num_parts, num_maps))
+    queries_at_once = -(-tokens // max(num_parts // num_maps, 1))
+    buffer = of_keys[0].new_empty(maps_at_once * tokens * queries_at_once)
+    for group in range(num_groups):
+        for first_map in range(0, num_maps, maps_at_once):
+            maps = slice(first_map, first_map + maps_at_once)
             for first in range(0, tokens, queries_at_once):
-                heads = slice(head, min(head + heads_at_once, num_heads))
-                queries = slice(first, min(first + queries_at_once, tokens))
-                shape = (heads.stop - heads.start, queries.stop - queries.start, tokens)
-                logits = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-                keys = key[sample, heads].transpose(1, 2)
-                torch.baddbmm(logits, query[sample, heads, queries], keys, beta=0, alpha=scaling, out=logits)
-                patches = slice(max(first - num_prefix_tokens, 0), max(queries.stop - num_prefix_tokens, 0))
-                bias = logits[:, max(num_prefix_tokens - first, 0) :, num_prefix_tokens:]
-                bias.unflatten(-1, (-1, columns.shape[-1])).addcmul_(
-                    rows[sample, heads, patches, :, None], columns[sample, heads, patches, None, :]
+                queries = slice(first, first + queries_at_once)
+                patches = slice(*(max(end - num_prefix_tokens, 0) for end in (queries.start, queries.stop)))
+                yield (
+                    *(tensor[group, maps] for tensor in of_keys),
+                    *(tensor[group, maps, queries] for tensor in of_queries),
+                    *(tensor[group, maps, :, patches] for tensor in of_patches),
+                    buffer,
                 )
-                yield sample, (heads, queries), patches, torch.softmax(logits, dim=-1, out=logits)
 
 
-def _tokens_first(states: torch.Tensor) -> torch.Tensor:
-    """Room for (batch, heads, tokens, head_dim) that lies as (batch, tokens, heads, head_dim) in memory."""
-    return states.new_empty(states.transpose(1, 2).shape).transpose(1, 2)
+def _write_logits(buffer, query, key, rows, columns, scaling: float, start: torch.Tensor | None = None) -> torch.Tensor:
+    """start + scaling * key @ query + bias into `buffer`, (maps, keys, queries)."""
+    shape = (key.shape[0], key.shape[1], query.shape[1])
+    logits = buffer[: math.prod(shape)].view(shape)
+    add, weight = (logits, 0) if start is None else (start, 1)
+    torch.baddbmm(add, key, query.transpose(1, 2), beta=weight, alpha=scaling, out=logits)
+    _biased(logits, rows, columns).addcmul_(rows[:, :, None], columns[:, None])
+    return logits
 
 
-def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float = 1.0) -> None:
-    """total += factor * left @ right, in place also where `total` is a strided view."""
-    torch.baddbmm(total, left, right, alpha=factor, out=total)
+def _biased(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The part of (maps, keys, queries) that a bias reaches, as (maps, key rows, key columns, patches)."""
+    height, width, patches = rows.shape[1], *columns.shape[1:]
+    return logits[:, -height * width :, logits.shape[2] - patches :].unflatten(1, (height, width))
+
+
+def _is_in_range(sums: torch.Tensor) -> bool:
+    """Whether sums of exponentials are far from zero and from overflow; false for nan."""
+    smallest, largest = torch.aminmax(sums)
+    return bool(smallest > 1e-20) and bool(largest < 1e37)
 
 
 class LocAtAttentionInterface(AttentionInterface):

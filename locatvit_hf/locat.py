@@ -17,6 +17,9 @@ from transformers.utils.generic import maybe_autocast
 LARGEST_SQUARED_DISTANCE = 13100.0
 LARGEST_HALF_EXPONENT = 32500.0
 COARSE_BLOCK_SIZE = 2
+# Of a factor: e^-40 of an amplitude is lost in any logit, and products of smaller factors would be subnormal numbers,
+# on which processors are a hundred times slower.
+LOWEST_EXPONENT = -40.0
 
 
 class Gaussian(NamedTuple):
@@ -38,20 +41,23 @@ class Gaussian(NamedTuple):
     block_size: int = 1
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (batch, heads, patches, height), amplitude included, and columns (batch, heads, patches, width).
+        """Rows (batch, heads, height, patches), amplitude included, and columns (batch, heads, width, patches).
 
-        The bias of query p and the key in row y, column x is `rows[p, y] * columns[p, x]`: an axis-aligned Gaussian is
-        an outer product, and so is its distance cap, which acts on each axis alone.
+        The bias of query p and the key in row y, column x is `rows[y, p] * columns[x, p]`: an axis-aligned Gaussian is
+        an outer product, and so is its distance cap, which acts on each axis alone. Queries come last, so that work
+        on all keys of many queries runs along memory.
         """
         height, width = self.grid
-        inverse_variance = self.inverse_variance.unflatten(2, (height, width))
-        rows = torch.exp(-0.5 * inverse_variance[..., :1] * self._squared_distances(height)[:, None, :])
-        columns = torch.exp(-0.5 * inverse_variance[..., 1:] * self._squared_distances(width)[None, :, :])
-        return rows.flatten(2, 3) * self.amplitude[..., None], columns.flatten(2, 3)
+        row_precision, column_precision = (axis.contiguous() for axis in self.inverse_variance.unbind(dim=-1))
+        squared_rows = self._squared_distances(height)[:, :, None].expand(-1, -1, width).flatten(1)
+        squared_columns = self._squared_distances(width)[:, None, :].expand(-1, height, -1).flatten(1)
+        rows = torch.exp((row_precision[:, :, None] * (-0.5 * squared_rows)).clamp(min=LOWEST_EXPONENT))
+        columns = torch.exp((column_precision[:, :, None] * (-0.5 * squared_columns)).clamp(min=LOWEST_EXPONENT))
+        return rows * self.amplitude.contiguous()[:, :, None], columns
 
     def bias(self) -> torch.Tensor:
         """The bias added to the attention logits, (batch, heads, tokens, tokens), prefix rows and columns zero."""
-        rows, columns = self.factors()
+        rows, columns = (factor.transpose(-1, -2) for factor in self.factors())
         patches = (rows[..., :, None] * columns[..., None, :]).flatten(-2)
         return F.pad(patches, (self.num_prefix_tokens, 0, self.num_prefix_tokens, 0))
 

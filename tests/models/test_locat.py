@@ -60,8 +60,8 @@ def test_bias_is_the_papers_formula(native_grid, grid, num_prefix_tokens):
     assert bias[:, :, :, :num_prefix_tokens].eq(0).all()
 
     rows, columns = gaussian.factors()
-    assert rows.shape == (1, 2, grid[0] * grid[1], grid[0])
-    assert columns.shape == (1, 2, grid[0] * grid[1], grid[1])
+    assert rows.shape == (1, 2, grid[0], grid[0] * grid[1])
+    assert columns.shape == (1, 2, grid[1], grid[0] * grid[1])
 
 
 @pytest.mark.parametrize(
