@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from locatvit_hf import LocAtViTImageProcessor
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
@@ -67,23 +67,24 @@ def main(arguments: PretrainArguments) -> dict[str, Any]:
 
 def build_model(arguments: PretrainArguments, label_names: list[str]) -> PreTrainedModel:
     """A fresh classifier with the names of the data's classes; unknown fields of `model` are errors."""
-    config_class = type(AutoConfig.for_model(arguments.family))
-    unknown = sorted(set(arguments.model) - {f.name for f in fields(config_class)} - {"num_labels"})
-    if unknown:
-        raise ValueError(f"A {arguments.family} configuration has no field {unknown[0]!r}.")
     num_labels = arguments.model.get("num_labels", len(label_names))
     if num_labels != len(label_names):
         raise ValueError(f"model.num_labels is {num_labels}, but the data has {len(label_names)} classes.")
     names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
-    settings = {k: v for k, v in arguments.model.items() if k != "num_labels"} | names
+    values = {k: v for k, v in arguments.model.items() if k != "num_labels"} | names
+    return AutoModelForImageClassification.from_config(build_config(arguments.family, arguments.preset, values))
+
+
+def build_config(family: str, preset: str | None, values: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration by the name of its family, a size of the paper and its fields; unknown ones are errors."""
+    config_class = type(AutoConfig.for_model(family))
+    unknown = sorted(set(values) - {f.name for f in fields(config_class)} - {"id2label", "label2id"})
+    if unknown:
+        raise ValueError(f"A {family} configuration has no field {unknown[0]!r}.")
     try:
-        if arguments.preset is not None:
-            config = config_class.from_preset(arguments.preset, **settings)
-        else:
-            config = config_class(**settings)
+        return config_class.from_preset(preset, **values) if preset is not None else config_class(**values)
     except StrictDataclassError as error:
         raise ValueError(describe(error)) from None
-    return AutoModelForImageClassification.from_config(config)
 
 
 def collate(processor: LocAtViTImageProcessor, rows: list[tuple]) -> tuple[torch.Tensor, list[int]]:
