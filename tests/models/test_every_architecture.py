@@ -1,6 +1,7 @@
-"""One bench for every architecture: sizes, channels, saving, compilers, back-ends, losses, frameworks, bad input.
+"""One bench for every architecture: sizes, channels, saving, pipelines, compilers, losses, frameworks, bad input.
 
-A new architecture is a row in `ARCHITECTURES`. What only one family has is tested in a file of its own.
+A new architecture is a row in `ARCHITECTURES`. What only one family has is tested in a file of its own, stored logits
+in `test_golden*.py`, and remote code in `tests/remote`.
 """
 
 import copy
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from PIL import Image
 from torch import nn
 
 import locatvit_hf
@@ -19,6 +21,9 @@ from locatvit_hf import LocAtViTImageProcessor
 SWIN = {"image_size": 64, "embed_dim": 16, "depths": [2, 2, 2], "num_heads": [1, 2, 4], "window_size": 3}
 JUMBO = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 JUMBO |= {"num_jumbo_tokens": 3, "layer_scale_init_value": 0.1}
+PACA = {"image_size": 64, "hidden_sizes": [16, 24, 40, 48], "depths": [2, 1, 1, 1], "num_attention_heads": [1, 2, 2, 3]}
+PACA |= {"num_clusters": [5, 7, 6, 0], "segmentation_hidden_size": 16, "segmentation_dropout_prob": 0.0}
+TEACHER = {"clustering_type": "teacher", "num_clusters": [5, 7, 6, 9], "teacher_depths": [1, 1, 1, 1]}
 PLAIN = {"use_gaussian": False, "use_refinement": False}
 # Prefix of the class names, and fields of a small configuration.
 ARCHITECTURES = {
@@ -32,7 +37,10 @@ ARCHITECTURES = {
     "locatjumbo": ("LocAtJumbo", JUMBO),
     "jumbo": ("LocAtJumbo", JUMBO | PLAIN),
     "locatjumbo_coarse": ("LocAtJumbo", JUMBO | {"coarse_training": True}),
+    "pacavit": ("PaCaViT", PACA),
+    "pacavit_teacher": ("PaCaViT", PACA | TEACHER),
 }
+HIERARCHICAL = ("locatswin", "pacavit")
 SIZES = [(64, 64), (40, 72), (33, 70), (5, 3)]
 
 
@@ -81,7 +89,8 @@ def test_any_image_size(architecture, size):
     padded = nn.functional.pad(pixel_values, (0, -size[1] % patch_width, 0, -size[0] % patch_height))
     with torch.no_grad():
         logits = model(pixel_values).logits
-        torch.testing.assert_close(logits, model(padded).logits)
+        if model.config.model_type != "pacavit":  # whose convolutions pad each map by themselves
+            torch.testing.assert_close(logits, model(padded).logits)
         one_by_one = torch.cat([model(image[None]).logits for image in pixel_values])
     torch.testing.assert_close(logits, one_by_one, rtol=1e-4, atol=1e-5)
 
@@ -113,6 +122,28 @@ def test_saving_and_loading(architecture, task, tmp_path):
     assert "preprocessor_config.json" in files
 
 
+def test_pipelines(architecture):
+    """From a picture to answers, prepared by the processor of the configuration."""
+    picture = Image.effect_noise((60, 40), 64).convert("RGB")
+    model = build(architecture)
+    processor = LocAtViTImageProcessor.from_model_config(model.config)
+    with torch.no_grad():
+        outputs = model.base_model(processor(picture, return_tensors="pt").pixel_values)
+        scores = model.classifier(outputs.pooler_output)[0].softmax(dim=-1)
+    answers = transformers.pipeline("image-classification", model=model, image_processor=processor)(picture, top_k=5)
+    assert {answer["label"]: answer["score"] for answer in answers} == pytest.approx(
+        {label: scores[index].item() for index, label in model.config.id2label.items()}, abs=1e-5
+    )
+    extract = transformers.pipeline("image-feature-extraction", model=model.base_model, image_processor=processor)
+    torch.testing.assert_close(torch.tensor(extract(picture, pool=True)), outputs.pooler_output)
+
+    model = build(architecture, "ForSemanticSegmentation")
+    processor = LocAtViTImageProcessor.from_model_config(model.config, segmentation=True)
+    segments = transformers.pipeline("image-segmentation", model=model, image_processor=processor)(picture)
+    assert all(segment["mask"].size == picture.size for segment in segments)
+    assert sum(segment["mask"].histogram()[255] for segment in segments) == 60 * 40
+
+
 def test_outputs_are_taken_where_the_documentation_says(architecture):
     model = build(architecture)
     body, config = model.base_model, model.config
@@ -120,9 +151,13 @@ def test_outputs_are_taken_where_the_documentation_says(architecture):
     with torch.no_grad():
         outputs = body(pixel_values, output_hidden_states=True)
         torch.testing.assert_close(model.classifier(outputs.pooler_output), model(pixel_values).logits)
-        torch.testing.assert_close(body.pool(outputs.last_hidden_state), outputs.pooler_output)
+        if config.model_type != "pacavit":
+            torch.testing.assert_close(body.pool(outputs.last_hidden_state), outputs.pooler_output)
     assert len(outputs.hidden_states) == config.num_hidden_layers + 1
-    if config.model_type != "locatjumbo":  # whose jumbo tokens are normalised as one
+    if config.model_type == "pacavit":  # whose maps are normalised in the trunk
+        torch.testing.assert_close(outputs.hidden_states[-1], outputs.last_hidden_state)
+        torch.testing.assert_close(outputs.last_hidden_state.mean(dim=(2, 3)), outputs.pooler_output)
+    elif config.model_type != "locatjumbo":  # whose jumbo tokens are normalised as one
         torch.testing.assert_close(body.layernorm(outputs.hidden_states[-1]), outputs.last_hidden_state)
 
 
@@ -136,7 +171,7 @@ def test_attention_maps_are_distributions_and_include_the_gaussian(architecture)
         modules = [module for module in model.modules() if hasattr(module, "gaussian")]
         assert len(maps) == len(modules)
         seen = {}
-        if model.config.use_gaussian:
+        if getattr(model.config, "use_gaussian", False):
             hook = modules[0].gaussian.register_forward_hook(lambda *hooked: seen.update(gaussian=hooked[-1]))
             model(pixel_values)
             hook.remove()
@@ -156,13 +191,22 @@ class TestSegmentation:
         outputs = model(pixel_values, labels=labels, output_hidden_states=True)
         grid = [-(-side // cell) for side, cell in zip(size, stride, strict=True)]
         assert outputs.logits.shape == (2, 5, *grid)
-        last = outputs.hidden_states[-1]
-        features = last[:, last.shape[1] - grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
-        torch.testing.assert_close(model.segmentation_head(features), outputs.logits)
+        weighted = {1.0: outputs.logits}
+        if model.config.model_type == "pacavit":  # whose head reads every stage and has a second loss
+            logits, weighted[0.4] = model.segmentation_head(outputs.hidden_states[1:])
+            torch.testing.assert_close(weighted[0.4], outputs.auxiliary_logits)
+        else:
+            last = outputs.hidden_states[-1]
+            features = last[:, last.shape[1] - grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+            logits = model.segmentation_head(features)
+        torch.testing.assert_close(logits, outputs.logits)
         padded = [cells * cell for cells, cell in zip(grid, stride, strict=True)]
-        full = nn.functional.interpolate(outputs.logits, size=padded, mode="bilinear")[..., : size[0], : size[1]]
-        expected = nn.functional.cross_entropy(full, labels, ignore_index=255)
+        expected = 0.0
+        for weight, scores in weighted.items():
+            full = nn.functional.interpolate(scores, size=padded, mode="bilinear")[..., : size[0], : size[1]]
+            expected += weight * nn.functional.cross_entropy(full, labels, ignore_index=255)
         torch.testing.assert_close(outputs.loss, expected)
+        assert model(pixel_values, labels=torch.full_like(labels, 255)).loss == 0
 
     def test_every_trained_parameter_gets_a_gradient(self, architecture):
         for task, labels in (
@@ -177,11 +221,14 @@ class TestSegmentation:
         model = build(architecture, "ForSemanticSegmentation", drop_path_rate=0.5, hidden_dropout_prob=0.5)
         model.freeze_backbone()
         model.train()
+        before = copy.deepcopy(model.base_model.state_dict())
         pixel_values = torch.randn(2, 3, 32, 32)
         outputs = model(pixel_values, labels=torch.zeros(2, 32, 32).long())
         torch.testing.assert_close(model(pixel_values).logits, outputs.logits)
         outputs.loss.backward()
         assert all(parameter.grad is None for parameter in model.base_model.parameters())
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.base_model.state_dict().items())
+        assert model.segmentation_head.training and not model.base_model.training
 
     @pytest.mark.parametrize("size", [(360, 480), (100, 205)])
     def test_masks_land_where_things_are(self, architecture, size):
@@ -210,12 +257,15 @@ class TestBackbone:
         with torch.no_grad():
             outputs = backbone(torch.randn(2, 3, 64, 40), output_hidden_states=True)
         config = backbone.config
-        merges = range(3) if config.model_type == "locatswin" else (0, 0, 0)
+        merges = range(3) if config.model_type in HIERARCHICAL else (0, 0, 0)
         strides = [[patch * 2**merge for patch in config.patch_shape] for merge in merges]
         assert [tuple(feature_map.shape) for feature_map in outputs.feature_maps] == [
             (2, channels, -(-64 // stride[0]), -(-40 // stride[1]))
             for channels, stride in zip(backbone.channels, strides, strict=True)
         ]
+        if config.model_type == "pacavit":
+            assert all(map(torch.equal, outputs.feature_maps, outputs.hidden_states[1:]))
+            return
         if not apply_layernorm:
             for feature_map, tokens in zip(outputs.feature_maps, outputs.hidden_states[1:], strict=True):
                 flat = feature_map.flatten(2).transpose(1, 2)
@@ -225,17 +275,15 @@ class TestBackbone:
 
     @pytest.mark.parametrize("framework", ["upernet", "mask2former"])
     def test_dense_prediction_frameworks_train_on_it(self, architecture, framework):
-        model = build(architecture, "Backbone")
-        config = copy.deepcopy(model.config)
-        if config.model_type == "locatswin":
-            config = type(config)(
-                **{**SWIN, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}, out_indices=[1, 2, 3, 4]
-            )
-        else:
-            config = build(architecture, "Backbone", num_hidden_layers=4, patch_size=16, feature_pyramid=True).config
+        fields = {"num_hidden_layers": 4, "patch_size": 16, "feature_pyramid": True}
+        if architecture.startswith("pacavit"):
+            fields = {"out_indices": [1, 2, 3, 4]}
+        elif "swin" in architecture:
+            fields = {"depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "out_indices": [1, 2, 3, 4]}
+        backbone = build(architecture, "Backbone", **fields)
+        config, channels = backbone.config, backbone.channels[2]
         pixel_values = torch.randn(2, 3, 64, 64)
         if framework == "upernet":
-            channels = config.stage_channels[2] if config.model_type == "locatswin" else 32
             framework_config = transformers.UperNetConfig(
                 backbone_config=config, hidden_size=16, pool_scales=[1, 2], auxiliary_in_channels=channels,
                 auxiliary_channels=8, num_labels=5,
@@ -263,7 +311,7 @@ class TestCompilers:
         torch.compiler.reset()  # other architectures were compiled from the same functions
         model = build(architecture)
         twin = copy.deepcopy(model)
-        pixel_values, labels = torch.randn(2, 3, 32, 40), torch.tensor([0, 4])
+        pixel_values, labels = torch.randn(2, 3, 64, 40), torch.tensor([0, 4])
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
             torch.testing.assert_close(compiled(pixel_values).logits, twin(pixel_values).logits)
@@ -290,7 +338,8 @@ class TestCompilers:
                 dynamic_shapes={"pixel_values": {2: dynamic, 3: dynamic}},
                 strict=False,
             )
-            for size in [(40, 56), (64, 64), (32, 40), (128, 128), (33, 70)]:
+            # PaCa-ViT merges patches to 32 pixels; torch.export specialises a side of one patch.
+            for size in [(40, 56), (64, 64), (48, 40), (128, 128), (33, 70)]:
                 pixel_values = torch.randn(2, 3, *size)
                 torch.testing.assert_close(program.module()(pixel_values).logits, model(pixel_values).logits)
 
@@ -354,6 +403,21 @@ def test_layer_decay_reaches_every_parameter_once(architecture):
         ("locatjumbo", {"hidden_size": 33}, "hidden_size=33 must be divisible by num_attention_heads=2"),
         ("locatjumbo", {"image_size": 4}, "smaller than one patch"),
         ("locatjumbo", {"feature_pyramid": True, "out_indices": [1, 2]}, "feature_pyramid=True needs four"),
+        ("pacavit", {"depths": [2, 2, 2]}, "must have 3 entries"),
+        ("pacavit", {"depths": []}, "depths must be at least 1"),
+        ("pacavit", {"depths": [2, 0, 2, 2]}, "depths must be at least 1"),
+        ("pacavit", {"hidden_sizes": [96, 192, 320, 380]}, "must be divisible by num_attention_heads"),
+        ("pacavit", {"hidden_sizes": [95, 192, 320, 384], "num_attention_heads": [1, 4, 8, 16]}, "even number"),
+        ("pacavit", {"num_clusters": [100, -1, 100, 0]}, "num_clusters must hold numbers of at least 0"),
+        ("pacavit", {"clustering_type": "kmeans"}, "clustering_type must be one of"),
+        ("pacavit", {"clusterless_attention": "linear"}, "clusterless_attention must be one of"),
+        ("pacavit", {"segmentation_head_type": "upernet"}, "segmentation_head_type must be one of"),
+        ("pacavit", {"clustering_type": "teacher", "blockwise_clustering": True}, "blockwise_clustering=False"),
+        ("pacavit", {"clustering_type": "teacher", "num_clusters": [0, 0, 0, 0]}, "num_clusters above zero"),
+        ("pacavit", {"segmentation_dropout_prob": 1.0}, "segmentation_dropout_prob must be at least 0 and below 1"),
+        ("pacavit", {"drop_path_rate": -0.1}, "drop_path_rate must be at least 0"),
+        ("pacavit", {"image_size": 0}, "image_size must be at least 1"),
+        ("pacavit", {"num_channels": 0}, "num_channels must be at least 1"),
     ],
 )
 def test_bad_configurations_are_one_sentence(architecture, overrides, message):

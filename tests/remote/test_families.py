@@ -20,8 +20,8 @@ FAMILIES = {
     "pacavit": (
         "PaCaViT",
         {
-            "image_size": 64, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2],
-            "num_clusters": [4, 4, 4, 0],
+            "image_size": 64, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 1, 2, 2], "num_clusters": [4, 4, 4, 0],
         },
     ),
 }  # fmt: skip
