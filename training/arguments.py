@@ -176,7 +176,10 @@ def parse_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
-    """Read one YAML recipe as a mapping of option to value."""
+    """Read one YAML recipe as a mapping of option to value.
+
+    The recipe that `extends` names, a file beside it, is read first; its entries stay where this one is silent.
+    """
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -185,7 +188,8 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} must be a mapping of option to value.")
-    return recipe
+    parent = recipe.pop("extends", None)
+    return _merge(load_recipe(Path(path).parent / parent), recipe) if parent is not None else recipe
 
 
 def build_arguments(cls: type[Arguments], values: dict[str, Any]) -> Arguments:

@@ -1,14 +1,18 @@
-"""Optimiser, learning rate and averaged weights."""
+"""Optimiser, schedules and averaged weights."""
 
 import math
 import re
+from collections.abc import Sequence
 
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
 from training.arguments import OptimizationArguments
+
+MILESTONE_FACTOR = 0.1
 
 
 def parse_duration(text: str, updates_per_epoch: int, total: int | None = None) -> int:
@@ -23,36 +27,117 @@ def parse_duration(text: str, updates_per_epoch: int, total: int | None = None) 
     return round(float(match[1]) * unit)
 
 
-def learning_rate_at(update: int, total: int, warmup: int, arguments: OptimizationArguments) -> float:
+def learning_rate_at(
+    update: int, total: int, warmup: int, arguments: OptimizationArguments, milestones: Sequence[int] = ()
+) -> float:
     """Learning rate of update number `update` (from 0): a linear rise, then the fall that `schedule` names.
 
-    With the linear fall this is the one-cycle of the papers.
+    With the linear fall this is the one-cycle of the papers. All rates are scaled from `learning_rate_batch_size` to
+    `batch_size`.
+    milestones: updates at which the step schedule falls to a tenth.
     """
-    start, peak, final = arguments.start_learning_rate, arguments.learning_rate, arguments.final_learning_rate
+    scale = arguments.batch_size / (arguments.learning_rate_batch_size or arguments.batch_size)
+    start, peak, final = (
+        scale * rate
+        for rate in (arguments.start_learning_rate, arguments.learning_rate, arguments.final_learning_rate)
+    )
     if update < warmup:
         return start + (peak - start) * update / warmup
+    if arguments.schedule == "step":
+        return peak * MILESTONE_FACTOR ** sum(update >= milestone for milestone in milestones)
     progress = (update - warmup) / max(total - warmup, 1)
     remaining = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}
     return final + (peak - final) * remaining[arguments.schedule]
 
 
+def weight_decay_at(update: int, total: int, arguments: OptimizationArguments) -> float:
+    """Weight decay of update number `update`: a cosine from `weight_decay` to `final_weight_decay`, where given."""
+    start, final = arguments.weight_decay, arguments.final_weight_decay
+    return start if final is None else final + (start - final) * (1 + math.cos(math.pi * update / total)) / 2
+
+
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Give every parameter group its share: with layer decay, groups carry a factor of their own."""
+    """Give every parameter group its share: groups carry a factor of their own."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
+def set_weight_decay(optimizer: Optimizer, weight_decay: float) -> None:
+    """Give it to every parameter group that is decayed."""
+    for group in optimizer.param_groups:
+        if group.get("decayed", True):
+            group["weight_decay"] = weight_decay
+
+
 def create_optimizer(model: nn.Module, arguments: OptimizationArguments) -> Optimizer:
-    """A timm optimiser over the trainable parameters; vectors and `model.no_weight_decay()` are not decayed."""
-    return create_optimizer_v2(
-        model,
-        opt=arguments.optimizer,
-        lr=arguments.learning_rate,
-        weight_decay=arguments.weight_decay,
-        layer_decay=arguments.layer_decay,
-    )
+    """A timm optimiser over the trainable parameters, in the groups of `group_trainable_parameters`.
+
+    Raises ValueError for an optimiser or a setting that timm does not know, and where nothing is trainable.
+    """
+    groups = group_trainable_parameters(model, arguments)
+    if not groups:
+        raise ValueError("The model has no trainable parameters: everything is frozen.")
+    options = {"opt": arguments.optimizer, "lr": arguments.learning_rate, "weight_decay": arguments.weight_decay}
+    try:
+        return create_optimizer_v2(groups, **options, **arguments.optimizer_options)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).strip("'\"").rstrip(".")
+        raise ValueError(f"Cannot build the optimiser {arguments.optimizer!r}: {reason}.") from None
+
+
+def group_trainable_parameters(model: nn.Module, arguments: OptimizationArguments) -> list[dict]:
+    """Trainable parameters by weight decay and learning rate, each group with a factor `lr_scale`.
+
+    Vectors and what `no_weight_decay()` of the model lists are not decayed, or else what `arguments.no_weight_decay`
+    names. The factor is that of the layer (`layer_decay`) times that of the name (`learning_rate_factors`).
+    Raises ValueError where layers cannot be told apart, or a name occurs in no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for option in ("learning_rate_factors", "no_weight_decay"):
+        for part in getattr(arguments, option) or ():
+            if not any(part in name for name in names):
+                raise ValueError(f"{option} names {part!r}, but no parameter of the model is called so.")
+    layer_scales = scale_layers(model, arguments.layer_decay) if arguments.layer_decay is not None else {}
+    listed = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if hasattr(module, "no_weight_decay")
+        for name in module.no_weight_decay()
+    }
+    groups: dict[tuple[bool, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if arguments.no_weight_decay is None:
+            decayed = parameter.ndim > 1 and name not in listed
+        else:
+            decayed = not any(part in name for part in arguments.no_weight_decay)
+        fitting = [part for part in arguments.learning_rate_factors if part in name]
+        factor = arguments.learning_rate_factors[max(fitting, key=len)] if fitting else 1.0
+        scale = layer_scales.get(name, 1.0) * factor
+        weight_decay = arguments.weight_decay if decayed else 0.0
+        group = {"params": [], "decayed": decayed, "weight_decay": weight_decay, "lr_scale": scale}
+        groups.setdefault((decayed, scale), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def scale_layers(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Learning-rate factor of every parameter of a model: 1 after its last layer, `layer_decay` less for each before.
+
+    The layers are those of the model, or of the module in it that has a `group_matcher`, such as the backbone of a
+    detector; what stands outside of that module counts as after the last layer.
+    Raises ValueError where there is none.
+    """
+    found = next(((name, module) for name, module in model.named_modules() if hasattr(module, "group_matcher")), None)
+    if found is None:
+        raise ValueError(f"layer_decay needs a model that names its layers, which a {type(model).__name__} does not.")
+    prefix, module = found
+    layers = group_parameters(module, module.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values()) + (1 if prefix else 0)
+    prefix = f"{prefix}." if prefix else ""
+    return {f"{prefix}{name}": layer_decay ** (last - layer) for name, layer in layers.items()}
 
 
 def create_ema(model: nn.Module, arguments: OptimizationArguments) -> ModelEmaV3 | None:
-    """The running average of the weights, warmed up, where `ema_decay` asks for one."""
+    """The running average of the weights, warmed up, where `ema_decay` asks for one; on the model's device."""
     return ModelEmaV3(model, decay=arguments.ema_decay, use_warmup=True) if arguments.ema_decay is not None else None
