@@ -5,6 +5,7 @@ from pathlib import Path
 import evaluate
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 
 def load_metric(name: str, **settings) -> evaluate.Metric:
@@ -13,7 +14,13 @@ def load_metric(name: str, **settings) -> evaluate.Metric:
 
 
 def compute_over_processes(accelerator: Accelerator, metric: evaluate.Metric) -> dict:
-    """Add up the counts that every process holds in `metric.counts`, then compute, in all of them."""
+    """Add up the counts that every process holds in `metric.counts`, then compute, in all of them.
+
+    A metric that is no sum over images holds a list of them in `metric.records` instead, and these are put together.
+    """
+    if hasattr(metric, "records"):
+        metric.records = gather_object(metric.records)
+        return metric.compute()
     counts = torch.from_numpy(metric.counts).to(accelerator.device)
     metric.counts = accelerator.reduce(counts, reduction="sum").cpu().numpy()
     return metric.compute()
