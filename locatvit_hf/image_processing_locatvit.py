@@ -125,7 +125,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
             if min(image.size) == 0:
                 raise ValueError(f"An image of {image.width} x {image.height} pixels cannot be processed.")
             if do_convert_rgb:
-                image, kwargs["input_data_format"] = _pil_to_rgb(image), ChannelDimension.FIRST
+                image, kwargs["input_data_format"] = pil_to_rgb(image), ChannelDimension.FIRST
         elif do_convert_rgb:
             image = _array_to_8_bits(image)
         processed = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
@@ -331,7 +331,7 @@ def _undo_center_crop(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tens
     return logits
 
 
-def _pil_to_rgb(image) -> torch.Tensor:
+def pil_to_rgb(image) -> torch.Tensor:
     """uint8 (3, height, width) of a PIL image of any mode, transparency composited on white."""
     if image.mode.startswith("I;"):
         pixels = tvF.pil_to_tensor(image).to(torch.int64) & 0xFFFF  # torchvision may read unsigned values as signed
@@ -367,4 +367,4 @@ def _scale_to_8_bits(pixels: torch.Tensor, white: float) -> torch.Tensor:
     return (pixels.to(torch.float64) * (255.0 / white)).round().clamp(0, 255).to(torch.uint8)
 
 
-__all__ = ["LocAtViTImageProcessor", "channel_values", "pair"]
+__all__ = ["LocAtViTImageProcessor", "channel_values", "pair", "pil_to_rgb"]
