@@ -46,6 +46,51 @@ def test_mean_iou_by_hand():
     assert result["per_category_accuracy"][:2] == [0.5, 1.0]
 
 
+def hosted_mean_iou(prediction, reference, num_labels, ignore_index):
+    """The hosted module's rule, in our words: three histograms of the pixels that are not ignored."""
+    prediction, reference = prediction[reference != ignore_index], reference[reference != ignore_index]
+    count = [np.histogram(ids, bins=num_labels, range=(0, num_labels - 1))[0] for ids in (prediction, reference)]
+    right = np.histogram(prediction[prediction == reference], bins=num_labels, range=(0, num_labels - 1))[0]
+    with np.errstate(invalid="ignore"):
+        return right / (count[0] + count[1] - right), right.sum() / count[1].sum()
+
+
+def test_mean_iou_equals_the_hosted_module_on_its_own_example():
+    """Maps and values of the documentation of `evaluate-metric/mean_iou`."""
+    predictions = [[[1, 2], [3, 4], [5, 255]], [[2, 7], [9, 2], [3, 6]], [[2, 2, 3], [8, 2, 4], [3, 255, 2]]]
+    references = [[[0, 3], [5, 4], [6, 255]], [[1, 7], [9, 2], [3, 6]], [[1, 2, 2], [8, 2, 1], [3, 255, 1]]]
+    result = load_metric("mean_iou", num_labels=10).compute(predictions=predictions, references=references)
+    assert result["mean_iou"] == pytest.approx(0.4775)
+    assert result["mean_accuracy"] == pytest.approx(0.5916666666666666)
+    assert result["overall_accuracy"] == pytest.approx(0.5263157894736842)
+    assert result["per_category_iou"] == pytest.approx([0, 0, 0.375, 0.4, 0.5, 0, 0.5, 1, 1, 1])
+    assert result["per_category_accuracy"] == pytest.approx([0, 0, 0.75, 2 / 3, 1, 0, 0.5, 1, 1, 1])
+
+
+def test_where_mean_iou_differs_from_the_hosted_module():
+    """An ignored class that is predicted elsewhere, and a reference outside the classes."""
+    prediction, reference = np.array([[0, 1, 1, 0]]), np.array([[0, 1, 1, 1]])
+    result = load_metric("mean_iou", num_labels=2, ignore_index=0).compute(
+        predictions=[prediction], references=[reference]
+    )
+    hosted, _ = hosted_mean_iou(prediction, reference, 2, 0)
+    assert hosted.tolist() == [0.0, 2 / 3] and np.mean(hosted) == pytest.approx(1 / 3)
+    assert np.isnan(result["per_category_iou"][0]) and result["mean_iou"] == pytest.approx(2 / 3)
+
+    outside = np.array([[0, 1, 1, 2]])
+    assert hosted_mean_iou(prediction, outside, 2, 255)[1] == 1.0  # three of four pixels are right
+    with pytest.raises(ValueError, match="outside the 2 classes"):
+        load_metric("mean_iou", num_labels=2).compute(predictions=[prediction], references=[outside])
+
+    # Absent classes: nan in both, and so is not counted; predicted alone: 0 in both.
+    prediction, reference = np.array([[0, 0, 2, 255]]), np.array([[0, 0, 0, 255]])
+    hosted, _ = hosted_mean_iou(prediction, reference, 4, 255)
+    result = load_metric("mean_iou", num_labels=4).compute(predictions=[prediction], references=[reference])
+    np.testing.assert_array_equal(result["per_category_iou"], hosted)
+    np.testing.assert_array_equal(hosted, [2 / 3, np.nan, 0, np.nan])
+    assert np.isnan(result["per_category_accuracy"][2])
+
+
 def test_counts_are_bounded_and_start_anew():
     metric = load_metric("mean_iou", num_labels=3)
     for _ in range(50):

@@ -1,8 +1,16 @@
 """Mean intersection over union as an `evaluate` module for use offline: `evaluate.load("training/metrics/mean_iou")`.
 
-It differs from the hosted module of that name in three ways: memory is one matrix of classes by classes however many
-images are added; pixels whose *reference* is ignored are left out whatever was predicted there, and no other pixel is;
-a class that occurs neither in references nor in predictions is nan and not counted, also in the mean accuracy.
+It differs from the hosted module of that name, which agrees on maps without these peculiarities:
+
+- Memory is one matrix of classes by classes however many images are added; the hosted module keeps every map.
+- An ignored id that is one of the classes is no class any more: its values are nan and not counted. The hosted module
+  gives it an IoU of 0, counted in the mean, as soon as it is predicted anywhere.
+- Ids outside the classes are errors. The hosted module drops them without a word, references among them, which raises
+  the accuracy.
+- Maps are of class ids already: shifting or mapping of labels happens where they are read, not here.
+
+In both, a class that occurs neither in references nor in predictions is nan and not counted in the means, and a class
+that is predicted but never referenced has an IoU of 0 and no accuracy.
 """
 
 import datasets
@@ -14,7 +22,7 @@ class MeanIoU(evaluate.Metric):
     """Dataset-level mean IoU, mean accuracy and overall accuracy.
 
     num_labels: number of classes.
-    ignore_index: references with this id are not counted.
+    ignore_index: pixels whose reference has this id are not counted.
     """
 
     def __init__(self, *args, num_labels: int, ignore_index: int = 255, **kwargs):
@@ -64,6 +72,8 @@ class MeanIoU(evaluate.Metric):
         counts, self.counts = self.counts, np.zeros_like(self.counts)
         right, referenced, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
         iou = _ratio(right, referenced + predicted - right)
+        if 0 <= self.ignore_index < self.num_labels:
+            iou[self.ignore_index] = np.nan
         accuracy = _ratio(right, referenced)
         return {
             "mean_iou": _mean(iou),
