@@ -237,12 +237,10 @@ def _parse_label_mapping(mapping: dict | str | None) -> LabelMapping | None:
             raise ValueError(f"{path} is not a JSON file of the form {{'id or #colour': class id}}.") from None
     if not mapping:
         return None
-    of_colors = any(str(key).startswith("#") for key in mapping)
     try:
+        (of_colors,) = {str(key).startswith("#") for key in mapping}  # a mixture is an error too
         pairs = {
-            (int(str(key).removeprefix("#"), 16) if of_colors else int(key)): IGNORE_INDEX
-            if value is None
-            else int(value)
+            int(str(key).removeprefix("#"), 16 if of_colors else 10): IGNORE_INDEX if value is None else int(value)
             for key, value in mapping.items()
         }
     except (AttributeError, TypeError, ValueError):
