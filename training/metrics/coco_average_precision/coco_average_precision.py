@@ -143,8 +143,8 @@ def _evaluate(records: list[tuple[int, dict, dict]], iou_type: str) -> dict:
         evaluation.accumulate()
         evaluation.summarize()
     # (overlaps, recalls, categories, areas, numbers of detections): all areas, and as many detections as allowed.
-    precision = evaluation.eval["precision"][:, :, :, 0, -1].reshape(-1, len(labels))
-    per_category = {label: _mean(precision[:, index]) for index, label in enumerate(labels)}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    per_category = {label: _mean(precision[:, :, index]) for index, label in enumerate(labels)}
     values = {name: _mean(value) for name, value in zip(STATISTICS, evaluation.stats, strict=True)}
     values["ap_per_category"] = per_category
     return {f"{iou_type}_{name}": value for name, value in values.items()}
