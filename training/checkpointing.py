@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +37,39 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary sibling of `path`, which then takes its name; nothing is left where it raises."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write atomically; numbers that JSON does not know (nan) become null."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(_without_nan(content), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(_without_nan(content), indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, step: int, keep: int, best_step: int | None, settings: str
+) -> None:
     """Save what `accelerator` prepared and registered as `folder/step_…`, then drop all but the `keep` newest.
 
+    best_step: of the best evaluation; a checkpoint of that step is kept too. settings: of the run, as YAML.
     Raises OSError where it cannot be written, for example on a full disk; earlier checkpoints are left alone then.
     """
     path = folder / f"step_{step:0{STEP_DIGITS}d}"
     temporary = folder / f".{path.name}.part"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
     try:
+        if accelerator.is_main_process:
+            for leftover in folder.glob(".step_*.part"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            (temporary / "arguments.yaml").write_text(settings, encoding="utf-8")
+        accelerator.wait_for_everyone()
         accelerator.save_state(str(temporary))
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -66,8 +80,22 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
         for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            if old.name != f"step_{best_step or 0:0{STEP_DIGITS}d}":
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
+    """Load what `save_checkpoint` saved. Raises ValueError for a checkpoint of another model, or a damaged one."""
+    try:
+        accelerator.load_state(str(path))
+    except (RuntimeError, ValueError, KeyError, OSError, EOFError) as error:
+        reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
+        raise ValueError(
+            f"Cannot continue from the checkpoint {path}: {reason}. Remove it to continue from the one before, or "
+            f"--overwrite the run."
+        ) from None
+    accelerator.step = 0  # counts the accumulation steps of the current update
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -76,13 +104,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 class Interruption:
-    """While open, SIGTERM and the first Ctrl-C set `signal` instead of ending the program; a second Ctrl-C ends it."""
+    """While open, SIGTERM, SIGUSR1 and the first Ctrl-C set `signal` instead of ending the program.
+
+    SIGTERM comes from a scheduler, SIGUSR1 from one that was asked to warn in time. A second Ctrl-C ends the program.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self):
         self.signal: int | None = None
 
     def __enter__(self) -> "Interruption":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *exception) -> None:

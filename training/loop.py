@@ -1,9 +1,12 @@
 """The loop that every program shares: updates, progress, evaluation points, checkpoints, export."""
 
 import contextlib
+import copy
 import dataclasses
 import math
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,31 +14,62 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, ProjectConfiguration, recursively_apply, send_to_device
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from training.arguments import RUNTIME_OPTIONS, OptimizationArguments, RunArguments, console
-from training.checkpointing import Interruption, atomic_folder, list_checkpoints, save_checkpoint, write_json
+from training.checkpointing import (
+    Interruption,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+)
 from training.data import TrainingSamples, create_training_loader
 from training.data.batches import seed_everything
-from training.optimization import create_ema, learning_rate_at, parse_duration, set_learning_rate
+from training.dry_run import ActivationMeter, memory_table, model_table, tensor_bytes
+from training.export import open_repository, push, save_model, save_pretrained, write_card
+from training.optimization import (
+    create_ema,
+    learning_rate_at,
+    parse_duration,
+    set_learning_rate,
+    set_weight_decay,
+    weight_decay_at,
+)
+from training.pictures import draw_batch, tile
+from training.tracking import GaussianReader, Trackers, check_trackers
+
+DRY_RUN_IMAGES = 8
 
 
 @dataclasses.dataclass
 class RunState:
     """What a checkpoint keeps beside weights and optimiser.
 
-    window: sum and number of the losses since the last point of the training curve.
+    seconds: of training, without evaluations and checkpoints; waited: of these, for data.
+    window: sums since the last point of the training curve, and of how many updates (`updates`).
+    best, best_step: largest value of the metric, and after how many updates.
+    exported, exported_step: metrics of the exported weights, and their update.
     """
 
     step: int = 0
     images: int = 0
     seconds: float = 0.0
-    window: tuple[float, int] = (0.0, 0)
+    waited: float = 0.0
+    window: dict = dataclasses.field(default_factory=dict)
     best: float = -math.inf
+    best_step: int | None = None
+    exported: dict = dataclasses.field(default_factory=dict)
+    exported_step: int | None = None
     metrics: dict = dataclasses.field(default_factory=dict)
     train_curve: list = dataclasses.field(default_factory=list)
     validation_curve: list = dataclasses.field(default_factory=list)
@@ -49,8 +83,32 @@ class RunState:
 
 
 def create_accelerator(arguments: OptimizationArguments | RunArguments) -> Accelerator:
-    """The processes and devices that `accelerate launch` gives, with the precision that the recipe asks for."""
-    return Accelerator(mixed_precision=arguments.mixed_precision)
+    """The processes and devices that `accelerate launch` gives, with the precision that the recipe asks for.
+
+    Raises ValueError for trackers that are not there, and for ways of sharding that are not supported.
+    """
+    check_trackers(arguments.trackers)
+    accelerator = Accelerator(
+        mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        dynamo_backend="inductor" if arguments.compile and not arguments.dry_run else None,
+        log_with=list(arguments.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=arguments.output_dir, logging_dir=arguments.output_dir),
+    )
+    state = accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # Accelerate shards on devices alone; over gloo it works just as well on CPU.
+        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+    if state.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("Only FSDP2 is supported: set fsdp_version: 2 in the configuration of accelerate.")
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        if state.deepspeed_plugin.zero_stage > 2:
+            raise ValueError("DeepSpeed stage 3 is not supported: use stage 2, or FSDP2, which shards weights too.")
+        settings = state.deepspeed_plugin.deepspeed_config
+        share = accelerator.num_processes * arguments.gradient_accumulation_steps
+        settings["train_micro_batch_size_per_gpu"] = max(arguments.batch_size // share, 1)
+        settings["gradient_clipping"] = arguments.max_gradient_norm or 0.0
+    return accelerator
 
 
 class TrainingLoop:
@@ -58,8 +116,9 @@ class TrainingLoop:
 
     Open it with `with` and iterate over it for batches on the device; call `update(loss)` for each, and
     `record(metrics)` where `evaluation_due` says so. A checkpoint in `output_dir` is continued at the exact update.
-    While the loop is open, SIGTERM and Ctrl-C end it after the current update, with a checkpoint.
+    While the loop is open, SIGTERM, SIGUSR1 and Ctrl-C end it after the current update, with a checkpoint.
 
+    accelerator: from `create_accelerator`.
     arguments: settings of the program, a dataclass with those of `OptimizationArguments` and `RunArguments`.
     model: not yet prepared by the accelerator.
     processor: exported beside the model.
@@ -70,6 +129,7 @@ class TrainingLoop:
     evaluated: what is evaluated and exported instead of `model` or its average, such as a teacher.
     state: objects with `state_dict` and `load_state_dict` that checkpoints keep too, such as a teacher.
     before_step: called between the backward pass and the clipping of gradients of every update.
+    save: writes the evaluated model and its processor into an empty folder; by default with their `save_pretrained`.
     """
 
     def __init__(
@@ -87,35 +147,42 @@ class TrainingLoop:
         evaluated: PreTrainedModel | None = None,
         state: Sequence[Any] = (),
         before_step: Callable[[], None] | None = None,
+        save: Callable[[nn.Module, BaseImageProcessor, Path], None] = save_pretrained,
     ):
-        self.mix, self.evaluated, self.before_step = mix, evaluated, before_step
         self.accelerator, self.arguments, self.metric, self.processor = accelerator, arguments, metric, processor
+        self.mix, self.evaluated, self.before_step, self.save = mix, evaluated, before_step, save
         self.output = prepare_output(accelerator, arguments)
+        if arguments.push_to_hub is not None and accelerator.is_main_process and not arguments.dry_run:
+            open_repository(arguments.push_to_hub)
 
         self.updates_per_epoch = max(len(samples) // arguments.batch_size, 1)
         self.total = parse_duration(arguments.length, self.updates_per_epoch)
-        self.warmup = parse_duration(arguments.warmup, self.updates_per_epoch, self.total)
-        self.evaluate_every = max(parse_duration(arguments.evaluate_every, self.updates_per_epoch, self.total), 1)
-        self.checkpoint_every = max(parse_duration(arguments.checkpoint_every, self.updates_per_epoch, self.total), 1)
+        self.warmup = self._updates(arguments.warmup)
+        self.milestones = [self._updates(milestone) for milestone in arguments.milestones]
+        self.evaluate_every = max(self._updates(arguments.evaluate_every), 1)
+        self.checkpoint_every = max(self._updates(arguments.checkpoint_every), 1)
         if not 0 <= self.warmup <= self.total or self.total == 0:
             raise ValueError(f"A run of {self.total} updates cannot warm up for {self.warmup}.")
 
-        self.state, self.ema = RunState(), create_ema(model, arguments)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        accelerator.register_for_checkpointing(self.state, *([self.ema] if self.ema is not None else []), *state)
+        self.state = RunState()
+        self._prepare_model(model, optimizer)
+        accelerator.register_for_checkpointing(self.state, *([self._averaged_state()] if self.ema else []), *state)
         checkpoints = list_checkpoints(self.output / "checkpoints")
-        if checkpoints:
-            accelerator.load_state(str(checkpoints[-1]))
+        if checkpoints and not arguments.dry_run:
+            load_checkpoint(accelerator, checkpoints[-1])
             self.print(f"Continuing at update {self.state.step} of {self.total}.")
         self.loader = create_training_loader(
-            samples, arguments, accelerator, start=self.state.step, stop=self.total, collate=collate
+            samples, self._loader_arguments(), accelerator, start=self.state.step, stop=self.total, collate=collate
         )
 
     def __enter__(self) -> "TrainingLoop":
-        self._interruption, self._bar = Interruption(), self._progress_bar()
         self._open = contextlib.ExitStack()
-        self._open.enter_context(self._interruption)
-        self._open.enter_context(self._bar)
+        self._interruption = self._open.enter_context(Interruption())
+        self._bar = self._open.enter_context(self._progress_bar())
+        if not self.arguments.dry_run:
+            self.trackers = Trackers(self.accelerator, self.arguments, self.output, self.state.step)
+            self._open.callback(self.trackers.close)
+            self._gaussians = GaussianReader(self._evaluated_module()) if self.arguments.trackers else None
         return self
 
     def __exit__(self, *exception) -> None:
@@ -134,20 +201,31 @@ class TrainingLoop:
 
     @property
     def evaluation_model(self) -> PreTrainedModel:
-        """The weights that are evaluated and exported: the averaged ones where there are such."""
-        if self.evaluated is not None:
-            return self.evaluated
-        return self.ema.module if self.ema is not None else self.accelerator.unwrap_model(self.model)
+        """The weights that are evaluated and exported: the averaged ones where there are such, never sharded."""
+        module = self._evaluated_module()
+        if module is self._whole_model and self._gathered_step != self.state.step:
+            sharded = self.ema.module if self.ema is not None else self.model
+            weights = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+            module.load_state_dict(weights)
+            self._gathered_step = self.state.step
+        return module
 
     def __iter__(self) -> Iterator[Any]:
+        if self.arguments.dry_run:
+            yield from self._rehearse()
+            return
         batches, accumulation = iter(self.loader), self.arguments.gradient_accumulation_steps
         self._task = self._bar.add_task("train", total=self.total, completed=self.state.step, status="")
         while self.state.step < self.total:
             self._begin_update()
             for micro_step in range(accumulation):
                 self._last_micro_step = micro_step == accumulation - 1
-                batch = send_to_device(next(batches), self.accelerator.device, non_blocking=True)
-                yield self.mix(*batch) if self.mix is not None else batch
+                began = time.perf_counter()
+                batch = next(batches)
+                self.state.waited += time.perf_counter() - began
+                self._batches.append(batch)
+                with self.accelerator.accumulate(self.model):
+                    yield self._to_device(batch)
                 if self._update_complete != self._last_micro_step:
                     raise RuntimeError("Call update(loss) once for every batch of the loop.")
             self._end_update()
@@ -157,18 +235,18 @@ class TrainingLoop:
 
         parts: scalars that the curves show beside the loss, such as the terms that it adds up.
         """
-        self._loss += loss.detach().float() / self.arguments.gradient_accumulation_steps
-        scaled = loss / self.arguments.gradient_accumulation_steps
-        if not self._last_micro_step:
-            with self.accelerator.no_sync(self.model):
-                self.accelerator.backward(scaled)
+        for name, value in {"loss": loss, **(parts or {})}.items():
+            share = torch.as_tensor(value, device=self.accelerator.device).detach().float()
+            self._losses[name] = self._losses.get(name, 0.0) + share / self.accelerator.gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        if not self._last_micro_step or self.arguments.dry_run:
             return
-        self.accelerator.backward(scaled)
-        loss, stop = self._agree()
-        if not math.isfinite(loss):
+        losses, stop = self._agree()
+        if not math.isfinite(losses["loss"]):
             raise ValueError(
-                f"The loss became {loss} at update {self.state.step + 1}: lower learning_rate, or lengthen warmup; "
-                f"the checkpoints in {self.output / 'checkpoints'} are from before."
+                f"The loss became {losses['loss']} at update {self.state.step + 1}: lower learning_rate, or lengthen "
+                f"warmup; its batch is in {self._keep_batches()}, and the checkpoints in "
+                f"{self.output / 'checkpoints'} are from before."
             )
         if self.before_step is not None:
             self.before_step()
@@ -178,8 +256,8 @@ class TrainingLoop:
         self.optimizer.zero_grad()
         self.state.step += 1
         if self.ema is not None:
-            self.ema.update(self.accelerator.unwrap_model(self.model), step=self.state.step)
-        self._account(loss)
+            self.ema.update(self._unwrapped(), step=self.state.step)
+        self._account(losses)
         self._stop, self._update_complete = stop, True
 
     def record(self, metrics: dict[str, Any], examples: Callable[[], list[Image.Image]] | None = None) -> None:
@@ -193,35 +271,54 @@ class TrainingLoop:
         state.validation_curve.append({**self._position(), **scalars})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items())
         self.print(f"epoch {state.step / self.updates_per_epoch:.1f}, update {state.step}: {shown}")
+        self.trackers.log("validation", scalars, state.step)
+        if self._gaussians is not None:
+            self.trackers.log("gaussians", self._gaussians.take(), state.step)
+        if self.arguments.trackers and examples is not None:
+            self.trackers.log_image("examples", tile(examples()), state.step)
         # A metric that is nan is never best; the last model is exported where there would be none.
         best, last = metrics[self.metric] > state.best, state.step == self.total
-        state.best = metrics[self.metric] if best else state.best
+        if best:
+            state.best, state.best_step = metrics[self.metric], state.step
         if (best and self.arguments.export == "best") or (last and self.arguments.export == "last"):
             self._export()
-        elif last and not (self.output / "model").exists():
+        elif last and state.exported_step is None:
             self._export()
-        self._clock = time.perf_counter()
 
     def finish(self, **details: Any) -> dict[str, Any]:
-        """Write `all_results.json` with metrics, curves, settings, throughput and `details`; return its content."""
+        """Write `all_results.json` with metrics, curves, settings, throughput and `details`, and the card of the model.
+
+        Returns the content of `all_results.json`. Pushes the exported model where `push_to_hub` asks for it.
+        """
+        if self.arguments.dry_run:
+            return {"dry_run": self._report, **details}
         state = self.state
         results = {
             "metrics": state.metrics,
             f"best_{self.metric}": state.best,
+            "exported": {"step": state.exported_step, "metrics": state.exported},
             "train_curve": state.train_curve,
             "validation_curve": state.validation_curve,
             "updates": state.step,
             "seconds": state.seconds,
             "images_per_second": state.images / max(state.seconds, 1e-9),
-            "parameters": sum(p.numel() for p in self.evaluation_model.parameters()),
+            "data_wait_share": state.waited / max(state.seconds, 1e-9),
+            "parameters": sum(p.numel() for p in self._evaluated_module().parameters()),
             "num_processes": self.accelerator.num_processes,
             "seed": self.arguments.seed,
+            "program": Path(sys.modules[type(self.arguments).__module__].__file__ or "").stem,
             "arguments": dataclasses.asdict(self.arguments),
             **details,
         }
         if self.accelerator.is_main_process:
+            folder, repository = self.output / "model", self.arguments.push_to_hub
+            module = self._evaluated_module()
+            write_card(folder, module, self.arguments, state.exported, state.exported_step, results)
             write_json(self.output / "all_results.json", results)
-            self.print(f"Model in {self.output / 'model'}, results in {self.output / 'all_results.json'}.")
+            self.print(f"Model in {folder}, results in {self.output / 'all_results.json'}.")
+            if repository is not None:
+                self.print(f"Pushed to {push(folder, repository)}")
+        self.accelerator.wait_for_everyone()
         return results
 
     def print(self, text: str) -> None:
@@ -229,55 +326,122 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             console.print(text, markup=False)
 
+    def _updates(self, duration: str) -> int:
+        return parse_duration(duration, self.updates_per_epoch, self.total)
+
+    def _prepare_model(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        """Place, average and shard the model as the settings and the launcher ask."""
+        arguments, accelerator = self.arguments, self.accelerator
+        accelerator.gradient_accumulation_steps = arguments.gradient_accumulation_steps
+        if arguments.gradient_checkpointing:
+            if not getattr(model, "supports_gradient_checkpointing", False):
+                raise ValueError(f"A {type(model).__name__} does not support gradient_checkpointing.")
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.to(accelerator.device)
+        if arguments.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.ema = create_ema(model, arguments)
+        self._whole_model, self._gathered_step = None, None
+        if accelerator.is_fsdp2 and self.evaluated is None:
+            # A sharded model runs in all processes at once or not at all, but these evaluate shares of their own.
+            self._whole_model = copy.deepcopy(model).eval()
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if accelerator.is_fsdp2 and self.ema is not None:
+            self.ema.module, self.ema.foreach = fsdp2_prepare_model(accelerator, self.ema.module), False
+
+    def _averaged_state(self) -> Any:
+        return ShardedState(self.ema) if self.accelerator.is_fsdp2 else self.ema
+
+    def _unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _evaluated_module(self) -> nn.Module:
+        """As `evaluation_model`, but a gathered model has the weights that it was last given."""
+        if self.evaluated is not None:
+            return self.evaluated
+        if self._whole_model is not None:
+            return self._whole_model
+        return self.ema.module if self.ema is not None else self._unwrapped()
+
+    def _to_device(self, batch: Any) -> Any:
+        batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+        if self.arguments.channels_last:
+            batch = recursively_apply(_channels_last, batch)
+        return self.mix(*batch) if self.mix is not None else batch
+
     def _begin_update(self) -> None:
         # Dropout, drop path and mixing depend on the update alone, so a continued run repeats them.
         seed_everything(self.arguments.seed, self.state.step, self.accelerator.process_index)
-        self._loss, self._update_complete = torch.zeros((), device=self.accelerator.device), False
+        self._losses, self._batches, self._update_complete = {}, [], False
         self._clock = time.perf_counter()
         set_learning_rate(self.optimizer, self._learning_rate())
+        if self.arguments.final_weight_decay is not None:
+            set_weight_decay(self.optimizer, weight_decay_at(self.state.step, self.total, self.arguments))
         self.model.train()
 
     def _end_update(self) -> None:
         step = self.state.step
         if self._stop or step % self.checkpoint_every == 0 or step == self.total:
-            save_checkpoint(self.accelerator, self.output / "checkpoints", step, self.arguments.keep_checkpoints)
+            save_checkpoint(
+                self.accelerator,
+                self.output / "checkpoints",
+                step,
+                self.arguments.keep_checkpoints,
+                self.state.best_step,
+                stored_settings(self.arguments),
+            )
         if self._stop and step < self.total:
             self.print(f"Stopped after update {step} of {self.total}; the same command continues there.")
             raise SystemExit(128 + self._stop)
 
-    def _agree(self) -> tuple[float, int]:
-        """The mean loss over the processes, and the largest signal that any of them received (0 for none)."""
-        mine = torch.stack([self._loss, torch.tensor(float(self._interruption.signal or 0), device=self._loss.device)])
-        everyone = self.accelerator.gather(mine[None])
-        return everyone[:, 0].mean().item(), int(everyone[:, 1].max().item())
+    def _agree(self) -> tuple[dict[str, float], int]:
+        """The mean losses over the processes, and the largest signal that any of them received (0 for none)."""
+        signal = torch.tensor(float(self._interruption.signal or 0), device=self.accelerator.device)
+        everyone = self.accelerator.gather(torch.stack([signal, *self._losses.values()])[None])
+        means = everyone.mean(dim=0)[1:].tolist()
+        return dict(zip(self._losses, means, strict=True)), int(everyone[:, 0].max().item())
 
-    def _account(self, loss: float) -> None:
+    def _keep_batches(self) -> Path:
+        """Write what led to a loss that is not finite, one file a process; returns their folder."""
+        folder = self.output / "not_finite"
+        content = {"update": self.state.step + 1, "batches": self._batches, "losses": self._losses}
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"update_{self.state.step + 1}_process_{self.accelerator.process_index}.pt"
+        write_atomically(folder / name, lambda path: torch.save(content, path))
+        return folder
+
+    def _account(self, losses: dict[str, float]) -> None:
         state, log_every = self.state, self.arguments.log_every
-        now = time.perf_counter()
-        state.seconds, state.images = state.seconds + now - self._clock, state.images + self.arguments.batch_size
-        state.window = (state.window[0] + loss, state.window[1] + 1)
-        speed = state.images / state.seconds
-        if state.step % log_every == 0 or state.step == self.total:
-            mean = state.window[0] / state.window[1]
-            state.window = (0.0, 0)
-            point = {"loss": mean, "learning_rate": self._learning_rate(-1), "images_per_second": speed}
+        state.seconds += time.perf_counter() - self._clock
+        state.images += self.arguments.batch_size
+        for name, value in {**losses, "updates": 1}.items():
+            state.window[name] = state.window.get(name, 0) + value
+        speed, wait = state.images / state.seconds, state.waited / state.seconds
+        due = state.step % log_every == 0 or state.step == self.total
+        if due:
+            count = state.window.pop("updates")
+            point = {name: value / count for name, value in state.window.items()}
+            point |= {"learning_rate": self._learning_rate(-1), "images_per_second": speed, "data_wait_share": wait}
+            state.window = {}
             state.train_curve.append({**self._position(), **point})
-        status = f"loss {loss:.3f} · lr {self._learning_rate(-1):.1e} · {speed:.0f} images/s"
-        if not console.is_terminal and (state.step % log_every == 0 or state.step == self.total):
+            self.trackers.log("train", point, state.step)
+        status = f"loss {losses['loss']:.3f} · lr {self._learning_rate(-1):.1e} · {speed:.0f} images/s"
+        status += f" · {wait:.0%} waiting for data"
+        if due and not console.is_terminal:
             self.print(f"{state.step}/{self.total} · {status}")
         self._bar.update(self._task, completed=state.step, status=status)
 
     def _learning_rate(self, offset: int = 0) -> float:
-        return learning_rate_at(self.state.step + offset, self.total, self.warmup, self.arguments)
+        return learning_rate_at(self.state.step + offset, self.total, self.warmup, self.arguments, self.milestones)
 
     def _position(self) -> dict[str, float]:
         return {"step": self.state.step, "epoch": self.state.step / self.updates_per_epoch}
 
     def _export(self) -> None:
+        model = self.evaluation_model
         if self.accelerator.is_main_process:
-            with atomic_folder(self.output / "model") as folder:
-                self.evaluation_model.save_pretrained(folder)
-                self.processor.save_pretrained(folder)
+            save_model(self.output / "model", model, self.processor, self.save)
+        self.state.exported, self.state.exported_step = self.state.metrics, self.state.step
         self.accelerator.wait_for_everyone()
 
     def _progress_bar(self) -> Progress:
@@ -288,37 +452,134 @@ class TrainingLoop:
             TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
         )
-        hidden = not (self.accelerator.is_main_process and console.is_terminal)
+        hidden = not (self.accelerator.is_main_process and console.is_terminal) or self.arguments.dry_run
         return Progress(*columns, console=console, transient=True, disable=hidden)
+
+    def _loader_arguments(self) -> Any:
+        """For a dry run, as few images as show what there is to see."""
+        if not self.arguments.dry_run:
+            return self.arguments
+        repeats = getattr(self.arguments, "repeated_augmentation", 1)
+        images = min(self._local_batch_size(), repeats * -(-DRY_RUN_IMAGES // repeats))
+        return dataclasses.replace(
+            self.arguments, batch_size=images * self.accelerator.num_processes, gradient_accumulation_steps=1
+        )
+
+    def _local_batch_size(self) -> int:
+        """Images that one process puts through the model at once."""
+        share = self.accelerator.num_processes * self.arguments.gradient_accumulation_steps
+        return max(self.arguments.batch_size // share, 1)
+
+    def _rehearse(self) -> Iterator[Any]:
+        """One small batch without an update, and what can be told from it about the run."""
+        self._begin_update()
+        self._last_micro_step, meter = True, ActivationMeter(self.model)
+        batch = self._to_device(next(iter(self.loader)))
+        with meter.measure():
+            yield batch
+        self.optimizer.step()  # nothing of it is kept; it makes the state whose size is asked for
+        images = self._loader_arguments().batch_size // self.accelerator.num_processes
+        memory = {
+            "weights": tensor_bytes(list(self.model.parameters())),
+            "gradients": tensor_bytes([p.grad for p in self.model.parameters() if p.grad is not None]),
+            "optimiser": tensor_bytes(list(self.optimizer.state.values())),
+            "averaged weights": tensor_bytes(list(self.ema.module.parameters())) if self.ema is not None else 0,
+            "activations": round(meter.bytes / images * self._local_batch_size()),
+        }
+        picture = self.output / "dry_run.png"
+        names = getattr(getattr(self._unwrapped(), "config", None), "id2label", None) or {}
+        image = draw_batch(batch, self.processor.image_mean, self.processor.image_std, names)
+        points = sorted(
+            {0, self.warmup, self.warmup + (self.total - self.warmup) // 2, *self.milestones, self.total - 1}
+        )
+        schedule = {
+            update: learning_rate_at(update, self.total, self.warmup, self.arguments, self.milestones)
+            for update in points
+            if update < self.total
+        }
+        self._report = {
+            "parameters": sum(p.numel() for p in self._unwrapped().parameters()),
+            "loss": self._losses["loss"].item(),
+            "updates": self.total,
+            "updates_per_epoch": self.updates_per_epoch,
+            "learning_rates": schedule,
+            "memory": memory,
+            "picture": str(picture),
+        }
+        if not self.accelerator.is_main_process:
+            return
+        write_atomically(picture, lambda path: image.save(path, format="PNG"))
+        console.print(model_table(self._unwrapped()))
+        console.print(memory_table(memory))
+        self.print(
+            f"Schedule: {self.total:,} updates, {self.updates_per_epoch:,} an epoch, of {self.arguments.batch_size:,} "
+            f"images: {self.accelerator.num_processes} processes x {self.arguments.gradient_accumulation_steps} steps "
+            f"of {self._local_batch_size():,}."
+        )
+        self.print("Learning rate: " + ", ".join(f"{rate:.2e} at {update:,}" for update, rate in schedule.items()))
+        self.print(f"Loss of a fresh batch: {self._report['loss']:.4f}. The batch as the model sees it: {picture}")
+
+
+class ShardedState:
+    """The state of averaged weights that are sharded over the processes: whole in a checkpoint, sharded in memory."""
+
+    def __init__(self, ema: ModelEmaV3):
+        self.ema = ema
+
+    def state_dict(self) -> dict:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self.ema.module, options=options)
+
+    def load_state_dict(self, state: dict) -> None:
+        set_model_state_dict(self.ema.module, state, options=StateDictOptions(full_state_dict=True))
+
+
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+def stored_settings(arguments: RunArguments) -> str:
+    """What makes a run what it is, as YAML: a run that differs in it is another run."""
+    left_out = RUNTIME_OPTIONS | {"output_dir"}
+    settings = {name: value for name, value in dataclasses.asdict(arguments).items() if name not in left_out}
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
 def prepare_output(accelerator: Accelerator, arguments: RunArguments) -> Path:
     """The output folder, holding `arguments.yaml`; a folder of another run is refused unless `overwrite`.
 
-    Raises ValueError where the folder cannot be written, or holds a run with other settings.
+    Raises ValueError where the folder cannot be written, or holds a run or a checkpoint with other settings.
     """
     if arguments.output_dir is None:
         raise ValueError("Name a folder for the results with --output_dir.")
-    output = Path(arguments.output_dir)
-    settings = {k: v for k, v in dataclasses.asdict(arguments).items() if k not in RUNTIME_OPTIONS | {"output_dir"}}
+    output, settings = Path(arguments.output_dir), stored_settings(arguments)
     stored = output / "arguments.yaml"
-    started = (output / "all_results.json").is_file() or list_checkpoints(output / "checkpoints")
-    if started and stored.is_file() and not arguments.overwrite:
-        earlier = yaml.safe_load(stored.read_text(encoding="utf-8"))
-        changed = sorted(k for k in settings if settings[k] != earlier.get(k))
-        if changed:
-            raise ValueError(
-                f"{output} holds a run with other settings ({', '.join(changed)}): choose another --output_dir, or "
-                f"--overwrite it."
-            )
-    if accelerator.is_main_process:
-        try:
-            if arguments.overwrite:
-                shutil.rmtree(output / "checkpoints", ignore_errors=True)
-                (output / "all_results.json").unlink(missing_ok=True)
+    try:
+        if arguments.overwrite and not arguments.dry_run and accelerator.is_main_process:
+            shutil.rmtree(output / "checkpoints", ignore_errors=True)
+            for name in ("all_results.json", "arguments.yaml"):
+                (output / name).unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+        checkpoints = list_checkpoints(output / "checkpoints")
+        earlier = [checkpoints[-1] / stored.name] if checkpoints else []
+        earlier += [stored] if checkpoints or (output / "all_results.json").is_file() else []
+        for file in earlier:
+            changed = _changed_settings(settings, file) if file.is_file() and not arguments.dry_run else []
+            if changed:
+                raise ValueError(
+                    f"{file.parent} holds a run with other settings ({', '.join(changed)}): choose another "
+                    f"--output_dir, or --overwrite it."
+                )
+        if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)
-            stored.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"Cannot write to the output folder {output}: {error.strerror}.") from None
+            if not arguments.dry_run:
+                write_atomically(stored, lambda path: path.write_text(settings, encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"Cannot write to the output folder {output}: {error.strerror}.") from None
     accelerator.wait_for_everyone()
     return output
+
+
+def _changed_settings(settings: str, file: Path) -> list[str]:
+    new, old = yaml.safe_load(settings), yaml.safe_load(file.read_text(encoding="utf-8"))
+    return sorted(name for name in new.keys() | old.keys() if new.get(name) != old.get(name))

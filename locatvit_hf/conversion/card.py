@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .sources import Reference
 
@@ -105,20 +105,7 @@ def write_card(
         # Auto classes know the backbone inside another model only where this package is imported.
         auto_class, usage = name, f"{usage}  # needs `import locatvit_hf`"
     config = getattr(model.config, "backbone_config", None) or model.config
-    kind, method = FAMILIES[config.model_type]
-    facts: dict[str, Any] = {}
-    if config.model_type == "pacavit":
-        description = f"A {kind}."
-        facts = {"Clustering": config.clustering_type, "Clusters of each stage": config.num_clusters}
-    else:
-        parts = {
-            "Gaussian-augmented attention": config.use_gaussian,
-            "patch representation refinement": config.use_refinement,
-        }
-        added = " and ".join(part for part, used in parts.items() if used)
-        description = f"A {kind}, with {added} (LocAt)." if added else f"A plain {kind}: a baseline of LocAt."
-        method = f"{LOCAT}\nIt builds on {method}" if added else method
-        facts = {part[0].upper() + part[1:]: "yes" if used else "no" for part, used in parts.items()}
+    description, method, facts = describe_family(config)
     if name.startswith("UperNet"):
         description = f"{description} It is the backbone of a UPerNet for semantic segmentation."
     card = CARD.format(
@@ -148,4 +135,20 @@ def write_card(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-__all__ = ["write_card"]
+def describe_family(config: PreTrainedConfig) -> tuple[str, str, dict[str, Any]]:
+    """What a model of one of our families is: a sentence, where its method was published, and further facts."""
+    kind, method = FAMILIES[config.model_type]
+    if config.model_type == "pacavit":
+        facts = {"Clustering": config.clustering_type, "Clusters of each stage": config.num_clusters}
+        return f"A {kind}.", method, facts
+    parts = {
+        "Gaussian-augmented attention": config.use_gaussian,
+        "patch representation refinement": config.use_refinement,
+    }
+    added = " and ".join(part for part, used in parts.items() if used)
+    description = f"A {kind}, with {added} (LocAt)." if added else f"A plain {kind}: a baseline of LocAt."
+    facts = {part[0].upper() + part[1:]: "yes" if used else "no" for part, used in parts.items()}
+    return description, f"{LOCAT}\nIt builds on {method}" if added else method, facts
+
+
+__all__ = ["FAMILIES", "TASKS", "describe_family", "write_card"]
