@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
 
-from locatvit_hf import LocAtViTImageProcessor
+from locatvit_hf.image_processing_locatvit import pil_to_rgb
 
 IGNORE_INDEX = 255
 
@@ -139,7 +139,7 @@ class SegmentationTransform:
         if not 0 < arguments.scale[0] <= arguments.scale[-1] or len(arguments.scale) != 2:
             raise ValueError(f"scale must be [smallest, largest], both above 0, got {arguments.scale}.")
         self.read_labels = LabelReader(arguments, num_labels)
-        self.read_image, self.is_grey = LocAtViTImageProcessor().process_image, len(mean) == 1
+        self.is_grey = len(mean) == 1
         fill = {tv_tensors.Image: [255 * channel for channel in mean], tv_tensors.Mask: IGNORE_INDEX}
         self.transform = v2.Compose(
             [
@@ -154,7 +154,7 @@ class SegmentationTransform:
 
     def __call__(self, image: Image.Image, label_map: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         labels = tv_tensors.Mask(self.read_labels(image, label_map))
-        pixels = self.read_image(image, do_convert_rgb=True)
+        pixels = pil_to_rgb(image)
         pixels = tvF.rgb_to_grayscale(pixels) if self.is_grey else pixels
         pixels, labels = self.transform(tv_tensors.Image(pixels), labels)
         return pixels.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)

@@ -26,7 +26,9 @@ class InferenceArguments:
         default="whole", metadata={"help": "Whole images, or overlapping windows whose logits are averaged."}
     )
     window_size: int = field(default=512, metadata={"help": "Side of a window in pixels of the resized image."})
-    window_stride: int = field(default=341, metadata={"help": "Pixels from one window to the next."})
+    window_stride: int | None = field(
+        default=None, metadata={"help": "Pixels from one window to the next; by default two thirds of a window."}
+    )
     test_flip: bool = field(default=False, metadata={"help": "Average with what the mirrored image gives."})
     test_scales: list[float | int] = field(
         default_factory=lambda: [1.0], metadata={"help": "Average over these multiples of the test size."}
@@ -149,7 +151,7 @@ def check_inference(processor: LocAtViTImageProcessor, arguments: InferenceArgum
         raise ValueError(
             "The image processor crops: segmentation needs one from `from_model_config(segmentation=True)`."
         )
-    if arguments.inference == "sliding" and (window % divisor or not 0 < stride <= window):
+    if arguments.inference == "sliding" and (window % divisor or not (stride is None or 0 < stride <= window)):
         raise ValueError(
             f"For this model window_size must be a multiple of {divisor} pixels and window_stride at most as large; "
             f"got {window} and {stride}."
@@ -169,10 +171,11 @@ def _logits(
     if arguments.inference == "whole":
         return model(pixel_values=pixels).logits.float()
     window, divisor = arguments.window_size, processor.size_divisor
+    stride = arguments.window_stride or max(window * 2 // 3, 1)
     (height, width), cell = pixels.shape[-2:], processor.output_stride
     total = count = None
-    for top in _window_starts(height, window, arguments.window_stride, divisor):
-        for left in _window_starts(width, window, arguments.window_stride, divisor):
+    for top in _window_starts(height, window, stride, divisor):
+        for left in _window_starts(width, window, stride, divisor):
             logits = model(pixel_values=pixels[..., top : top + window, left : left + window]).logits.float()
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], -(-height // cell[0]), -(-width // cell[1]))
