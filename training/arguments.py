@@ -42,6 +42,9 @@ class DataArguments:
         default="train", metadata={"help": "Name of the split, or its files in the dataset: train-{000..099}.tar"}
     )
     validation_split: str = "validation"
+    validation_share: float | int | None = field(
+        default=None, metadata={"help": "Share of the training split to validate on, instead of a validation split."}
+    )
     image_column: str = field(
         default="image", metadata={"help": "Column of the images; in tar shards an extension: jpg"}
     )

@@ -1,12 +1,15 @@
 """Which images make up which weight update, and the randomness that belongs to each image."""
 
 import contextlib
+import itertools
 import random
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
+
+from .streaming import ForwardReader
 
 
 class UpdateSampler(Sampler[list[tuple[int, ...]]]):
@@ -75,6 +78,37 @@ class UpdateSampler(Sampler[list[tuple[int, ...]]]):
         """What `TrainingSamples` is asked for at a position of an epoch."""
         number, repetition = divmod(int(position), self.repeats)
         return (epoch, int(order[number])) if self.repeats == 1 else (epoch, int(order[number]), repetition)
+
+
+class StreamSampler(UpdateSampler):
+    """As `UpdateSampler`, for rows that are read forward: a batch comes in parts, one for each worker in turn.
+
+    A worker always gets the images of its own streams, so that no other has to read them. `parts` says where in their
+    batch the images of every part stand, for each accumulation step.
+
+    reader: draws the order of an epoch; the number of its streams divides the images of an update.
+    num_parts: data-loading workers, at least 1.
+    """
+
+    def __init__(self, reader: ForwardReader, num_parts: int, *arguments, **options):
+        super().__init__(len(reader.split), *arguments, **options)
+        self.reader, streams = reader, reader.num_streams
+        updates_positions = np.arange(self.batch_size)[self.process_index :: self.num_processes]
+        self.parts = []
+        for positions in np.split(updates_positions, self.accumulation_steps):
+            owner = positions // self.repeats % streams // self.num_processes % num_parts
+            self.parts.append([np.flatnonzero(owner == part) for part in range(num_parts)])
+
+    def __len__(self) -> int:
+        return super().__len__() * len(self.parts[0])
+
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        for keys, parts in zip(super().__iter__(), itertools.cycle(self.parts), strict=False):
+            yield from ([keys[place] for place in part] for part in parts)
+
+    def order(self, epoch: int) -> np.ndarray:
+        used = self.num_samples // self.batch_size * self.batch_size
+        return self.reader.order(epoch, used // self.reader.num_streams)
 
 
 @contextlib.contextmanager

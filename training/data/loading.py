@@ -1,6 +1,8 @@
-"""From the name of a data set to its two splits and the names of its classes."""
+"""From the name of a data set to its splits and the names of its classes."""
 
 import json
+import re
+import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,12 +10,18 @@ import datasets
 
 from training.arguments import DataArguments
 
+from .streaming import StreamedRows, open_shards
+
+FILE_FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".tar.gz": "webdataset", ".tgz": "webdataset"}
+
+Split = datasets.Dataset | StreamedRows
+
 
 class Splits(NamedTuple):
     """train, validation: with the image and the label column. label_names: in the order of the label ids, if known."""
 
-    train: datasets.Dataset
-    validation: datasets.Dataset
+    train: Split
+    validation: Split
     label_names: list[str] | None
 
 
@@ -21,53 +29,124 @@ def load_splits(arguments: DataArguments, segmentation: bool = False) -> Splits:
     """Load both splits, check their columns and name their classes.
 
     segmentation: labels are images of class ids rather than one class each.
-    Raises ValueError for a data set, split or column that is not there, and for an empty split.
+    Raises ValueError for a data set, split, file or column that is not there, and for an empty split.
     """
-    if arguments.dataset is None:
-        raise ValueError("Name a data set with --dataset: a Hub name or a local folder.")
-    train, validation = (_load_split(arguments, split) for split in (arguments.train_split, arguments.validation_split))
-    for name, split, limit in (
-        (arguments.train_split, train, arguments.max_train_samples),
-        (arguments.validation_split, validation, arguments.max_validation_samples),
-    ):
-        if (limit if limit is not None else len(split)) < 1 or len(split) == 0:
-            raise ValueError(f"The split {name!r} of {arguments.dataset} is empty.")
-        for column in (arguments.image_column, arguments.label_column):
-            if column not in split.column_names:
-                raise ValueError(
-                    f"The split {name!r} of {arguments.dataset} has no column {column!r}, only "
-                    f"{', '.join(map(repr, split.column_names))}; see --image_column and --label_column."
-                )
-
-    def prepare(split: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-        split = split.select_columns([arguments.image_column, arguments.label_column])
-        for column in (arguments.image_column, *([arguments.label_column] if segmentation else [])):
-            if not isinstance(split.features[column], datasets.Image):
-                split = split.cast_column(column, datasets.Image())
-        return split.select(range(min(limit, len(split)))) if limit is not None else split
-
+    columns = [arguments.image_column, arguments.label_column]
+    images = columns if segmentation else columns[:1]
+    if arguments.validation_share is None:
+        train = load_split(arguments, arguments.train_split, columns, images, arguments.max_train_samples)
+        limit = arguments.max_validation_samples
+        validation = load_split(arguments, arguments.validation_split, columns, images, limit)
+    else:
+        train, validation = _divide(load_split(arguments, arguments.train_split, columns, images), arguments)
     label_names = _read_label_names(arguments)
-    train = prepare(train, arguments.max_train_samples)
-    validation = prepare(validation, arguments.max_validation_samples)
     if not segmentation:
         train, validation, label_names = _number_labels(train, validation, arguments.label_column, label_names)
     return Splits(train, validation, label_names)
 
 
-def _load_split(arguments: DataArguments, split: str) -> datasets.Dataset:
+def load_split(
+    arguments: DataArguments, split: str, columns: list[str], images: list[str], limit: int | None = None
+) -> Split:
+    """The columns of one split, checked; with `streaming`, rows that stay where they are until they are used.
+
+    split: name, or pattern of the files in the data set; patterns may hold ranges as {000..099}.
+    images: the columns that are images.
+    limit: keep the first rows only.
+    Raises ValueError for what is not there, and for an empty split.
+    """
+    rows = _load_split(arguments, split)
+    if len(rows) == 0 or (limit is not None and limit < 1):
+        raise ValueError(f"The split {split!r} of {arguments.dataset} is empty.")
+    for column in columns:
+        if column not in rows.column_names:
+            raise ValueError(
+                f"The split {split!r} of {arguments.dataset} has no column {column!r}, only "
+                f"{', '.join(map(repr, rows.column_names))}; see --image_column and --label_column."
+            )
+    if isinstance(rows, StreamedRows):
+        rows.features = datasets.Features(rows.features | dict.fromkeys(images, datasets.Image(decode=False)))
+        if limit is not None:
+            rows.limit(limit)
+        return rows
+    rows = rows.select_columns(columns)
+    for column in images:
+        if not isinstance(rows.features[column], datasets.Image):
+            rows = rows.cast_column(column, datasets.Image())
+    return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
+
+
+def _divide(whole: Split, arguments: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training and validation split of a data set without the second one, the same in every run."""
+    if isinstance(whole, StreamedRows):
+        raise ValueError("validation_share needs all of the data at hand: leave out --streaming.")
+    if not 1 <= arguments.validation_share * len(whole) < len(whole):
+        raise ValueError(f"validation_share={arguments.validation_share} leaves nothing of {len(whole)} images.")
+    parts = whole.train_test_split(test_size=float(arguments.validation_share), seed=0)
+    limits = arguments.max_train_samples, arguments.max_validation_samples
+    return tuple(
+        part.select(range(min(limit, len(part)))) if limit is not None else part
+        for part, limit in zip((parts["train"], parts["test"]), limits, strict=True)
+    )
+
+
+def _load_split(arguments: DataArguments, split: str) -> Split:
+    if arguments.dataset is None:
+        raise ValueError("Name a data set with --dataset: a Hub name or a local folder.")
     folder = Path(arguments.dataset)
-    if (folder / "dataset_dict.json").is_file():
+    if (folder / "dataset_dict.json").is_file():  # memory-mapped: rows stay where they are, streaming or not
         splits = datasets.load_from_disk(str(folder))
         if split not in splits:
             raise ValueError(f"{folder} has no split {split!r}, only {', '.join(map(repr, splits))}.")
         return splits[split]
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: name its folder, and the file as --train_split or --validation_split.")
     if not folder.exists() and arguments.dataset.startswith((".", "/", "~")):
         raise ValueError(f"There is no data set at {folder}.")
     try:
-        return datasets.load_dataset(arguments.dataset, arguments.dataset_config, split=split)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        builder, split = _create_builder(arguments, split)
+        if arguments.streaming:
+            return open_shards(builder, split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+    except (ValueError, OSError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"Cannot load the split {split!r} of {arguments.dataset}: {reason}.") from None
+
+
+def _create_builder(arguments: DataArguments, split: str) -> tuple[datasets.DatasetBuilder, str]:
+    """What reads the data set, and the name that the split has there."""
+    if "*" not in split and "{" not in split and not split.endswith(tuple(FILE_FORMATS)):
+        return datasets.load_dataset_builder(arguments.dataset, arguments.dataset_config), split
+    files = _expand_ranges(split)
+    if "://" not in arguments.dataset:
+        try:
+            return datasets.load_dataset_builder(
+                arguments.dataset, arguments.dataset_config, data_files={"files": files}
+            ), "files"
+        except FileNotFoundError:
+            raise ValueError(f"no file there matches {split!r}") from None
+    extension = next((e for e in FILE_FORMATS if split.endswith(e)), None)
+    if extension is None:
+        raise ValueError(f"{split!r} must end in one of {', '.join(FILE_FORMATS)}")
+    addresses = [f"{arguments.dataset.rstrip('/')}/{file}" for file in files]
+    return datasets.load_dataset_builder(FILE_FORMATS[extension], data_files={"files": addresses}), "files"
+
+
+def _expand_ranges(pattern: str) -> list[str]:
+    """`a-{08..10}.tar` as [`a-08.tar`, `a-09.tar`, `a-10.tar`]."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    if not numbers:
+        raise ValueError(f"the range {match[0]} is empty")
+    return [
+        file
+        for number in numbers
+        for file in _expand_ranges(pattern[: match.start()] + number + pattern[match.end() :])
+    ]
 
 
 def _read_label_names(arguments: DataArguments) -> list[str] | None:
@@ -81,24 +160,46 @@ def _read_label_names(arguments: DataArguments) -> list[str] | None:
 
 
 def _number_labels(
-    train: datasets.Dataset, validation: datasets.Dataset, column: str, label_names: list[str] | None
-) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
+    train: Split, validation: Split, column: str, label_names: list[str] | None
+) -> tuple[Split, Split, list[str]]:
     """Both splits with labels from 0 to the number of classes less one, and the names of these."""
     feature = train.features[column]
-    if not isinstance(feature, datasets.ClassLabel):
-        found = sorted(set(train.unique(column)))
-        if all(isinstance(label, str) for label in found):
-            label_names = label_names or found
-            feature = datasets.ClassLabel(names=label_names)
-            train, validation = train.cast_column(column, feature), validation.cast_column(column, feature)
-        else:
-            label_names = label_names or [str(label) for label in range(max(found) + 1)]
-    label_names = label_names or list(feature.names)
+    if label_names is None:
+        label_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else _find_names(train, column)
+    if isinstance(train, StreamedRows):
+        ids = {label: label for label in range(len(label_names))}
+        if not isinstance(feature, datasets.ClassLabel):
+            ids |= {name: label for label, name in enumerate(label_names)}
+        train.number_labels(column, ids)
+        validation.number_labels(column, ids)
+        return train, validation, label_names
+    numbered = []
     for name, split in (("training", train), ("validation", validation)):
         labels = split.unique(column)
+        if all(isinstance(label, str) for label in labels):
+            if unknown := sorted(set(labels) - set(label_names)):
+                raise ValueError(f"The {name} label {unknown[0]!r} is none of the {len(label_names)} classes.")
+            split, labels = split.cast_column(column, datasets.ClassLabel(names=label_names)), [0]
+        if not all(isinstance(label, int) for label in labels):
+            raise ValueError(f"The {name} labels must be numbers or names, but some are {_odd_one(labels)!r}.")
         if not 0 <= min(labels) <= max(labels) < len(label_names):
             raise ValueError(
                 f"The {name} labels run from {min(labels)} to {max(labels)}, outside the {len(label_names)} classes "
                 f"that are named."
             )
-    return train, validation, label_names
+        numbered.append(split)
+    return *numbered, label_names
+
+
+def _find_names(train: Split, column: str) -> list[str]:
+    """Names of the classes from all labels: these themselves in alphabetical order, or their numbers."""
+    found = train.unique(column)
+    if all(isinstance(label, str) for label in found):
+        return sorted(found)
+    if not all(isinstance(label, int) for label in found):
+        raise ValueError(f"The labels in {column!r} must be numbers or names, but some are {_odd_one(found)!r}.")
+    return [str(label) for label in range(max(found) + 1)]
+
+
+def _odd_one(labels: list) -> object:
+    return next(label for label in labels if not isinstance(label, int))

@@ -1,28 +1,66 @@
 """Data sets and loaders: augmented samples for training, untouched ones for evaluation."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from training.arguments import DataArguments, OptimizationArguments, RunArguments
+from training.arguments import DataArguments, OptimizationArguments, RunArguments, console
 
-from .batches import UpdateSampler, sample_randomness
+from .batches import StreamSampler, UpdateSampler, sample_randomness
+from .images import CorruptImageError, decode_image, name_of
+from .streaming import READ_AHEAD, ForwardReader, StreamedRows, num_streams
+
+MAX_SUBSTITUTES = 100
+"""Corrupt images in a row after which a run stops, whatever share of them it allows."""
+
+
+class IndexedReader:
+    """Rows of a split in memory or on disk, in any order, addressed by (epoch, index, …); images are encoded."""
+
+    def __init__(self, split: datasets.Dataset, columns: list[str], seed: int):
+        self.columns, self.seed, self.split = columns, seed, split.select_columns(list(dict.fromkeys(columns)))
+        for column in columns:
+            if isinstance(split.features[column], datasets.Image):
+                self.split = self.split.cast_column(column, datasets.Image(decode=False))
+
+    def read(self, keys: list[tuple[int, ...]]) -> list[tuple]:
+        """A whole batch at once, which `datasets` reads several times faster than row by row."""
+        rows = self.split[[key[1] for key in keys]]
+        return list(zip(*(rows[column] for column in self.columns), strict=True))
+
+    def substitute(self, key: tuple[int, ...], attempt: int) -> tuple[int, ...] | None:
+        """Another row, drawn anew for each attempt."""
+        epoch, index, *rest = key
+        drawn = np.random.default_rng([self.seed, epoch, index, attempt]).integers(len(self.split))
+        return (epoch, int(drawn), *rest)
 
 
 class TrainingSamples(Dataset):
     """Augmented samples, addressed by (epoch, index) or (epoch, index, repeat).
 
-    dataset: any `datasets.Dataset`.
+    A sample with an image that cannot be decoded is replaced by another one, which (seed, epoch, index) determine.
+
+    dataset: a split of `load_splits`.
+    columns: the image comes first, and is handed over in RGB; further images, such as label maps, as they are.
     transform: maps the values of `columns` to a tuple of tensors; may draw from Python's, NumPy's and torch's streams.
         Where it has a method `at_epoch(epoch)`, this gives the transform of that epoch.
     """
 
-    def __init__(self, dataset: datasets.Dataset, columns: list[str], transform: Callable[..., tuple], seed: int):
+    def __init__(
+        self, dataset: datasets.Dataset | StreamedRows, columns: list[str], transform: Callable[..., tuple], seed: int
+    ):
         self.dataset, self.columns, self.transform, self.seed = dataset, columns, transform, seed
+        self.is_image = [isinstance(dataset.features[column], datasets.Image) for column in columns]
+        if isinstance(dataset, StreamedRows):
+            self.reader = ForwardReader(dataset, columns, 1, READ_AHEAD, seed)
+        else:
+            self.reader = IndexedReader(dataset, columns, seed)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -31,32 +69,143 @@ class TrainingSamples(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[tuple[int, ...]]) -> list[tuple]:
-        """A whole batch at once, which `datasets` reads several times faster than image by image."""
-        rows = self.dataset[[index for _, index, *_ in keys]]
-        samples = []
-        for key, *values in zip(keys, *(rows[column] for column in self.columns), strict=True):
-            epoch, index, *_ = key
-            transform = self.transform.at_epoch(epoch) if hasattr(self.transform, "at_epoch") else self.transform
-            with sample_randomness(self.seed, *key):
+        return self.load(keys)[0]
+
+    def load(self, keys: list[tuple[int, ...]]) -> tuple[list[tuple], list[str]]:
+        """The samples of `keys`, and of each image that had to be replaced its name and what is wrong with it."""
+        samples, corrupt = [], []
+        for key, row in zip(keys, self.reader.read(keys), strict=True):
+            for attempt in range(1, MAX_SUBSTITUTES + 2):
                 try:
-                    samples.append(transform(*values))
-                except ValueError as error:
-                    raise ValueError(f"Training sample {index}: {error}") from None
-        return samples
+                    samples.append(self._augment(key, row))
+                    break
+                except CorruptImageError as error:
+                    corrupt.append(str(error))
+                other = self.reader.substitute(key, attempt) if attempt <= MAX_SUBSTITUTES else None
+                if other is None:
+                    raise ValueError(f"{attempt} images in a row cannot be decoded; the last is {corrupt[-1]}.")
+                row = self.reader.read([other])[0]
+        return samples, corrupt
+
+    def _augment(self, key: tuple[int, ...], row: tuple) -> tuple:
+        transform = self.transform.at_epoch(key[0]) if hasattr(self.transform, "at_epoch") else self.transform
+        values = _decode(row, self.is_image, f"training sample {key[1]}", rgb=True)
+        with sample_randomness(self.seed, *key):
+            try:
+                return transform(*values)
+            except ValueError as error:
+                raise ValueError(f"Training sample {key[1]}: {error}") from None
+            except (OSError, SyntaxError) as error:  # of pixels that are decoded where they are first used
+                name = name_of(row[self.is_image.index(True)], f"training sample {key[1]}")
+                raise CorruptImageError(f"{name} ({error})") from None
 
 
 class EvaluationSamples(Dataset):
-    """Rows as they are, each a tuple of the values of `columns`."""
+    """Rows as they are, each a tuple of the values of `columns`; those with a corrupt image are left out."""
 
-    def __init__(self, dataset: datasets.Dataset, columns: list[str]):
-        self.dataset, self.columns = dataset, columns
+    def __init__(self, reader: IndexedReader | ForwardReader, is_image: list[bool]):
+        self.reader, self.is_image = reader, is_image
+
+    def load(self, indices: list[int]) -> tuple[list[tuple], list[str]]:
+        """The rows, and of each image that was left out its name and what is wrong with it."""
+        rows, corrupt = [], []
+        for index, row in zip(indices, self.reader.read([(0, index) for index in indices]), strict=True):
+            try:
+                rows.append(_decode(row, self.is_image, f"evaluation sample {index}"))
+            except CorruptImageError as error:
+                corrupt.append(str(error))
+        return rows, corrupt
+
+
+class Part(NamedTuple):
+    """What a worker hands over: a batch, or a part of one, None where it is empty."""
+
+    batch: Any
+    num_images: int
+    corrupt: list[str]
+
+
+class _Parts(Dataset):
+    """Samples of a list of keys, collated where they were made."""
+
+    def __init__(self, samples: TrainingSamples | EvaluationSamples, collate: Callable[[list], Any]):
+        self.samples, self.collate = samples, collate
+
+    def __getitems__(self, keys: list) -> Part:
+        if not keys:
+            return Part(None, 0, [])
+        if hasattr(self.samples, "load"):
+            samples, corrupt = self.samples.load(keys)
+        else:
+            samples, corrupt = [self.samples[key] for key in keys], []
+        try:
+            return Part(self.collate(samples) if samples else None, len(keys), corrupt)
+        except ValueError as error:
+            raise ValueError(f"{self._culprit(keys, samples)}{error}") from None
+
+    def _culprit(self, keys: list, samples: list) -> str:
+        """Which sample cannot be collated, where it is due to one alone."""
+        for key, sample in zip(keys, samples, strict=False):
+            try:
+                self.collate([sample])
+            except ValueError:
+                return f"Sample {key}: "
+        return ""
+
+
+class ImageLoader:
+    """Batches of one process; counts and names the images that could not be decoded.
+
+    samples: what the keys of the sampler stand for; any data set that takes them, without the counting.
+    sampler: of lists of keys, one a batch or a part of a batch.
+    parts: where in their batch the samples of each part stand, for every batch of a cycle; None where batches are whole.
+    max_corrupt_share, share_of: of this number of images at least, that many may be corrupt before a ValueError.
+    """
+
+    def __init__(
+        self,
+        samples: TrainingSamples | EvaluationSamples,
+        sampler: Any,
+        collate: Callable[[list], Any],
+        num_workers: int,
+        max_corrupt_share: float,
+        share_of: float,
+        parts: list[list[np.ndarray]] | None = None,
+    ):
+        # A generator of its own: a loader without one draws from the global stream, which dropout also reads.
+        options = {"num_workers": num_workers, "generator": torch.Generator(), "pin_memory": torch.cuda.is_available()}
+        if num_workers:
+            options["worker_init_fn"] = _use_one_thread
+        self.loader = DataLoader(_Parts(samples, collate), batch_sampler=sampler, collate_fn=_as_it_is, **options)
+        self.parts, self.max_corrupt_share, self.share_of = parts, max_corrupt_share, share_of
+        self.num_images, self.num_corrupt, self.corrupt_images = 0, 0, {}
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.loader) // (len(self.parts[0]) if self.parts is not None else 1)
 
-    def __getitems__(self, indices: list[int]) -> list[tuple]:
-        rows = self.dataset[indices]
-        return list(zip(*(rows[column] for column in self.columns), strict=True))
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)
+        for number in range(len(self)):
+            if self.parts is None:
+                batch = self._account(next(batches))
+            else:
+                places = self.parts[number % len(self.parts)]
+                batch = _join([(self._account(next(batches)), place) for place in places])
+            if batch is not None:
+                yield batch
+
+    def _account(self, part: Part) -> Any:
+        self.num_images, self.num_corrupt = self.num_images + part.num_images, self.num_corrupt + len(part.corrupt)
+        for description in part.corrupt:
+            if description not in self.corrupt_images:
+                console.print(f"Skipped a corrupt image: {description}", markup=False, style="yellow")
+            self.corrupt_images[description] = self.corrupt_images.get(description, 0) + 1
+        if self.num_corrupt > self.max_corrupt_share * max(self.num_images, self.share_of):
+            raise ValueError(
+                f"{self.num_corrupt} of {self.num_images} images cannot be decoded, more than the share "
+                f"{self.max_corrupt_share} that max_corrupt_share allows; the last is {description}."
+            )
+        return part.batch
 
 
 def create_training_loader(
@@ -66,42 +215,97 @@ def create_training_loader(
     start: int,
     stop: int,
     collate: Callable[[list[tuple]], Any] | None = None,
-) -> Iterable[Any]:
+) -> ImageLoader:
     """This process's batches of the updates from `start` until before `stop`, one an accumulation step.
 
+    samples: or any other data set that is addressed by (epoch, index).
     collate: makes a batch of a list of samples; by default tensors are stacked.
     """
-    sampler = UpdateSampler(
-        len(samples),
-        arguments.batch_size,
-        arguments.seed,
-        start,
-        stop,
-        accumulation_steps=arguments.gradient_accumulation_steps,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        repeats=getattr(arguments, "repeated_augmentation", 1),
-    )
-    return DataLoader(samples, batch_sampler=sampler, collate_fn=collate, **_worker_options(arguments.num_workers))
+    options = {
+        "batch_size": arguments.batch_size,
+        "seed": arguments.seed,
+        "start": start,
+        "stop": stop,
+        "accumulation_steps": arguments.gradient_accumulation_steps,
+        "process_index": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "repeats": getattr(arguments, "repeated_augmentation", 1),
+    }
+    parts = None
+    if isinstance(getattr(samples, "dataset", None), StreamedRows):
+        split = samples.dataset
+        images = arguments.batch_size // options["repeats"]
+        streams = num_streams(images, arguments.parallel_shards, len(split.lengths))
+        window = max(arguments.shuffle_buffer // streams, READ_AHEAD)
+        samples.reader = ForwardReader(split, samples.columns, streams, window, samples.seed)
+        # Batches of an unknown kind cannot be joined: whole ones go to the workers in turn, and all read every stream.
+        sampler = StreamSampler(samples.reader, max(arguments.num_workers, 1) if collate is None else 1, **options)
+        parts = sampler.parts if collate is None else None
+    else:
+        sampler = UpdateSampler(len(samples), **options)
+    share_of = len(samples) / accelerator.num_processes
+    collate = collate or default_collate
+    return ImageLoader(samples, sampler, collate, arguments.num_workers, arguments.max_corrupt_share, share_of, parts)
 
 
 def create_evaluation_loader(
-    dataset: datasets.Dataset,
+    dataset: datasets.Dataset | StreamedRows,
     columns: list[str],
     collate: Callable[[list[tuple]], Any],
     arguments: DataArguments | RunArguments,
     accelerator: Accelerator,
-) -> DataLoader:
-    """This process's share of a split, in order, no sample twice; `collate` gets a list of rows (image, label)."""
-    samples = EvaluationSamples(dataset.shard(accelerator.num_processes, accelerator.process_index), columns)
-    options = _worker_options(arguments.num_workers)
-    return DataLoader(samples, batch_size=arguments.eval_batch_size, collate_fn=collate, **options)
+) -> ImageLoader:
+    """This process's share of a split, no sample twice; `collate` gets a list of rows (image, label)."""
+    is_image = [isinstance(dataset.features[column], datasets.Image) for column in columns]
+    rank, processes, size = accelerator.process_index, accelerator.num_processes, arguments.eval_batch_size
+    if isinstance(dataset, StreamedRows):
+        # Every worker reads a stream of its own; batches are dealt out to the workers in turn, some of them empty.
+        workers = max(arguments.num_workers, 1)
+        reader = ForwardReader(dataset, columns, processes * workers, READ_AHEAD, seed=None)
+        streams = list(pairwise(reader.bounds))[rank * workers : (rank + 1) * workers]
+        longest = max(stop - first for first, stop in streams)
+        batches = [
+            list(range(first + done, min(first + done + size, stop)))
+            for done in range(0, longest, size)
+            for first, stop in streams
+        ]
+    else:
+        reader = IndexedReader(dataset, columns, seed=0)
+        mine = list(range(rank, len(dataset), processes))
+        batches = [mine[done : done + size] for done in range(0, len(mine), size)]
+    samples = EvaluationSamples(reader, is_image)
+    share_of = len(dataset) / processes
+    return ImageLoader(samples, batches, collate, arguments.num_workers, arguments.max_corrupt_share, share_of)
 
 
-def _worker_options(num_workers: int) -> dict[str, Any]:
-    # A generator of its own: a loader without one draws from the global stream, which dropout also reads.
-    options = {"num_workers": num_workers, "generator": torch.Generator(), "pin_memory": torch.cuda.is_available()}
-    return {**options, "worker_init_fn": _use_one_thread} if num_workers else options
+def _decode(row: tuple, is_image: list[bool], name: str, rgb: bool = False) -> tuple:
+    values = []
+    for position, (value, image) in enumerate(zip(row, is_image, strict=True)):
+        try:
+            values.append(decode_image(value, rgb and position == 0) if image else value)
+        except CorruptImageError as error:
+            raise CorruptImageError(f"{name_of(value, name)} ({error})") from None
+    return tuple(values)
+
+
+def _join(parts: list[tuple[Any, np.ndarray]]) -> Any:
+    """One batch of parts, with the places of their samples in it."""
+    parts = [(batch, places) for batch, places in parts if batch is not None]
+    if len(parts) < 2:
+        return parts[0][0] if parts else None
+    first = parts[0][0]
+    if isinstance(first, torch.Tensor):
+        joined = first.new_empty(sum(len(places) for _, places in parts), *first.shape[1:])
+        for batch, places in parts:
+            joined[torch.from_numpy(places)] = batch
+        return joined
+    if isinstance(first, dict):
+        return {name: _join([(batch[name], places) for batch, places in parts]) for name in first}
+    return [_join([(batch[entry], places) for batch, places in parts]) for entry in range(len(first))]
+
+
+def _as_it_is(part: Part) -> Part:
+    return part
 
 
 def _use_one_thread(worker: int) -> None:
