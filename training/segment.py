@@ -100,9 +100,12 @@ def build_config(arguments: SegmentArguments, label_names: list[str] | None) -> 
         raise ValueError(
             f"{arguments.pretrained} is a {source.model_type}, which is none of the families of this package."
         )
-    unknown = sorted(set(arguments.model) - {f.name for f in fields(source)} - {"num_labels"})
-    if unknown:
-        raise ValueError(f"A {source.model_type} configuration has no field {unknown[0]!r}.")
+    for name, given, known in (
+        (f"A {source.model_type}", arguments.model, {f.name for f in fields(source)} | {"num_labels"}),
+        ("A UPerNet", arguments.upernet, {f.name for f in fields(transformers.UperNetConfig)}),
+    ):
+        if unknown := sorted(set(given) - known):
+            raise ValueError(f"{name} configuration has no field {unknown[0]!r}.")
     num_labels = arguments.model.get("num_labels", len(label_names))
     if num_labels != len(label_names):
         raise ValueError(f"model.num_labels is {num_labels}, but the data has {len(label_names)} classes.")
