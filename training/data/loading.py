@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import PIL.Image
 
 from training.arguments import DataArguments
 
@@ -55,7 +56,8 @@ def load_split(
     limit: keep the first rows only.
     Raises ValueError for what is not there, and for an empty split.
     """
-    rows = _load_split(arguments, split)
+    paired = _pair_folders(arguments, split, columns) if images == columns else None
+    rows = paired if paired is not None else _load_split(arguments, split)
     if len(rows) == 0 or (limit is not None and limit < 1):
         raise ValueError(f"The split {split!r} of {arguments.dataset} is empty.")
     for column in columns:
@@ -74,6 +76,35 @@ def load_split(
         if not isinstance(rows.features[column], datasets.Image):
             rows = rows.cast_column(column, datasets.Image())
     return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
+
+
+def _pair_folders(arguments: DataArguments, split: str, columns: list[str]) -> datasets.Dataset | None:
+    """Images beside label maps of the same name, where the data set is folders with the names of the columns.
+
+    They stand in SPLIT/COLUMN or COLUMN/SPLIT. They stand in COLUMN where the split is a text file that lists names line
+    by line, and where `validation_share` divides the only split.
+    Returns None for any other data set. Raises ValueError for an image without a map and for a map without an image.
+    """
+    root = Path(arguments.dataset or "")
+    listed = (root / split).is_file() and split.endswith(".txt")
+    layouts = [] if listed else ["{split}/{column}", "{column}/{split}"]
+    for layout in [*layouts, *(["{column}"] if listed or arguments.validation_share is not None else [])]:
+        folders = [root / layout.format(split=split, column=column) for column in columns]
+        if all(folder.is_dir() for folder in folders):
+            break
+    else:
+        return None
+    extensions = set(PIL.Image.registered_extensions())
+    files = [
+        {str(p.relative_to(f).with_suffix("")): str(p) for p in f.rglob("*") if p.suffix.lower() in extensions}
+        for f in folders
+    ]
+    names = (root / split).read_text(encoding="utf-8").split() if listed else sorted(set().union(*files))
+    for folder, found in zip(folders, files, strict=True):
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(f"{folder} has no file {missing[0]!r} (of {len(missing)} that are missing there).")
+    rows = {column: [found[name] for name in names] for column, found in zip(columns, files, strict=True)}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(dict.fromkeys(columns, datasets.Image())))
 
 
 def _divide(whole: Split, arguments: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
