@@ -81,8 +81,8 @@ def load_split(
 def _pair_folders(arguments: DataArguments, split: str, columns: list[str]) -> datasets.Dataset | None:
     """Images beside label maps of the same name, where the data set is folders with the names of the columns.
 
-    They stand in SPLIT/COLUMN or COLUMN/SPLIT. They stand in COLUMN where the split is a text file that lists names line
-    by line, and where `validation_share` divides the only split.
+    They stand in SPLIT/COLUMN or COLUMN/SPLIT; or in COLUMN, where the split is a text file that lists names line by
+    line, or where `validation_share` divides the only split.
     Returns None for any other data set. Raises ValueError for an image without a map and for a map without an image.
     """
     root = Path(arguments.dataset or "")
