@@ -160,7 +160,7 @@ def fused_attention_forward(
 
 
 # Attention logits that are held at a time; fewer logits than the second number are quicker written out at once.
-BLOCK_LOGITS = 2**20
+BLOCK_LOGITS = 2**19
 FEWEST_BLOCKWISE_LOGITS = 2**16
 
 

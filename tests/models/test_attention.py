@@ -57,6 +57,25 @@ def test_values_and_gradients_are_those_of_the_formula(blocks_of, batch, heads, 
         torch.testing.assert_close(blockwise, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [-1e3, 1e3])
+def test_logits_beyond_the_range_of_exponentials(blocks_of, shift, dtype):
+    """Where no exponential of a query's logits is a number, or none is above zero."""
+    blocks_of(200)
+    (query, key, value), module = inputs(2, 2, (3, 4), 1, 8, dtype)
+    with torch.no_grad():
+        query[:, ::3, :, 0], key[..., 0] = shift, 1.0
+    results = []
+    for attend in (sdpa_attention_forward, eager_attention_forward):
+        states = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        output, _ = attend(nn.Identity(), *states, None, 1.0, gaussian=module(query.transpose(1, 2), (3, 4), 1))
+        results.append([output, *torch.autograd.grad(output.square().sum(), [query, key, value])])
+    for blockwise, expected in zip(*results, strict=True):
+        assert blockwise.isfinite().all()
+        tolerance = 1e-3 if dtype == torch.float32 else 1e-9
+        torch.testing.assert_close(blockwise, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_gradcheck(blocks_of):
     blocks_of(30)
     (query, key, value), module = inputs(1, 2, (2, 3), 1, 4)
@@ -87,4 +106,5 @@ def test_it_is_chosen_where_it_pays_and_leaves_the_model_as_it_is():
         torch.testing.assert_close(blockwise, expected, rtol=1e-4, atol=1e-6)
     assert attention_locat.runs_blockwise(torch.empty(1, 3, 197, 64))
     assert not attention_locat.runs_blockwise(torch.empty(1, 3, 50, 64))
+    assert attention_locat.runs_blockwise(torch.empty(16, 3, 50, 64))
     assert not attention_locat.runs_blockwise(torch.empty(1, 3, 197, 64, dtype=torch.bfloat16))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from locatvit_hf.locat import LocAtGaussian, refine
 
@@ -62,6 +63,14 @@ def test_bias_is_the_papers_formula(native_grid, grid, num_prefix_tokens):
     rows, columns = gaussian.factors()
     assert rows.shape == (1, 2, grid[0], grid[0] * grid[1])
     assert columns.shape == (1, 2, grid[1], grid[0] * grid[1])
+
+
+def test_factors_and_their_products_are_never_subnormal():
+    module = LocAtGaussian(4, (40, 40))
+    nn.init.constant_(module.variance.bias, -20.0)  # the narrowest Gaussian
+    rows, columns = module(torch.randn(1, 1, 1600, 4), (40, 40)).factors()
+    smallest = (rows[:, :, :, None] * columns[:, :, None]).min()
+    assert 0 < torch.finfo(torch.float32).tiny < smallest < 1e-30
 
 
 @pytest.mark.parametrize(
