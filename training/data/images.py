@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from datasets.utils.file_utils import is_local_path, xopen
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as tvF
 
 from locatvit_hf.image_processing_locatvit import pil_to_rgb
@@ -32,6 +32,8 @@ def decode_image(entry: Any, rgb: bool = False) -> Image.Image:
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
         return to_rgb(image) if rgb else image
+    except UnidentifiedImageError:
+        raise CorruptImageError("no image file of a known format") from None
     except Exception as error:  # the decoders of Pillow raise errors of a dozen kinds
         raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from None
 

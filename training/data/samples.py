@@ -118,7 +118,7 @@ class EvaluationSamples(Dataset):
 
 
 class Part(NamedTuple):
-    """What a worker hands over: a batch, or a part of one, None where it is empty."""
+    """What a worker hands over: a batch or a part of one, None where it is empty, and what it tried to decode."""
 
     batch: Any
     num_images: int
@@ -139,7 +139,7 @@ class _Parts(Dataset):
         else:
             samples, corrupt = [self.samples[key] for key in keys], []
         try:
-            return Part(self.collate(samples) if samples else None, len(keys), corrupt)
+            return Part(self.collate(samples) if samples else None, len(samples) + len(corrupt), corrupt)
         except ValueError as error:
             raise ValueError(f"{self._culprit(keys, samples)}{error}") from None
 
@@ -158,7 +158,7 @@ class ImageLoader:
 
     samples: what the keys of the sampler stand for; any data set that takes them, without the counting.
     sampler: of lists of keys, one a batch or a part of a batch.
-    parts: where in their batch the samples of each part stand, for every batch of a cycle; None where batches are whole.
+    parts: where in their batch the samples of each part stand, for every batch of a cycle; None for whole batches.
     max_corrupt_share, share_of: of this number of images at least, that many may be corrupt before a ValueError.
     """
 

@@ -1,12 +1,12 @@
 """Shards that are only read forward, in an order that depends on nothing but (seed, epoch).
 
-`datasets` shuffles a stream with a buffer whose content is lost when a run stops. Here nothing needs to be kept: how many
-rows every shard holds is found out first, so the place of every image in every epoch is arithmetic.
+`datasets` shuffles a stream with a buffer whose content is lost when a run stops. Here nothing needs to be kept: how
+many rows every shard holds is found out first, so the place of every image in every epoch is arithmetic.
 
-An epoch lays the shards behind each other in a drawn order, cuts this sequence into equal streams, and mixes each stream
-in windows: a window is read, and its rows are used in a drawn order. Image number p of the epoch comes from stream
-p modulo their number. As that number divides the batch, each process and each of its workers has streams of its own,
-and no image is read twice.
+An epoch lays the shards behind each other in a drawn order, cuts this sequence into equal streams, and mixes each
+stream in windows: a window is read, and its rows are used in a drawn order. Image number p of the epoch comes from
+stream p modulo their number. As that number divides the batch, each process and each of its workers has streams of
+its own. No image is read twice, except where two streams share a shard: the second one skips its first part.
 
 Resuming costs, for every stream, reading from the start of one shard to the place of interruption, without decoding:
 one row group of a parquet file, or one tar file.

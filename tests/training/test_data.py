@@ -1,0 +1,281 @@
+"""Reading images: the same ones in the same order, whoever reads them, however often they were interrupted."""
+
+import io
+import pickle
+import tarfile
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from locatvit_hf import LocAtViTImageProcessor
+from training.arguments import build_arguments
+from training.data import TrainingSamples, create_evaluation_loader, create_training_loader, load_splits
+from training.data.images import decode_image
+from training.data.streaming import ForwardReader
+from training.pretrain import PretrainArguments
+
+NUM_IMAGES = 48
+ONE_PROCESS = SimpleNamespace(process_index=0, num_processes=1)
+
+
+def encoded(number: int, format: str = "PNG") -> bytes:
+    """An image of which every pixel says which one it is."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 0, 0)).save(file, format)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """48 images in uneven shards: 3 parquet files in row groups of 5, and 6 tar files; the label is the number mod 3."""
+    parquet, tar = tmp_path_factory.mktemp("parquet"), tmp_path_factory.mktemp("tar")
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b", "c"])})
+    bounds = [0, 11, 30, NUM_IMAGES]
+    for shard, (first, stop) in enumerate(pairwise(bounds)):
+        rows = [{"image": {"bytes": encoded(i), "path": f"{i}.png"}, "label": i % 3} for i in range(first, stop)]
+        Dataset.from_list(rows, features=features).to_parquet(parquet / f"train-{shard}.parquet", batch_size=5)
+    for split in ("train", "validation"):
+        bounds = [0, 5, 15, 22, 30, 41, NUM_IMAGES]
+        for shard, (first, stop) in enumerate(pairwise(bounds)):
+            write_tar(tar / f"{split}-{shard:03d}.tar", range(first, stop))
+    Dataset.from_list(rows[:7], features=features).to_parquet(parquet / "validation-0.parquet")
+    return {"parquet": parquet, "tar": tar}
+
+
+def write_tar(path: Path, numbers, **members: bytes) -> None:
+    with tarfile.open(path, "w") as archive:
+        for number in numbers:
+            for extension, content in {"png": encoded(number), "cls": str(number % 3).encode(), **members}.items():
+                entry = tarfile.TarInfo(f"{number:04d}.{extension}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+
+
+def arguments_for(folder: Path, **changes):
+    columns = {"image_column": "png", "label_column": "cls"} if "tar" in folder.name else {}
+    small = {"batch_size": 12, "shuffle_buffer": 8, "streaming": True, "seed": 5, "eval_batch_size": 4}
+    return build_arguments(PretrainArguments, {"dataset": str(folder), **columns, **small, **changes})
+
+
+def columns_of(arguments) -> list[str]:
+    return [arguments.image_column, arguments.label_column]
+
+
+def number_of(image: Image.Image, label: int) -> tuple[torch.Tensor, int]:
+    """Which image it is, and a random number: what the updates are compared by."""
+    return torch.tensor([image.getpixel((0, 0))[0], np.random.randint(1000)]), label
+
+
+def read_updates(folder: Path, processes: int = 1, start: int = 0, stop: int = 8, **changes) -> np.ndarray:
+    """(updates, images of an update, 2): number of the image and random draw, as all processes together read them."""
+    arguments = arguments_for(folder, **changes)
+    shares = []
+    for rank in range(processes):
+        splits = load_splits(arguments)
+        samples = TrainingSamples(splits.train, columns_of(arguments), number_of, arguments.seed)
+        accelerator = SimpleNamespace(process_index=rank, num_processes=processes)
+        loader = create_training_loader(samples, arguments, accelerator, start, stop)
+        batches = list(loader)
+        assert len(batches) == len(loader) == (stop - start) * arguments.gradient_accumulation_steps
+        assert all((batch[0, 0] % 3 == label[0]).all() for batch, label in batches)
+        shares.append(torch.stack([batch for batch, _ in batches]).reshape(stop - start, -1, 2))
+    return torch.stack(shares, dim=2).reshape(stop - start, -1, 2).numpy()
+
+
+@pytest.fixture(scope="module", params=["parquet", "tar"])
+def folder(request, folders) -> Path:
+    return folders[request.param]
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> np.ndarray:
+    return read_updates(folder)
+
+
+def test_an_epoch_holds_every_image_once_in_an_order_of_its_own(whole):
+    epochs = whole[:, :, 0].reshape(2, NUM_IMAGES)
+    assert all(sorted(epoch) == list(range(NUM_IMAGES)) for epoch in epochs)
+    assert (epochs[0] != epochs[1]).mean() > 0.8
+    assert len(set(whole[:, :, 1].ravel())) > NUM_IMAGES
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"processes": 2},
+        {"processes": 3, "gradient_accumulation_steps": 2},
+        {"num_workers": 2},
+        {"processes": 2, "num_workers": 3, "gradient_accumulation_steps": 3},
+    ],
+)
+def test_streamed_updates_are_the_same_however_they_are_split(folder, whole, split):
+    assert np.array_equal(read_updates(folder, **split), whole)
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 6])
+def test_streaming_goes_on_where_it_stopped(folder, whole, start):
+    assert np.array_equal(read_updates(folder, processes=2, start=start), whole[start:])
+
+
+def test_no_process_and_no_worker_reads_the_images_of_another(folder, monkeypatch):
+    """Two processes with two workers each, played by four readers."""
+    arguments = arguments_for(folder, num_workers=2)
+    split, rows, read = load_splits(arguments).train, ForwardReader._rows, []
+
+    def note(*places):
+        for row in rows(*places):
+            read.append(decode_image(row[0]).getpixel((0, 0))[0])
+            yield row
+
+    monkeypatch.setattr(ForwardReader, "_rows", note)
+    for rank in range(2):
+        samples = TrainingSamples(split, columns_of(arguments), number_of, arguments.seed)
+        accelerator = SimpleNamespace(process_index=rank, num_processes=2)
+        keys = list(create_training_loader(samples, arguments, accelerator, 0, 4).loader.batch_sampler)
+        for worker in range(2):
+            reader = pickle.loads(pickle.dumps(samples.reader))  # as a worker gets it
+            for batch in keys[worker::2]:
+                reader.read(batch)
+    assert sorted(read) == list(range(NUM_IMAGES))
+
+
+def test_streaming_changes_the_order_alone(folders):
+    """The augmentation of an image depends on seed, epoch and index, however it is read."""
+    drawn = []
+    for streaming in (True, False):
+        arguments = arguments_for(folders["parquet"], streaming=streaming)
+        samples = TrainingSamples(load_splits(arguments).train, columns_of(arguments), number_of, arguments.seed)
+        drawn.append([samples[1, index][0].tolist() for index in range(NUM_IMAGES)])
+    assert drawn[0] == drawn[1]
+
+
+def test_reading_goes_on_when_updates_skip_whole_windows(folders):
+    """A worker that gets every third batch of a program's own collation passes over windows, forward only."""
+    arguments = arguments_for(folders["tar"], num_workers=3)
+    splits = load_splits(arguments)
+    samples = TrainingSamples(splits.train, columns_of(arguments), number_of, arguments.seed)
+    loader = create_training_loader(samples, arguments, ONE_PROCESS, 0, 8, lambda rows: [row[0] for row in rows])
+    assert np.array_equal(np.stack([torch.stack(batch) for batch in loader]), read_updates(folders["tar"]))
+
+
+CORRUPT = {7: b"no image at all", 20: encoded(20)[:45], 33: b""}
+
+
+def corrupt_folder(folder: Path, corrupt: dict[int, bytes]) -> Path:
+    rows = [
+        {"image": {"bytes": corrupt.get(i, encoded(i)), "path": f"{i}.png"}, "label": i % 3} for i in range(NUM_IMAGES)
+    ]
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b", "c"])})
+    for split in ("train", "validation"):
+        Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}-0.parquet", batch_size=5)
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_corrupt_images_are_replaced_counted_and_named(tmp_path, capsys, streaming):
+    folder = corrupt_folder(tmp_path, CORRUPT)
+    options = {"streaming": streaming, "max_corrupt_share": 0.3}
+    updates = read_updates(folder, **options)
+    assert updates.shape == (8, 12, 2) and not set(CORRUPT) & set(updates[:, :, 0].ravel())
+    assert np.array_equal(read_updates(folder, processes=2, **options, num_workers=2), updates)
+
+    arguments = arguments_for(folder, **options)
+    samples = TrainingSamples(load_splits(arguments).train, columns_of(arguments), number_of, arguments.seed)
+    capsys.readouterr()
+    loader = create_training_loader(samples, arguments, ONE_PROCESS, 0, 8)
+    assert len(list(loader)) == 8
+    assert loader.num_corrupt >= 6 and loader.num_images == 96 + loader.num_corrupt  # each of them once an epoch
+    assert sorted(name.split(" ")[0] for name in loader.corrupt_images) == ["20.png", "33.png", "7.png"]
+    assert capsys.readouterr().out.count("Skipped a corrupt image: 20.png") == 1
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_run_with_too_many_corrupt_images_stops(tmp_path, streaming):
+    folder = corrupt_folder(tmp_path, CORRUPT)
+    with pytest.raises(ValueError, match=r"images cannot be decoded, more than the share 0.01 .* is .*png") as caught:
+        read_updates(folder, streaming=streaming)
+    assert "\n" not in str(caught.value)
+    corrupt_folder(tmp_path, dict.fromkeys(range(NUM_IMAGES), b"x"))
+    with pytest.raises(ValueError, match="images in a row cannot be decoded"):
+        read_updates(folder, streaming=streaming, max_corrupt_share=1.0)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 2)])
+def test_evaluation_sees_every_good_image_once(tmp_path, streaming, processes, workers):
+    folder = corrupt_folder(tmp_path, CORRUPT)
+    arguments = arguments_for(folder, streaming=streaming, num_workers=workers, max_corrupt_share=0.2)
+    seen = []
+    for rank in range(processes):
+        accelerator = SimpleNamespace(process_index=rank, num_processes=processes)
+        loader = create_evaluation_loader(
+            load_splits(arguments).validation, columns_of(arguments), list, arguments, accelerator
+        )
+        for _ in range(2):  # as evaluation does, again and again
+            rows = [row for batch in loader for row in batch]
+        assert all(label == image.getpixel((0, 0))[0] % 3 for image, label in rows)
+        seen += [image.getpixel((0, 0))[0] for image, _ in rows]
+    assert sorted(seen) == sorted(set(range(NUM_IMAGES)) - set(CORRUPT))
+
+
+def test_a_sample_that_does_not_fit_is_named(folders):
+    arguments = arguments_for(folders["parquet"])
+    splits = load_splits(arguments)
+
+    def refuse(image, label):
+        if image.getpixel((0, 0))[0] == 44:
+            raise ValueError("mask and image differ.")
+        return (label,)
+
+    samples = TrainingSamples(splits.train, columns_of(arguments), refuse, arguments.seed)
+    with pytest.raises(ValueError, match=r"^Training sample 44: mask and image differ\.$"):
+        samples[0, 44]
+    loader = create_evaluation_loader(
+        splits.train, columns_of(arguments), lambda rows: [refuse(*row) for row in rows], arguments, ONE_PROCESS
+    )
+    with pytest.raises(ValueError, match=r"^Sample 44: mask and image differ\.$"):
+        list(loader)
+
+
+MODES = {
+    "1": lambda ramp: ramp.convert("1"),
+    "L": lambda ramp: ramp,
+    "LA": lambda ramp: ramp.convert("LA"),
+    "P": lambda ramp: ramp.convert("RGB").convert("P"),
+    "RGBA": lambda ramp: Image.merge("RGBA", [ramp, ramp.rotate(90), ramp, ramp.rotate(180)]),
+    "CMYK": lambda ramp: Image.merge("CMYK", [ramp, ramp.rotate(90), ramp, ramp.rotate(180)]),
+    "I;16": lambda ramp: Image.fromarray(np.asarray(ramp).astype(np.uint16) * 257),
+    "RGB": lambda ramp: Image.merge("RGB", [ramp, ramp.rotate(90), ramp]),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_converted_as_the_image_processor_does(mode):
+    image = MODES[mode](Image.linear_gradient("L").resize((20, 20)))
+    assert image.mode == mode
+    file = io.BytesIO()
+    image.save(file, "JPEG" if mode in ("CMYK", "RGB") else "PNG")
+    decoded = decode_image({"bytes": file.getvalue(), "path": None}, rgb=True)
+    expected = LocAtViTImageProcessor().process_image(Image.open(file), do_convert_rgb=True)
+    assert decoded.mode == "RGB"
+    assert np.array_equal(np.asarray(decoded), expected.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("rgb", [True, False])
+def test_images_are_turned_as_their_orientation_says(rgb):
+    image, exif = Image.new("RGB", (20, 10)), Image.Exif()
+    image.paste((250, 250, 250), (0, 0, 5, 10))
+    exif[0x0112] = 6  # what is left in the file belongs to the top
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif, quality=95)
+    decoded = decode_image({"bytes": file.getvalue()}, rgb)
+    expected = ImageFeature().decode_example({"bytes": file.getvalue(), "path": None})
+    assert decoded.size == (10, 20) and decoded.getpixel((5, 2))[0] > 200 > decoded.getpixel((5, 17))[0]
+    assert np.array_equal(np.asarray(decoded), np.asarray(expected))
