@@ -1,6 +1,6 @@
 """Class maps of whole images from a segmentation model: at once or in windows, also mirrored and at several scales."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,13 +8,14 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
 from PIL import Image
-from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as tvF
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from locatvit_hf import LocAtViTImageProcessor
 from training.augmentation import LabelReader
 from training.metrics import compute_over_processes, load_metric
+from training.pictures import draw_batch
 
 
 @strict
@@ -56,7 +57,7 @@ class SegmentationCollator:
 def evaluate(
     model: PreTrainedModel,
     processor: LocAtViTImageProcessor,
-    loader: DataLoader,
+    loader: Iterable,
     accelerator: Accelerator,
     arguments: InferenceArguments | None = None,
 ) -> dict[str, Any]:
@@ -79,6 +80,27 @@ def evaluate(
     for name in ("per_category_iou", "per_category_accuracy"):
         result[name] = dict(zip(names, result[name], strict=True))
     return result
+
+
+@torch.inference_mode()
+def draw_examples(
+    model: PreTrainedModel,
+    processor: LocAtViTImageProcessor,
+    loader: Iterable,
+    arguments: InferenceArguments,
+    most: int = 4,
+) -> list[Image.Image]:
+    """The first images of a loader for `evaluate`, each under its labels and, beside that, under the prediction."""
+    images, labels = (entries[:most] for entries in next(iter(loader)))
+    images = [[pixels.to(model.device) for pixels in views] for views in images]
+    model.eval()
+    pictures = []
+    # Drawn at the size that the model sees.
+    for index, class_map in predict(model, processor, images, [views[0].shape[-2:] for views in images], arguments):
+        truth = tvF.resize_mask(labels[index][None], list(class_map.shape))[0]
+        batch = images[index][0].cpu().expand(2, -1, -1, -1), torch.stack([truth, class_map.cpu()])
+        pictures.append(draw_batch(batch, processor.image_mean, processor.image_std, model.config.id2label))
+    return pictures
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ accelerate launch training/segment.py --config training/recipes/segment/digits.y
 
 import sys
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoBackbone, AutoConfig, AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
@@ -23,7 +25,7 @@ from locatvit_hf.layers_locat import FamilyConfigMixin, FreezableBackboneMixin
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, console, describe, run_program
 from training.augmentation import IGNORE_INDEX, LabelReader, SegmentationAugmentation, SegmentationTransform
 from training.data import TrainingSamples, create_evaluation_loader, load_splits
-from training.inference import InferenceArguments, SegmentationCollator, evaluate
+from training.inference import InferenceArguments, SegmentationCollator, draw_examples, evaluate
 from training.loop import TrainingLoop, create_accelerator
 from training.optimization import create_optimizer
 
@@ -65,6 +67,9 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
 
     torch.manual_seed(arguments.seed)
     model = build_model(arguments, splits.label_names)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        # The few large crops of one process are too few for the means of a head's batch norms.
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     processor = build_processor(arguments, model.config)
     optimizer = create_optimizer(model, arguments)
     num_labels = model.config.num_labels
@@ -77,7 +82,12 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
         for images, labels in loop:
             loop.update(loop.model(pixel_values=images, labels=labels).loss)
             if loop.evaluation_due:
-                loop.record(evaluate(loop.evaluation_model, processor, validation, accelerator, arguments))
+                test = (loop.evaluation_model, processor, validation)
+                metrics = evaluate(*test, accelerator, arguments)
+                loop.record(metrics, examples=partial(draw_examples, *test, arguments))
+                loop.print(
+                    "IoU: " + ", ".join(f"{name} {iou:.3f}" for name, iou in metrics["per_category_iou"].items())
+                )
     return loop.finish(num_train_images=len(splits.train), num_validation_images=len(splits.validation))
 
 

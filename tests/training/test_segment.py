@@ -1,10 +1,18 @@
 """Heads, freezing and fine-tuning of `segment`, and what it says about mistakes."""
 
+import json
+import signal
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
+from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModelForSemanticSegmentation, UperNetForSemanticSegmentation, pipeline
 
 from locatvit_hf import (
     LocAtJumboConfig,
@@ -17,9 +25,13 @@ from locatvit_hf import (
     PaCaViTConfig,
     PaCaViTForImageClassification,
 )
+from tests.training.programs import run, start
 from training.arguments import build_arguments
+from training.checkpointing import list_checkpoints
+from training.data import load_splits
+from training.inference import InferenceArguments, SegmentationCollator, draw_examples, segment_image
 from training.optimization import create_optimizer
-from training.segment import SegmentArguments, build_model
+from training.segment import LabelReader, SegmentArguments, build_model, build_processor, main
 
 NAMES = ["background", "red", "green"]
 VIT = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -194,3 +206,127 @@ def test_a_batch_without_classes_costs_nothing(sources):
         loss.backward()
         assert loss.item() == 0.0
         assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+
+
+@pytest.fixture
+def settings(squares, sources, tmp_path) -> dict:
+    """A short fine-tuning of a LocAtViT that exercises everything random."""
+    return {
+        "dataset": str(squares),
+        "label_column": "segmentation",
+        "label_names": NAMES,
+        "pretrained": str(sources["locatvit"]),
+        "output_dir": str(tmp_path / "run"),
+        "freeze": False,
+        "layer_decay": 0.7,
+        "length": "6 steps",
+        "warmup": "2 steps",
+        "batch_size": 8,
+        "resize": 16,
+        "crop_size": 16,
+        "evaluate_every": "3 steps",
+        "log_every": 1,
+        **SMALL_HEAD,
+    }
+
+
+@pytest.mark.parametrize(("family", "head"), [("locatvit", "upernet"), ("pacavit", "paca")])
+def test_an_exported_head_answers_in_the_pipeline(settings, sources, capsys, family, head):
+    """The folder loads as the library's own class and says what the program's inference says."""
+    settings |= {"pretrained": str(sources[family]), "head": head, "resize": 32, "crop_size": 32}
+    results = main(build_arguments(SegmentArguments, settings))
+    assert list(results["metrics"]["per_category_iou"]) == NAMES
+    assert "IoU: background" in capsys.readouterr().out
+
+    folder = f"{settings['output_dir']}/model"
+    model = AutoModelForSemanticSegmentation.from_pretrained(folder)
+    assert type(model).__module__.startswith("transformers." if head == "upernet" else "locatvit_hf.")
+    assert isinstance(model, UperNetForSemanticSegmentation) == (head == "upernet")
+    image = load_splits(build_arguments(SegmentArguments, settings), segmentation=True).validation[0]["image"]
+    segmenter = pipeline("image-segmentation", folder)
+    found = segment_image(model.eval(), segmenter.image_processor, image)
+    masks = {entry["label"]: np.asarray(entry["mask"]) > 0 for entry in segmenter(image)}
+    assert masks.keys() == {NAMES[index] for index in found.unique()}
+    assert all((masks[NAMES[index]] == (found == index).numpy()).all() for index in found.unique())
+
+
+def save_maps(folder: Path, maps: list[np.ndarray], sizes: list[tuple[int, int]]) -> str:
+    """A data set of grey images of `sizes` (height, width) with these label maps, as both splits."""
+    features = Features({"image": ImageFeature(), "segmentation": ImageFeature()})
+    rows = [
+        {"image": Image.fromarray(np.full((*size, 3), 90, np.uint8)), "segmentation": Image.fromarray(label_map)}
+        for label_map, size in zip(maps, sizes, strict=True)
+    ]
+    split = Dataset.from_list(rows, features=features)
+    DatasetDict({"train": split, "validation": split}).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("label_map", "changes", "message"),
+    [
+        (np.zeros((16, 12), np.uint8), {}, "sample 0: the label map is 12 x 16 pixels, but its image 16 x 16"),
+        (np.full((16, 16), 3, np.uint8), {}, "sample 0: labels run from 3 to 3, outside the 3 classes"),
+        (np.zeros((16, 16, 3), np.uint8), {}, "sample 0: .*one class id a pixel.* RGB image"),
+        (np.zeros((16, 16), np.uint8), {"label_mapping": {0: 5}}, "from 5 to 5, outside the 3 classes"),
+        (np.zeros((16, 16), np.uint8), {"inference": "sliding", "window_size": 14}, "multiple of 4 pixels"),
+        (np.zeros((16, 16), np.uint8), {"label_names": None}, "does not name its classes"),
+    ],
+)
+def test_bad_maps_end_the_run_with_one_sentence(settings, tmp_path, label_map, changes, message):
+    settings |= {"dataset": save_maps(tmp_path / "maps", [label_map], [(16, 16)]), "batch_size": 1, **changes}
+    with pytest.raises(ValueError, match=message) as caught:
+        main(build_arguments(SegmentArguments, settings))
+    assert "\n" not in str(caught.value).strip()
+
+
+def test_examples_show_labels_and_prediction(sources, squares):
+    arguments = arguments_for(sources["locatvit"], resize=16)
+    model = build_model(arguments, NAMES)
+    processor = build_processor(arguments, model.config)
+    collate = SegmentationCollator(processor, LabelReader(arguments, 3), arguments)
+    rows = []
+    for size in (16, 40):
+        labels = np.zeros((size, size), np.uint8)
+        labels[: size // 2] = 2
+        rows.append((Image.new("RGB", (size, size), "white"), Image.fromarray(labels)))
+    small, large = draw_examples(model, processor, [collate(rows)], InferenceArguments())
+    assert small.size == large.size  # both are drawn as the model sees them
+    truth = np.asarray(small).astype(int)[:, : small.width // 2]
+    top, bottom = truth[10 : small.height // 3].mean(axis=(0, 1)), truth[-small.height // 3 : -10].mean(axis=(0, 1))
+    assert np.abs(top - bottom).max() > 40
+    assert np.abs(np.asarray(small)[:, small.width // 2 :].astype(int) - truth[:, : small.width // 2]).max() > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("head", ["probe", "upernet"])
+def test_a_killed_run_continues_bit_identically(settings, tmp_path, freeze, head):
+    """With workers, augmentation, drop path and averaged weights; killed in the middle of an epoch of six updates."""
+    settings |= {"freeze": freeze, "head": head, "length": "14 steps", "num_workers": 2, "ema_decay": 0.9, "seed": 5}
+    settings |= {"checkpoint_every": "1 steps", "evaluate_every": "7 steps"}
+    settings["model"] = {**settings["model"], "hidden_dropout_prob": 0.1}
+    outputs = [tmp_path / "whole", tmp_path / "killed"]
+    assert run("segment", {**settings, "output_dir": str(outputs[0])}).returncode == 0
+    settings["output_dir"] = str(outputs[1])
+    process = start("segment", settings)
+    reached, kill_after = 0, np.random.default_rng().integers(1, 6)
+    while process.poll() is None and reached < kill_after:
+        time.sleep(0.01)
+        reached = max(
+            (int(path.name.split("_")[1]) for path in list_checkpoints(outputs[1] / "checkpoints")), default=0
+        )
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (outputs[1] / "all_results.json").exists()
+
+    finished = run("segment", settings, as_file=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "Continuing at update" in finished.stdout
+    results = [json.loads((output / "all_results.json").read_text()) for output in outputs]
+    losses = [[point["loss"] for point in result["train_curve"]] for result in results]
+    assert len(losses[0]) == 14 and losses[0] == losses[1]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    weights = [load_file(output / "model" / "model.safetensors") for output in outputs]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
