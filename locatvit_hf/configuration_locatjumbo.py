@@ -38,6 +38,7 @@ class LocAtJumboConfig(FamilyConfigMixin, PreTrainedConfig):
         qkv_bias: whether the query, key and value projections have a bias.
         use_gaussian: Gaussian-augmented attention in every layer.
         use_refinement: parameter-free self-attention between the final norm and the pooling.
+        use_patch_layernorm: whether the patches have a final norm; where None, with `use_gaussian` or `use_refinement`.
         coarse_training: in training mode only, one Gaussian for each 2x2 block of patches. The reference does so where
             the native grid is at least 32 patches high.
         layer_scale_init_value: initial layer scale.
@@ -76,6 +77,7 @@ class LocAtJumboConfig(FamilyConfigMixin, PreTrainedConfig):
     qkv_bias: bool = True
     use_gaussian: bool = True
     use_refinement: bool = True
+    use_patch_layernorm: bool | None = None
     coarse_training: bool = False
     layer_scale_init_value: float | int = 1e-4
     drop_path_rate: float | int = 0.0
@@ -113,7 +115,9 @@ class LocAtJumboConfig(FamilyConfigMixin, PreTrainedConfig):
 
     @property
     def normalizes_patches(self) -> bool:
-        """Whether the patches have a final norm: with LocAt. Nothing reads them after the last layer of a Jumbo."""
+        """Whether the patches have a final norm. Nothing reads them after the last layer of a plain Jumbo."""
+        if self.use_patch_layernorm is not None:
+            return self.use_patch_layernorm
         return self.use_gaussian or self.use_refinement
 
     def validate_sizes(self):

@@ -40,7 +40,8 @@ class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
         prefix_position_embeddings: whether class and register tokens own learned position embeddings.
         rope_temperature: initial temperature of the rotary frequencies.
         pooling: what the classifier reads, "cls" or "mean" (of the patches). With "mean" the final norm sits after
-            the pooling, as in the reference.
+            the pooling, as in the reference, or
+        norm_before_pooling: as for the class token, before it.
         use_gaussian: Gaussian-augmented attention in every layer.
         use_refinement: parameter-free self-attention between the final norm and the pooling.
         coarse_training: in training mode only, one Gaussian for each 2x2 block of patches. The reference does so where
@@ -81,6 +82,7 @@ class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
     prefix_position_embeddings: bool = True
     rope_temperature: float | int = 10.0
     pooling: str = "cls"
+    norm_before_pooling: bool = False
     use_gaussian: bool = True
     use_refinement: bool = True
     coarse_training: bool = False
@@ -110,6 +112,11 @@ class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: the class token and the registers."""
         return int(self.use_class_token) + self.num_register_tokens
+
+    @property
+    def normalizes_tokens(self) -> bool:
+        """Whether the final norm is that of every token, or else of the pooled output alone."""
+        return self.pooling == "cls" or self.norm_before_pooling
 
     def validate_sizes(self):
         """Every size is positive, and the heads divide the channels."""

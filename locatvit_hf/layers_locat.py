@@ -9,8 +9,8 @@ from huggingface_hub import create_repo, file_exists
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.backbone_utils import BackboneConfigMixin, filter_output_hidden_states
-from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegmenterOutput
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, is_tracing
@@ -457,11 +457,44 @@ class FeaturePyramid(nn.Module):
         return [level(feature_map) for level, feature_map in zip(self.levels, feature_maps, strict=True)]
 
 
-class CompleteCheckpointMixin:
-    """Saving writes a folder that works elsewhere: one without an image processor gets the one of the config."""
+class FamilyPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, and the parts of timm's model contract that its optimiser tools read.
 
+    A family adds its config class, its prefix, its layers, and the initialisation of its own parameters.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # losses are means: the Trainer must not rescale them for accumulated steps
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False  # flash kernels have no additive bias
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _input_embed_layer = "patch_embeddings"
+    # Parameters without weight decay besides those of one dimension: how their names end.
+    _undecayed: tuple = ()
+    # Saving writes a folder that works elsewhere: one without an image processor gets the one of the config.
     _segments_images = False
     _repository_has_processor = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the reference: truncated normal weights, zero biases, PyTorch's own bounds for the patch convolution."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            std = self.config.initializer_range * getattr(module, "init_scale", 1.0)
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            bound = math.prod(module.weight.shape[1:]) ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, LayerScale):
+            init.constant_(module.scale, module.init_value)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
         """As in transformers, plus `preprocessor_config.json` and its code where the folder has none."""
@@ -497,43 +530,6 @@ class CompleteCheckpointMixin:
             return super().push_to_hub(repo_id, **kwargs)
         finally:
             self._repository_has_processor = False
-
-
-class FamilyPreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
-    """Loading, saving and initialisation, and the parts of timm's model contract that its optimiser tools read.
-
-    A family adds its config class, its prefix, its layers, and the initialisation of its own parameters.
-    """
-
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # losses are means: the Trainer must not rescale them for accumulated steps
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_flash_attn = False  # flash kernels have no additive bias
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _input_embed_layer = "patch_embeddings"
-    # Parameters without weight decay besides those of one dimension: how their names end.
-    _undecayed: tuple = ()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """As the reference: truncated normal weights, zero biases, PyTorch's own bounds for the patch convolution."""
-        super()._init_weights(module)
-        if isinstance(module, nn.Linear):
-            std = self.config.initializer_range * getattr(module, "init_scale", 1.0)
-            init.trunc_normal_(module.weight, std=std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
-            bound = math.prod(module.weight.shape[1:]) ** -0.5
-            init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, LayerScale):
-            init.constant_(module.scale, module.init_value)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.embeddings.patch_embeddings
@@ -635,16 +631,44 @@ class ProbeSegmentationMixin(FreezableBackboneMixin):
         return SemanticSegmenterOutput(loss=loss, logits=logits, **records(outputs))
 
 
+class FeatureMapsMixin(BackboneMixin):
+    """How a backbone answers: with a map for each chosen stage of its encoder."""
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        """
+        pixel_values, and anything else that the encoder takes: as in the family's `…Model`.
+
+        Returns `feature_maps`, what `feature_map` makes of the hidden state of each of `config.out_features`, and
+        what the encoder was asked for.
+        """
+        kwargs["output_hidden_states"] = True
+        outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
+        grid = patch_grid(pixel_values, self.config.patch_shape)
+        states = zip(self.stage_names, outputs.hidden_states, strict=True)
+        maps = [self.feature_map(state, stage, grid) for stage, state in states if stage in self.out_features]
+        if getattr(self, "pyramid", None) is not None:
+            maps = self.pyramid(maps)
+        return BackboneOutput(
+            feature_maps=tuple(maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def feature_map(self, hidden_states: torch.Tensor, stage: str, grid: tuple[int, int]) -> torch.Tensor:
+        """A map (batch, channels, height, width) of the hidden states of a stage. grid: in patches, of the stem."""
+        return hidden_states
+
+
 def records(outputs: ModelOutput) -> dict[str, tuple]:
     """What an encoder recorded on request beside its last state: hidden states, attentions, cluster assignments."""
     return {name: value for name, value in outputs.items() if name not in ("last_hidden_state", "pooler_output")}
 
 
 __all__ = [
-    "CompleteCheckpointMixin",
     "DropPath",
     "FamilyConfigMixin",
     "FamilyPreTrainedModel",
+    "FeatureMapsMixin",
     "FeaturePyramid",
     "FreezableBackboneMixin",
     "ImageClassificationMixin",

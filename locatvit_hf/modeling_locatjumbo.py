@@ -5,15 +5,11 @@ import math
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BackboneOutput,
-    BaseModelOutputWithPooling,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_locat import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
@@ -22,6 +18,7 @@ from .layers_locat import (
     MLP,
     DropPath,
     FamilyPreTrainedModel,
+    FeatureMapsMixin,
     FeaturePyramid,
     ImageClassificationMixin,
     LayerScale,
@@ -267,7 +264,7 @@ class LocAtJumboForSemanticSegmentation(ProbeSegmentationMixin, LocAtJumboPreTra
         self.post_init()
 
 
-class LocAtJumboBackbone(BackboneMixin, LocAtJumboPreTrainedModel):
+class LocAtJumboBackbone(FeatureMapsMixin, LocAtJumboPreTrainedModel):
     """Feature maps of chosen layers for the dense-prediction frameworks of transformers."""
 
     _auto_class = "AutoBackbone"
@@ -283,40 +280,19 @@ class LocAtJumboBackbone(BackboneMixin, LocAtJumboPreTrainedModel):
             self.locatjumbo.patch_layernorm.requires_grad_(False)
         self.post_init()
 
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BackboneOutput:
-        """
-        pixel_values, attention_mask: as in `LocAtJumboModel`.
+    def feature_map(self, hidden_states: torch.Tensor, stage: str, grid: tuple[int, int]) -> torch.Tensor:
+        """A layer's tokens as (batch, hidden_size, grid height, grid width).
 
-        Returns `feature_maps`, one for each of `config.out_features`: (batch, hidden_size, grid height, grid width), or
-        with `reshape_hidden_states=False` (batch, jumbo tokens + patches, hidden_size), the jumbo tokens without norm.
+        With `reshape_hidden_states=False` they are (batch, jumbo tokens + patches, hidden_size), the former without
+        norm.
         """
-        kwargs["output_hidden_states"] = True
-        outputs = self.locatjumbo(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
-        grid = patch_grid(pixel_values, self.config.patch_shape)
         num_jumbo = self.config.num_jumbo_tokens
-        feature_maps = []
-        for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True):
-            if stage not in self.out_features:
-                continue
-            jumbo, patches = hidden_states[:, :num_jumbo], hidden_states[:, num_jumbo:]
-            if self.config.apply_layernorm:
-                patches = self.locatjumbo.patch_layernorm(patches)
-            if self.config.reshape_hidden_states:
-                feature_maps.append(patch_feature_map(patches, grid))
-            else:
-                feature_maps.append(torch.cat([jumbo, patches], dim=1))
-        if self.pyramid is not None:
-            feature_maps = self.pyramid(feature_maps)
-        return BackboneOutput(
-            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        jumbo, patches = hidden_states[:, :num_jumbo], hidden_states[:, num_jumbo:]
+        if self.config.apply_layernorm:
+            patches = self.locatjumbo.patch_layernorm(patches)
+        if self.config.reshape_hidden_states:
+            return patch_feature_map(patches, grid)
+        return torch.cat([jumbo, patches], dim=1)
 
 
 __all__ = [

@@ -4,15 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BackboneOutput,
-    BaseModelOutputWithPooling,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_tracing
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_locat import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
@@ -21,6 +17,7 @@ from .layers_locat import (
     MLP,
     DropPath,
     FamilyPreTrainedModel,
+    FeatureMapsMixin,
     ImageClassificationMixin,
     MultiHeadProjections,
     ProbeHead,
@@ -351,7 +348,7 @@ class LocAtSwinForSemanticSegmentation(ProbeSegmentationMixin, LocAtSwinPreTrain
         self.post_init()
 
 
-class LocAtSwinBackbone(BackboneMixin, LocAtSwinPreTrainedModel):
+class LocAtSwinBackbone(FeatureMapsMixin, LocAtSwinPreTrainedModel):
     """Feature maps of chosen stages for the dense-prediction frameworks of transformers, each with its own norm."""
 
     _auto_class = "AutoBackbone"
@@ -367,31 +364,18 @@ class LocAtSwinBackbone(BackboneMixin, LocAtSwinPreTrainedModel):
                 self.norms[stage] = nn.LayerNorm(channels, eps=config.layer_norm_eps)
         self.post_init()
 
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
-        """
-        pixel_values: as in `LocAtSwinModel`.
+    def feature_map(self, hidden_states: torch.Tensor, stage: str, grid: tuple[int, int]) -> torch.Tensor:
+        """A stage's patches as (batch, channels, height, width) of its own grid.
 
-        Returns `feature_maps`, one for each of `config.out_features`: (batch, channels, grid height, grid width), or
-        with `reshape_hidden_states=False` (batch, patches, channels).
+        With `reshape_hidden_states=False` they are (batch, patches, channels).
         """
-        kwargs["output_hidden_states"] = True
-        outputs = self.locatswin(pixel_values, return_dict=True, **kwargs)
-        grid = patch_grid(pixel_values, self.config.patch_shape)
-        feature_maps = []
-        for index, (stage, hidden_states) in enumerate(zip(self.stage_names, outputs.hidden_states, strict=True)):
-            grid = merged_grid(grid) if index > 1 else grid
-            if stage not in self.out_features:
-                continue
-            if stage in self.norms:
-                hidden_states = self.norms[stage](hidden_states)
-            if self.config.reshape_hidden_states:
-                hidden_states = patch_feature_map(hidden_states, grid)
-            feature_maps.append(hidden_states)
-        return BackboneOutput(
-            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        if stage in self.norms:
+            hidden_states = self.norms[stage](hidden_states)
+        if not self.config.reshape_hidden_states:
+            return hidden_states
+        for _ in range(self.stage_names.index(stage) - 1):
+            grid = merged_grid(grid)
+        return patch_feature_map(hidden_states, grid)
 
 
 __all__ = [

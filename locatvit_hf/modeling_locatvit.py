@@ -5,15 +5,11 @@ import math
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BackboneOutput,
-    BaseModelOutputWithPooling,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_locat import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
@@ -22,6 +18,7 @@ from .layers_locat import (
     MLP,
     DropPath,
     FamilyPreTrainedModel,
+    FeatureMapsMixin,
     FeaturePyramid,
     ImageClassificationMixin,
     LayerScale,
@@ -269,7 +266,7 @@ class LocAtViTModel(LocAtViTPreTrainedModel):
         for layer, layer_cosines, layer_sines in zip(self.layers, cosines, sines, strict=True):
             # Positional: reentrant checkpointing finds the tensors that need a gradient among these only.
             hidden_states = layer(hidden_states, layer_cosines, layer_sines, grid=grid, attention_mask=mask, **kwargs)
-        if self.config.pooling == "cls":
+        if self.config.normalizes_tokens:
             hidden_states = self.layernorm(hidden_states)
         pooled = self.pool(hidden_states, mask) if self.add_pooling_layer else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
@@ -289,8 +286,10 @@ class LocAtViTModel(LocAtViTPreTrainedModel):
         if mask is not None and mask.shape[1] == mask.shape[2] == 1:
             blocked = mask[:, 0, 0, self.config.num_prefix_tokens :, None] <= torch.finfo(mask.dtype).min / 2
             weights = (~blocked).to(patches.dtype).expand(patches.shape[0], -1, -1)
-            return self.layernorm((patches * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1))
-        return self.layernorm(patches.mean(dim=1))
+            pooled = (patches * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        else:
+            pooled = patches.mean(dim=1)
+        return pooled if self.config.normalizes_tokens else self.layernorm(pooled)
 
 
 class LocAtViTForImageClassification(ImageClassificationMixin, LocAtViTPreTrainedModel):
@@ -318,7 +317,7 @@ class LocAtViTForSemanticSegmentation(ProbeSegmentationMixin, LocAtViTPreTrained
         self.post_init()
 
 
-class LocAtViTBackbone(BackboneMixin, LocAtViTPreTrainedModel):
+class LocAtViTBackbone(FeatureMapsMixin, LocAtViTPreTrainedModel):
     """Feature maps of chosen layers for the dense-prediction frameworks of transformers."""
 
     _auto_class = "AutoBackbone"
@@ -328,43 +327,21 @@ class LocAtViTBackbone(BackboneMixin, LocAtViTPreTrainedModel):
         self.locatvit = LocAtViTModel(config, add_pooling_layer=False)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.pyramid = FeaturePyramid(config.hidden_size) if config.feature_pyramid else None
-        if config.pooling == "mean" or not config.apply_layernorm:
+        if not (config.apply_layernorm and config.normalizes_tokens):
             self.locatvit.layernorm.requires_grad_(False)  # never read, see LocAtViTForSemanticSegmentation
         self.post_init()
 
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BackboneOutput:
-        """
-        pixel_values, attention_mask: as in `LocAtViTModel`.
+    def feature_map(self, hidden_states: torch.Tensor, stage: str, grid: tuple[int, int]) -> torch.Tensor:
+        """A layer's tokens as (batch, hidden_size, grid height, grid width).
 
-        Returns `feature_maps`, one for each of `config.out_features`: (batch, hidden_size, grid height, grid width), or
-        with `reshape_hidden_states=False` (batch, class token + patches, hidden_size).
+        With `reshape_hidden_states=False` they are (batch, class token + patches, hidden_size).
         """
-        kwargs["output_hidden_states"] = True
-        outputs = self.locatvit(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
-        grid = patch_grid(pixel_values, self.config.patch_shape)
-        feature_maps = []
-        for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True):
-            if stage not in self.out_features:
-                continue
-            if self.config.apply_layernorm and self.config.pooling == "cls":
-                hidden_states = self.locatvit.layernorm(hidden_states)
-            if self.config.reshape_hidden_states:
-                feature_maps.append(patch_feature_map(hidden_states, grid, self.config.num_prefix_tokens))
-            else:
-                class_token = hidden_states[:, : int(self.config.use_class_token)]
-                feature_maps.append(torch.cat([class_token, hidden_states[:, self.config.num_prefix_tokens :]], dim=1))
-        if self.pyramid is not None:
-            feature_maps = self.pyramid(feature_maps)
-        return BackboneOutput(
-            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        if self.config.apply_layernorm and self.config.normalizes_tokens:
+            hidden_states = self.locatvit.layernorm(hidden_states)
+        if self.config.reshape_hidden_states:
+            return patch_feature_map(hidden_states, grid, self.config.num_prefix_tokens)
+        class_token = hidden_states[:, : int(self.config.use_class_token)]
+        return torch.cat([class_token, hidden_states[:, self.config.num_prefix_tokens :]], dim=1)
 
 
 __all__ = [

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.backbone_utils import filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
-    BackboneOutput,
     BaseModelOutputWithPooling,
     ImageClassifierOutput,
     SemanticSegmenterOutput,
@@ -31,6 +30,7 @@ from .layers_locat import (
     MLP,
     DropPath,
     FamilyPreTrainedModel,
+    FeatureMapsMixin,
     FreezableBackboneMixin,
     ImageClassificationMixin,
     LayerScale,
@@ -634,7 +634,7 @@ class PaCaViTForSemanticSegmentation(FreezableBackboneMixin, PaCaViTPreTrainedMo
         )
 
 
-class PaCaViTBackbone(BackboneMixin, PaCaViTPreTrainedModel):
+class PaCaViTBackbone(FeatureMapsMixin, PaCaViTPreTrainedModel):
     """The normed maps of chosen stages, at strides 4, 8, 16 and 32, for dense-prediction frameworks."""
 
     _auto_class = "AutoBackbone"
@@ -644,23 +644,6 @@ class PaCaViTBackbone(BackboneMixin, PaCaViTPreTrainedModel):
         self.pacavit = PaCaViTModel(config)
         self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
         self.post_init()
-
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
-        """
-        pixel_values: as in `PaCaViTModel`.
-
-        Returns `feature_maps`, one (batch, channels, height, width) for each of `config.out_features`.
-        """
-        kwargs["output_hidden_states"] = True
-        outputs = self.pacavit(pixel_values, return_dict=True, **kwargs)
-        stages = zip(self.stage_names, outputs.hidden_states, strict=True)
-        return BackboneOutput(
-            feature_maps=tuple(feature_map for name, feature_map in stages if name in self.out_features),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 __all__ = [

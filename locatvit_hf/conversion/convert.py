@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
 from .. import __version__
+from ..image_processing_locatvit import LocAtViTImageProcessor
 from .card import write_card
 from .errors import ConversionError
 from .export import check_destination, complete_or_absent, licence_text
@@ -63,7 +64,7 @@ def convert(
     report(tensors)
     segments = type(model).__name__.endswith("ForSemanticSegmentation")
     with complete_or_absent(folder, overwrite) as unfinished:
-        build_processor(family, reference, config, segments).save_pretrained(unfinished)
+        build_processor(reference, config, segments).save_pretrained(unfinished)
         model.save_pretrained(unfinished)
         write_card(unfinished, reference, model, where, tensors, _sha256(reference.weights_file), __version__)
         (unfinished / "LICENSE").write_text(licence_text(), encoding="utf-8")
@@ -128,19 +129,19 @@ def build_model(family: Family, config: PreTrainedConfig, state: dict[str, torch
     return load_renamed(model, state, table)
 
 
-def build_processor(family: Family, reference: Reference, config: PreTrainedConfig, segmentation: bool = False):
+def build_processor(reference: Reference, config: PreTrainedConfig, segmentation: bool = False):
     """The image processor of a checkpoint: of the configuration, and of what only the checkpoint's evaluation says."""
     arguments: dict[str, Any] = {"segmentation": segmentation}
     interpolation = reference.preprocessing.get("interpolation", "bicubic")
     if interpolation != "bicubic":
         arguments["resample"] = PILImageResampling[interpolation.upper()]
-    processor = family.processor.from_model_config(config, **arguments)
+    processor = LocAtViTImageProcessor.from_model_config(config, **arguments)
     size = reference.preprocessing.get("size")
     if size is not None and list(size) != [processor.crop_size.height, processor.crop_size.width]:
         # Evaluated at another size than it was built for.
         shown = copy.deepcopy(config)
         shown.image_size = list(size)
-        processor = family.processor.from_model_config(shown, **arguments)
+        processor = LocAtViTImageProcessor.from_model_config(shown, **arguments)
     return processor
 
 

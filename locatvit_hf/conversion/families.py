@@ -1,13 +1,13 @@
 """The families that can be converted: one row each. A new family is a module like `locatvit` and a row here."""
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import modeling_locatjumbo, modeling_locatswin, modeling_locatvit, modeling_pacavit
-from ..image_processing_locatvit import LocAtViTImageProcessor
 from . import locatjumbo, locatswin, locatvit, pacavit
 from .errors import ConversionError
 from .keys import KeyTable
@@ -27,7 +27,6 @@ class Family(NamedTuple):
     recognise_shapes: (name -> shape) -> whether tensors that come without any arguments are of this family.
     infer_arguments: (name -> shape) -> the arguments of such a checkpoint.
     build_model: (configuration, tensors) -> our model, where its class depends on the tensors.
-    processor: our image processor.
     """
 
     name: str
@@ -41,52 +40,19 @@ class Family(NamedTuple):
     recognise_shapes: Callable[[Shapes], bool] | None = None
     infer_arguments: Callable[[Shapes], dict[str, Any]] | None = None
     build_model: Callable[[PreTrainedConfig, Mapping[str, torch.Tensor]], PreTrainedModel] | None = None
-    processor: type = LocAtViTImageProcessor
+
+
+def _family(conversion: ModuleType, classifier: type[PreTrainedModel], encoder: type[PreTrainedModel]) -> Family:
+    """A row: the models of a family, and what its module of this package offers under the names of the fields."""
+    functions = {field: getattr(conversion, field) for field in Family._fields if field in conversion.__all__}
+    return Family(name=encoder.config_class.model_type, classifier=classifier, encoder=encoder, **functions)
 
 
 FAMILIES = (
-    Family(
-        name="locatvit",
-        recognise=locatvit.recognise,
-        build_config=locatvit.build_config,
-        default_preprocessing=locatvit.default_preprocessing,
-        key_table=locatvit.key_table,
-        classifier=modeling_locatvit.LocAtViTForImageClassification,
-        encoder=modeling_locatvit.LocAtViTModel,
-    ),
-    Family(
-        name="locatswin",
-        recognise=locatswin.recognise,
-        build_config=locatswin.build_config,
-        default_preprocessing=locatswin.default_preprocessing,
-        key_table=locatswin.key_table,
-        classifier=modeling_locatswin.LocAtSwinForImageClassification,
-        encoder=modeling_locatswin.LocAtSwinModel,
-        prepare_state=locatswin.prepare_state,
-    ),
-    Family(
-        name="locatjumbo",
-        recognise=locatjumbo.recognise,
-        build_config=locatjumbo.build_config,
-        default_preprocessing=locatjumbo.default_preprocessing,
-        key_table=locatjumbo.key_table,
-        classifier=modeling_locatjumbo.LocAtJumboForImageClassification,
-        encoder=modeling_locatjumbo.LocAtJumboModel,
-        prepare_state=locatjumbo.prepare_state,
-    ),
-    Family(
-        name="pacavit",
-        recognise=pacavit.recognise,
-        build_config=pacavit.build_config,
-        default_preprocessing=pacavit.default_preprocessing,
-        key_table=pacavit.key_table,
-        classifier=modeling_pacavit.PaCaViTForImageClassification,
-        encoder=modeling_pacavit.PaCaViTModel,
-        prepare_state=pacavit.prepare_state,
-        recognise_shapes=pacavit.recognise_shapes,
-        infer_arguments=pacavit.infer_arguments,
-        build_model=pacavit.build_model,
-    ),
+    _family(locatvit, modeling_locatvit.LocAtViTForImageClassification, modeling_locatvit.LocAtViTModel),
+    _family(locatswin, modeling_locatswin.LocAtSwinForImageClassification, modeling_locatswin.LocAtSwinModel),
+    _family(locatjumbo, modeling_locatjumbo.LocAtJumboForImageClassification, modeling_locatjumbo.LocAtJumboModel),
+    _family(pacavit, modeling_pacavit.PaCaViTForImageClassification, modeling_pacavit.PaCaViTModel),
 )
 
 

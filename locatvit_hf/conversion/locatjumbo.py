@@ -52,14 +52,12 @@ def build_config(architecture: str, arguments: Mapping[str, Any], **fields: Any)
     """
     match = NAME.fullmatch(architecture)
     found: dict[str, Any] = {"num_labels": 1000, **preset_of(LocAtJumboConfig, match["size"], architecture)}
-    if not match["locat"]:
+    if match["locat"]:
+        found["use_patch_layernorm"] = True  # also with gaug=False and prr=False
+    else:
         found.update(use_gaussian=False, use_refinement=False)
     found.update(translate(arguments, SAME_VALUE, ONLY_VALUES, (), "LocAt-Jumbo"))
     config = LocAtJumboConfig(**{**found, **fields})
-    if match["locat"] and not config.normalizes_patches:
-        raise ConversionError(
-            f"{architecture} with gaug=False and prr=False still normalises its patches, which a plain Jumbo does not."
-        )
     # The reference decides this by the height of the native grid alone.
     config.coarse_training = config.use_gaussian and config.native_grid[0] >= 32
     return config

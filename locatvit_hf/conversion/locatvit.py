@@ -148,20 +148,24 @@ def config_fields(architecture: str | None, arguments: Mapping[str, Any]) -> dic
 
 
 def _pooling(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """`pooling` and timm's refinement from `global_pool`, which is None where it was not given."""
+    """The pooling, the place of the final norm, and timm's refinement. `global_pool` is None where it was not given."""
     pool, class_token = arguments.get("global_pool") or "token", arguments.get("class_token", True)
     if pool not in ("token", "avg", "prr"):
         raise ConversionError(f"The model pools with global_pool={pool!r}; LocAtViT has 'token', 'avg' and 'prr'.")
-    if pool == "prr" and not class_token:
+    mean = pool == "avg" or (pool == "prr" and not class_token)
+    if pool == "prr" and mean and (arguments.get("reg_tokens") or arguments.get("num_reg_tokens")):
         raise ConversionError(
-            "global_pool='prr' without a class token normalises before it pools, which LocAtViT does not."
+            "global_pool='prr' without a class token takes the mean of the registers too, which LocAtViT does not."
         )
-    if arguments.get("fc_norm") not in (None, pool == "avg"):
+    fc_norm = arguments.get("fc_norm")
+    if fc_norm not in (None, False, pool == "avg"):
         raise ConversionError(
-            f"The model was built with fc_norm={arguments['fc_norm']!r} and global_pool={pool!r}, "
+            f"The model was built with fc_norm={fc_norm!r} and global_pool={pool!r}, "
             "a place of the final norm that LocAtViT does not have."
         )
-    fields: dict[str, Any] = {"pooling": "mean" if pool == "avg" else "cls"}
+    fields: dict[str, Any] = {"pooling": "mean" if mean else "cls"}
+    if mean and (pool == "prr" or fc_norm is False):
+        fields["norm_before_pooling"] = True
     if pool == "prr":
         fields["use_refinement"] = True
     return fields
@@ -182,7 +186,7 @@ def build_config(architecture: str | None, arguments: Mapping[str, Any], **field
 def key_table(config: LocAtViTConfig) -> KeyTable:
     """Every name of the reference -> our names in `LocAtViTForImageClassification`; see `expand` for "="."""
     rope = config.position_embedding_type == "rope_mixed"
-    final_norm = "fc_norm" if config.pooling == "mean" else "norm"
+    final_norm = "norm" if config.normalizes_tokens else "fc_norm"
     scale1, scale2 = ("gamma_1", "gamma_2") if rope else ("ls1.gamma", "ls2.gamma")
     ours = "locatvit.layers.{i}"
     table = expand(

@@ -35,7 +35,7 @@ def describe(model: nn.Module, description: str) -> dict[str, Any]:
         raise ConversionError(
             f"{description} has rotary embeddings that are not learned, which LocAtViT does not have."
         )
-    if getattr(model, "pool_include_prefix", False):
+    if getattr(model, "pool_include_prefix", False) and model.global_pool != "prr":
         raise ConversionError(f"{description} pools the prefix tokens too, which LocAtViT does not.")
     arguments = {
         "img_size": list(model.patch_embed.img_size),

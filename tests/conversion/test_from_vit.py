@@ -59,6 +59,10 @@ TIMM_SOURCES = {
     "registers": ("vit_tiny_patch16_224", {"reg_tokens": 4}),
     "registers_apart": ("vit_tiny_patch16_224", {"reg_tokens": 4, "no_embed_class": True}),
     "mean": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "mean_of_normed": ("vit_base_patch16_gap_224", {}),
+    "mean_of_normed_with_class_token": ("vit_tiny_patch16_224", {"global_pool": "avg", "fc_norm": False}),
+    "refined": ("vit_tiny_patch16_224", {"global_pool": "prr", "reg_tokens": 2}),
+    "mean_of_refined": ("vit_tiny_patch16_224", {"global_pool": "prr", "class_token": False}),
     "layer_scale": ("deit3_small_patch16_224", {}),
     "dinov2": ("vit_small_patch14_reg4_dinov2", {"img_size": 56}),
     "rope": ("vit_small_patch16_rope_mixed_224", {}),
@@ -292,13 +296,15 @@ class TestRefusals:
         (tmp_path / "config.json").write_text(json.dumps({"embed_dim": 64, "depth": 2, "num_heads": 2}))
         self.refused(tmp_path, "locatvit convert")
 
+    def test_timms_refinement_that_takes_the_mean_of_registers_too(self, tmp_path):
+        arguments = {**TIMM_SIZES, "global_pool": "prr", "class_token": False, "reg_tokens": 2}
+        self.refused(timm.create_model("vit_tiny_patch16_224", **arguments), "takes the mean of the registers too")
+
     @pytest.mark.parametrize(
         ("architecture", "reason"),
         [
             ("vit_small_patch16_rope_224", "rotary embeddings that are not learned"),
             ("vit_tiny_r_s16_p8_224", "no plain ViT"),
-            ("vit_base_patch16_gap_224", "global_pool='avg', a place of the final norm"),
-            ("vit_medium_patch16_gap_240", "global_pool='avg', a place of the final norm"),
             ("vit_relpos_small_patch16_224", "blocks hold other layers"),
             ("vit_base_patch16_clip_224", "norm_pre.weight"),
             ("vit_giant_patch14_dinov2", "blocks hold other layers"),

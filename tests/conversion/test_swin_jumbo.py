@@ -114,6 +114,29 @@ def test_an_alias_that_is_alone_is_the_mlp_and_one_that_differs_is_refused():
         locatjumbo.prepare_state(state)
 
 
+def test_a_jumbo_without_both_ideas_keeps_the_norm_of_its_patches(tmp_path, locatvit):
+    """The reference's `locatjumbo_*` normalises its patches whatever is switched off, its `jumbo_*` never."""
+    case = golden.load_case("locatjumbo")
+    case.arguments.update(gaug=False, prr=False)
+    state = {name: tensor for name, tensor in case.state.items() if ".gaug." not in name}
+    source = write_timm_of_family(case, tmp_path / "source")
+    save_file(state, source / "model.safetensors")
+    result = locatvit("convert", source, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    model = LocAtJumboForImageClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        outputs = model.base_model(case.input(0), output_hidden_states=True)
+    num_jumbo = model.config.num_jumbo_tokens
+    patches = outputs.hidden_states[-1][:, num_jumbo:]
+    expected = (patches - patches.mean(dim=-1, keepdim=True)) / (
+        patches.var(dim=-1, correction=0, keepdim=True) + 1e-5
+    ).sqrt()
+    expected = expected * state["norm_patches.weight"] + state["norm_patches.bias"]
+    torch.testing.assert_close(outputs.last_hidden_state[:, num_jumbo:], expected)
+    plain = locatjumbo.build_config("jumbo_tiny", {})
+    assert not plain.normalizes_patches and "norm_patches.weight" not in locatjumbo.key_table(plain)
+
+
 def test_names_become_configurations():
     plain = locatswin.build_config("swin_base_patch4_window12_384", {"num_classes": 21})
     assert (plain.embed_dim, plain.depths, plain.window_size, plain.image_size) == (128, [2, 2, 18, 2], 12, 384)
@@ -128,8 +151,6 @@ def test_names_become_configurations():
         locatswin.build_config("locatswin_huge", {})
     with pytest.raises(ConversionError, match="global_pool='max', which LocAt-Swin does not have"):
         locatswin.build_config("locatswin_tiny", {"global_pool": "max"})
-    with pytest.raises(ConversionError, match="gaug=False and prr=False still normalises its patches"):
-        locatjumbo.build_config("locatjumbo_tiny", {"gaug": False, "prr": False})
     with pytest.raises(ConversionError, match="depths=2, which is not a list of whole numbers"):
         locatswin.build_config("locatswin_tiny", {"depths": 2})
     with pytest.raises(ConversionError, match="unknown argument colour='red'"):

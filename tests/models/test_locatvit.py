@@ -34,6 +34,7 @@ VARIANTS = {
     "no_positions": {"position_embedding_type": "none"},
     "mean": {"pooling": "mean", "use_class_token": False, "num_register_tokens": 1},
     "mean_with_class_token": {"pooling": "mean"},
+    "mean_of_normed": {"pooling": "mean", "norm_before_pooling": True, "use_class_token": False},
     "rectangular": {"image_size": [32, 48], "patch_size": [8, 4]},
     "coarse": {"coarse_training": True},
 }
