@@ -1,0 +1,399 @@
+import copy
+import json
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
+from datasets import Image as ImageFeature
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+from safetensors.torch import load_file
+from transformers import AutoBackbone, AutoModel
+
+from tests.training.programs import run, start
+from training.arguments import build_arguments
+from training.checkpointing import list_checkpoints
+from training.data import sample_randomness
+from training.detect import DetectArguments, build_model
+from training.detect import main as detect
+from training.detection import (
+    DetectionAugmentation,
+    DetectionTransform,
+    Detector,
+    DetectorSettings,
+    load_detection_splits,
+    load_detector,
+    pyramid_config,
+    read_coco,
+    read_objects,
+)
+from training.pretrain import build_config
+
+CATEGORIES = [{"id": 3, "name": "box"}, {"id": 8, "name": "disc"}]
+ENCODERS = {
+    "pacavit": {
+        "hidden_sizes": [8, 8, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "num_attention_heads": [1, 1, 2, 2],
+        "num_clusters": [4, 4, 4, 0],
+    },
+    "locatswin": {
+        "embed_dim": 8,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 2, 2],
+        "image_size": 64,
+        "window_size": 2,
+    },
+    "locatvit": {
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 16,
+    },
+}
+
+
+def write_coco(folder, counts: dict[str, int]) -> None:
+    """A data set in COCO's layout: boxes and discs on noise, with polygons, both kinds of run lengths and a crowd."""
+    for seed, (split, count) in enumerate(counts.items()):
+        rng = np.random.default_rng(seed)
+        content = {"images": [], "annotations": [], "categories": CATEGORIES}
+        (folder / split).mkdir(parents=True)
+        for number in range(count):
+            width, height = (int(side) for side in rng.integers(48, 80, 2))
+            image = Image.fromarray(rng.integers(0, 60, (height, width, 3), dtype=np.uint8))
+            name, image_id = f"{number:04d}.png", 500 - 7 * number
+            for kind in range(2):
+                side = int(rng.integers(14, 22))
+                left, top = int(rng.integers(0, width - side)), int(rng.integers(0, height - side))
+                shape = Image.new("L", image.size)
+                corners = [left, top, left + side - 1, top + side - 1]
+                (ImageDraw.Draw(shape).ellipse if kind else ImageDraw.Draw(shape).rectangle)(corners, fill=1)
+                pixels = np.asfortranarray(shape)
+                color = (250, 250 * kind, 0)
+                image.paste(color, mask=Image.fromarray(255 * np.asarray(shape)))
+                rle = coco_mask.encode(pixels)
+                if kind:
+                    runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[2], pixels.flatten("F"), [2]]))))
+                    if pixels.flat[0]:
+                        runs = np.concatenate([[0], runs])
+                    segmentation = {"size": [height, width], "counts": [int(run) for run in runs]}
+                elif number % 2:
+                    segmentation = {"size": [height, width], "counts": rle["counts"].decode()}
+                else:
+                    right, bottom = left + side, top + side
+                    segmentation = [[left, top, right, top, right, bottom, left, bottom]]
+                content["annotations"].append(
+                    {
+                        "id": len(content["annotations"]) + 1,
+                        "image_id": image_id,
+                        "category_id": CATEGORIES[kind]["id"],
+                        "bbox": [left, top, side, side],
+                        "area": float(pixels.sum()),
+                        "iscrowd": int(number == 1 and kind),
+                        "segmentation": segmentation,
+                    }
+                )
+            image.save(folder / split / name)
+            content["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coco") / "shapes"
+    write_coco(folder, {"train": 12, "val": 5})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(coco) -> dict:
+    return {
+        "dataset": str(coco),
+        "train_split": "train",
+        "validation_split": "val",
+        "model": {**ENCODERS["pacavit"], "drop_path_rate": 0.2},
+        "pyramid_channels": 8,
+        "anchor_scale": 4,
+        "shortest_sides": [48, 56, 64],
+        "test_shortest_side": 64,
+        "longest_side": 96,
+        "crop": 0.5,
+        "crop_shortest_sides": [64],
+        "crop_size": [40, 60],
+        "score_threshold": 0.0,
+        "max_detections": 10,
+        "length": "6 steps",
+        "warmup": "1 steps",
+        "milestones": ["4 steps"],
+        "batch_size": 4,
+        "evaluate_every": "6 steps",
+        "checkpoint_every": "2 steps",
+        "keep_checkpoints": 3,
+        "ema_decay": 0.9,
+        "log_every": 1,
+        "seed": 1,
+    }
+
+
+def train(settings: dict, output) -> dict:
+    return detect(build_arguments(DetectArguments, {**settings, "output_dir": str(output)}))
+
+
+@pytest.fixture(scope="module")
+def trained(settings, tmp_path_factory):
+    """(output folder, results) of one uninterrupted run."""
+    output = tmp_path_factory.mktemp("detect") / "run"
+    return output, train(settings, output)
+
+
+def test_training_leaves_a_detector_and_its_encoder(trained, coco):
+    output, results = trained
+    stored = json.loads((output / "all_results.json").read_text())
+    assert 0 <= results["metrics"]["segm_ap"] <= 1 and 0 <= results["metrics"]["bbox_ap50"] <= 1
+    assert set(stored["metrics"]["bbox_ap_per_category"]) == {"box", "disc"}
+    assert stored["num_train_images"] == 12 and stored["num_validation_images"] == 5
+    rates = [point["learning_rate"] for point in stored["train_curve"]]
+    assert rates[3] == pytest.approx(1e-4) and rates[4] == pytest.approx(1e-5)
+
+    detector = load_detector(output / "model")
+    assert detector.categories == CATEGORIES and not detector.training
+    found = detector.detect(Image.open(coco / "val" / "0000.png"))
+    width, height = Image.open(coco / "val" / "0000.png").size
+    assert 0 < len(found["boxes"]) <= 10 and set(found["names"]) <= {"box", "disc"}
+    assert found["masks"].shape[1:] == (height, width) and found["masks"].dtype == torch.bool
+    assert AutoModel.from_pretrained(output / "model").config.model_type == "pacavit"
+
+
+def test_a_saved_detector_answers_the_same(settings, tmp_path):
+    detector = build_model(build_arguments(DetectArguments, settings), CATEGORIES).eval()
+    detector.save_pretrained(tmp_path / "saved")
+    reloaded = load_detector(tmp_path / "saved")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
+    expected, observed = detector.detect(image), reloaded.detect(image)
+    assert len(expected["boxes"]) == 10
+    for name in ("boxes", "labels", "scores", "masks"):
+        assert torch.equal(expected[name], observed[name])
+    with pytest.raises(ValueError, match="holds no detector"):
+        load_detector(tmp_path)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("masks", [True, False])
+def test_every_encoder_learns(family, masks, settings):
+    """One step of the loss reaches every trainable parameter, whatever strides the encoder has by itself."""
+    torch.manual_seed(0)
+    config = pyramid_config(build_config(family, None, ENCODERS[family]))
+    detector = Detector(
+        AutoBackbone.from_config(config),
+        CATEGORIES,
+        DetectorSettings(masks=masks, pyramid_channels=8, anchor_scale=4, test_shortest_side=64, longest_side=96),
+    )
+    strides = [64 // level.shape[-1] for level in detector.encoder(torch.zeros(1, 3, 64, 64)).feature_maps]
+    assert strides == [4, 8, 16, 32]
+    anchors = detector.model.rpn.anchor_generator.sizes
+    assert [size for (size,) in anchors] == [16, 32, 64, 128, 256]
+
+    boxes, labels = torch.tensor([[4.0, 6.0, 40.0, 50.0], [20.0, 8.0, 60.0, 30.0]]), torch.tensor([0, 1])
+    target = {"boxes": boxes, "labels": labels}
+    if masks:
+        target["masks"] = torch.zeros(2, 64, 64, dtype=torch.uint8)
+        target["masks"][0, 6:50, 4:40] = target["masks"][1, 8:30, 20:60] = 1
+    nothing = {name: value[:0] for name, value in target.items()}
+    losses = detector.train()([torch.rand(3, 64, 64), torch.rand(3, 48, 64)], [target, copy.deepcopy(nothing)])
+    assert ("loss_mask" in losses) == masks
+    sum(losses.values()).backward()
+    without = [name for name, p in detector.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_mask_rcnn_has_the_size_of_the_paper():
+    """31.97 million parameters with PaCa-ViT tiny; torchvision's heads also predict the background's box and mask."""
+    with torch.device("meta"):
+        config = pyramid_config(build_config("pacavit", "tiny", {}))
+        categories = [{"id": number, "name": str(number)} for number in range(80)]
+        detector = Detector(AutoBackbone.from_config(config), categories, DetectorSettings())
+    assert sum(p.numel() for p in detector.parameters()) == pytest.approx(31.97e6, rel=5e-4)
+
+
+def test_image_boxes_and_masks_move_together():
+    """One white rectangle: its box and its mask stay on it through resizing, cropping and mirroring."""
+    augmentation = DetectionAugmentation(
+        shortest_sides=[50, 100, 140], longest_side=200, crop=0.7, crop_shortest_sides=[90, 110], crop_size=[60, 120]
+    )
+    transform, cut = DetectionTransform(augmentation, True, [0.0] * 3, [1.0] * 3), 0
+    for seed in range(40):
+        left, top = np.random.default_rng(seed).integers(10, 50, 2).tolist()
+        pixels = np.zeros((80, 100, 3), np.uint8)
+        pixels[top : top + 20, left : left + 30] = 255
+        polygon = [[left, top, left + 30, top, left + 30, top + 20, left, top + 20]]
+        box = [left, top, left + 30, top + 20]
+        entry = {"box": box, "label": 1, "iscrowd": 0, "area": 600, "segmentation": polygon}
+        objects = json.dumps({"image_id": 0, "size": [100, 80], "annotations": [entry]})
+        with sample_randomness(seed):
+            moved, target = transform(Image.fromarray(pixels), objects)
+        white = moved.mean(dim=0) > 0.5
+        if not len(target["boxes"]):
+            cut += 1
+            assert white.float().mean() < 0.02
+            continue
+        rows, columns = white.nonzero().unbind(1)
+        seen = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        torch.testing.assert_close(target["boxes"][0], seen.float(), rtol=0, atol=1.5)
+        assert (target["masks"][0].bool() == white).float().mean() > 0.97
+        assert target["labels"].tolist() == [1] and 0 <= moved.min() <= moved.max() <= 1
+    assert cut < 10
+
+
+def test_every_form_of_segmentation_is_read(coco):
+    images, rows, categories = read_coco(coco / "train", coco / "annotations" / "instances_train.json", masks=True)
+    assert categories == CATEGORIES and len(images) == len(rows) == 12
+    for index, row in enumerate(rows):
+        image = images[index]["image"]
+        pixels, read = np.asarray(image), read_objects(image, json.dumps(row), masks=True)
+        assert read["labels"].tolist() == [0, 1]
+        disc = coco_mask.decode(read["masks"][1]).astype(bool)
+        assert (pixels[disc] == (250, 250, 0)).all() and disc.sum() == read["area"][1]
+
+
+def test_crowds_and_empty_images_only_evaluate(settings, coco, tmp_path):
+    def change(content):
+        content["annotations"][0]["bbox"][2] = 0
+        content["images"].append({"id": 9000, "file_name": "0000.png", "width": 1, "height": 1})
+
+    changed = altered(coco, tmp_path, change)
+    arguments = build_arguments(DetectArguments, {**settings, "dataset": str(changed)})
+    splits = splits_of(arguments)
+    assert splits.num_empty_boxes == 1
+    assert len(splits.train) == 12  # the image without an object is not learnt from
+    labels = [entry["label"] for row in splits.train["objects"] for entry in json.loads(row)["annotations"]]
+    assert len(labels) == 24 - 1 - 1
+    crowds = [e["iscrowd"] for row in splits.validation["objects"] for e in json.loads(row)["annotations"]]
+    assert sum(crowds) == 1
+
+
+def splits_of(arguments):
+    return load_detection_splits(arguments, arguments.masks)
+
+
+def altered(coco, tmp_path, change):
+    """A copy of the data set whose training annotations are changed."""
+    folder = tmp_path / "changed"
+    shutil.copytree(coco, folder)
+    file = folder / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["images"][0].update(file_name="nowhere.png"), "1 of the 12 images .* nowhere.png"),
+        (lambda c: c["images"][0].update(width=30), r"annotations are for an image of \[30"),
+        (lambda c: c["annotations"][3].update(image_id=77), "belongs to image 77, which the file does not list"),
+        (lambda c: c["annotations"][3].update(category_id=5), "has category 5, which the file does not list"),
+        (lambda c: c["annotations"][3].update(bbox=[1, 2, -3, 4]), r"has the box \[1, 2, -3, 4\]"),
+        (lambda c: c["annotations"][3].update(bbox=[1, 2, 3]), r"has the box \[1, 2, 3\]"),
+        (lambda c: c["annotations"][3].pop("segmentation"), "has no segmentation: give --masks false"),
+        (lambda c: [a.update(bbox=[1, 1, 0, 0]) for a in c["annotations"]], "has an object to learn from"),
+        (lambda c: c["annotations"].clear(), "has an object to learn from"),
+        (lambda c: c.update(images=[], annotations=[]), "has an object to learn from"),
+        (lambda c: c["images"].append(c["images"][0]), "gives one id to several images"),
+        (lambda c: c["categories"].append({"id": 9, "name": "cup"}), "list different categories"),
+        (lambda c: c.pop("categories"), "is no COCO annotation file"),
+    ],
+)
+def test_annotations_that_do_not_fit_are_one_sentence(settings, coco, tmp_path, change, message):
+    dataset = str(altered(coco, tmp_path, change))
+    with pytest.raises(ValueError, match=message) as caught:
+        train({**settings, "dataset": dataset}, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_annotations": "nowhere.json"}, "Cannot read the annotations nowhere.json"),
+        ({"dataset": None}, "Name a data set"),
+        ({"dataset": None, "train_annotations": "some.json"}, "Name the folder with the images"),
+        ({"train_split": "test"}, "no COCO annotations of the split 'test'"),
+        ({"family": "locatvit", "model": {**ENCODERS["locatvit"], "num_hidden_layers": 3}}, "reads four layers"),
+        ({"model": {"hidden_sizess": 3}}, "no field 'hidden_sizess'"),
+    ],
+)
+def test_bad_settings_are_one_sentence(settings, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        train({**settings, **changes}, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_with_objects_is_read(settings, tmp_path):
+    """The layout of detection data sets on the Hub: boxes in one column, categories named by its feature."""
+    names = ["box", "disc"]
+    features = Features(
+        {
+            "image": ImageFeature(),
+            "objects": {
+                "bbox": Sequence(Sequence(Value("float32"), length=4)),
+                "category": Sequence(ClassLabel(names=names)),
+            },
+        }
+    )
+    image = Image.new("RGB", (64, 48))
+    objects = [{"bbox": [[4, 4, 20, 10]], "category": [1]}, {"bbox": [], "category": []}] * 4
+    rows = [{"image": image, "objects": entry} for entry in objects]
+    split = Dataset.from_list(rows, features=features)
+    DatasetDict({"train": split, "val": split}).save_to_disk(tmp_path / "data")
+    changes = {"dataset": str(tmp_path / "data"), "masks": False}
+    splits = splits_of(build_arguments(DetectArguments, {**settings, **changes}))
+    assert [category["name"] for category in splits.categories] == names
+    assert len(splits.train) == 4 and len(splits.validation) == 8
+    read = read_objects(splits.train[0]["image"], splits.train[0]["objects"], masks=False)
+    assert read["boxes"].tolist() == [[4, 4, 24, 14]] and read["labels"].tolist() == [1]
+    with pytest.raises(ValueError, match="needs --masks false"):
+        splits_of(build_arguments(DetectArguments, {**settings, "dataset": changes["dataset"]}))
+
+
+def assert_same_run(output, expected):
+    folder, results = expected
+    stored = json.loads((output / "all_results.json").read_text())
+    assert [p["loss"] for p in stored["train_curve"]] == [p["loss"] for p in results["train_curve"]]
+    assert stored["metrics"] == json.loads((folder / "all_results.json").read_text())["metrics"]
+    for file in ("model.safetensors", "detector.safetensors"):
+        weights = [load_file(path / "model" / file) for path in (output, folder)]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_a_checkpoint_continues_bit_identically(settings, trained, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(trained[0], output)
+    for later in list_checkpoints(output / "checkpoints")[1:]:
+        shutil.rmtree(later)
+    shutil.rmtree(output / "model")
+    (output / "all_results.json").unlink()
+    train(settings, output)
+    assert_same_run(output, trained)
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_bit_identically(settings, trained, tmp_path):
+    output = tmp_path / "run"
+    settings = {**settings, "output_dir": str(output), "num_workers": 2, "checkpoint_every": "1 steps"}
+    process = start("detect", settings)
+    while process.poll() is None and len(list_checkpoints(output / "checkpoints")) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (output / "all_results.json").exists()
+    finished = run("detect", settings, as_file=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "Continuing at update" in finished.stdout
+    assert_same_run(output, trained)

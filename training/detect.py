@@ -1,0 +1,140 @@
+"""Object detection and instance segmentation on COCO or data in its format, with Mask R-CNN on our encoders.
+
+accelerate launch training/detect.py --config training/recipes/detect/pacavit_tiny_coco.yaml --pretrained FOLDER \
+    --output_dir runs/coco
+"""
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:  # started as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub.dataclasses import strict
+from torch.utils.data import DataLoader
+from transformers import AutoBackbone, AutoConfig
+
+from locatvit_hf import LocAtViTImageProcessor
+from training.arguments import OptimizationArguments, RunArguments, run_program
+from training.data import TrainingSamples, create_evaluation_loader
+from training.detection import (
+    DetectionAugmentation,
+    DetectionDataArguments,
+    DetectionTransform,
+    Detector,
+    DetectorSettings,
+    EvaluationCollator,
+    collate_training,
+    load_detection_splits,
+    load_encoder,
+    pyramid_config,
+)
+from training.loop import TrainingLoop, create_accelerator
+from training.metrics import compute_over_processes, load_metric
+from training.optimization import create_optimizer
+from training.pretrain import build_config
+
+
+@strict
+@dataclass(kw_only=True)
+class DetectArguments(
+    DetectionDataArguments, OptimizationArguments, DetectorSettings, DetectionAugmentation, RunArguments
+):
+    """Settings of `detect`; the defaults are the 1x schedule of Mask R-CNN with AdamW."""
+
+    pretrained: str | None = field(default=None, metadata={"help": "Folder or Hub name of the encoder to start from."})
+    family: str = field(default="pacavit", metadata={"help": "`model_type` of a fresh encoder."})
+    preset: str | None = field(default=None, metadata={"help": "Sizes of the paper, of a fresh encoder."})
+    model: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Fields of the encoder's configuration: --model.drop_path_rate 0.1."}
+    )
+    length: str = "12 epochs"
+    warmup: str = "500 steps"
+    schedule: Literal["linear", "cosine", "constant", "step"] = "step"
+    milestones: list[str] = field(default_factory=lambda: ["8 epochs", "11 epochs"])
+    learning_rate: float | int = 1e-4
+    max_gradient_norm: float | int | None = None
+    batch_size: int = 16
+    eval_batch_size: int = 1
+
+
+def main(arguments: DetectArguments) -> dict[str, Any]:
+    """Train, evaluate and export; returns the content of `all_results.json`."""
+    accelerator = create_accelerator(arguments)
+    splits = load_detection_splits(arguments, arguments.masks)
+    columns = ["image", "objects"]
+
+    torch.manual_seed(arguments.seed)
+    model = build_model(arguments, splits.categories)
+    processor = LocAtViTImageProcessor.from_model_config(model.encoder.config)
+    optimizer = create_optimizer(model, arguments)
+    reading = arguments.masks, processor.image_mean, processor.image_std
+    samples = TrainingSamples(splits.train, columns, DetectionTransform(arguments, *reading), arguments.seed)
+    validation = create_evaluation_loader(
+        splits.validation, columns, EvaluationCollator(*reading), arguments, accelerator
+    )
+
+    loop = TrainingLoop(
+        accelerator,
+        arguments,
+        model,
+        processor,
+        optimizer,
+        samples,
+        metric="segm_ap" if arguments.masks else "bbox_ap",
+        collate=collate_training,
+    )
+    with loop:
+        if splits.num_empty_boxes:
+            loop.print(f"{splits.num_empty_boxes} boxes without area were left out.")
+        for images, targets in loop:
+            losses = loop.model(images, targets)
+            loop.update(sum(losses.values()), losses)
+            if loop.evaluation_due:
+                loop.record(evaluate(loop.evaluation_model, validation, accelerator))
+    return loop.finish(num_train_images=len(splits.train), num_validation_images=len(splits.validation))
+
+
+def build_model(arguments: DetectArguments, categories: list[dict[str, Any]]) -> Detector:
+    """The detector with a pretrained or a fresh encoder."""
+    settings = DetectorSettings(**{f.name: getattr(arguments, f.name) for f in fields(DetectorSettings)})
+    if arguments.pretrained is None:
+        config = pyramid_config(build_config(arguments.family, arguments.preset, arguments.model))
+        return Detector(AutoBackbone.from_config(config), categories, settings)
+    config = AutoConfig.from_pretrained(arguments.pretrained)
+    build_config(config.model_type, None, arguments.model)  # refuses what is no field
+    for name, value in arguments.model.items():
+        setattr(config, name, value)
+    return Detector(load_encoder(arguments.pretrained, pyramid_config(config)), categories, settings)
+
+
+@torch.inference_mode()
+def evaluate(model: Detector, loader: DataLoader, accelerator: Accelerator) -> dict[str, Any]:
+    """COCO average precision over all batches of all processes."""
+    metric = load_metric("coco_average_precision", iou_types=["bbox", "segm"] if model.settings.masks else ["bbox"])
+    model.eval()
+    for images, references in loader:
+        with accelerator.autocast():
+            results = model([image.to(accelerator.device) for image in images])
+        # Numpy has no bfloat16.
+        predictions = [
+            {
+                name: (value.float() if value.is_floating_point() else value).cpu().numpy()
+                for name, value in found.items()
+            }
+            for found in results
+        ]
+        metric.add_batch(predictions=predictions, references=references)
+    scores = compute_over_processes(accelerator, metric)
+    for name in [name for name in scores if name.endswith("_per_category")]:
+        # By the names of the categories, as a reader knows them.
+        scores[name] = {model.categories[label]["name"]: value for label, value in scores[name].items()}
+    return scores
+
+
+if __name__ == "__main__":
+    run_program(main, DetectArguments)

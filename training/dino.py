@@ -1,0 +1,120 @@
+"""DINO: self-supervised pretraining of a LocAtViT on images without labels.
+
+accelerate launch training/dino.py --config training/recipes/dino/digits.yaml --output_dir runs/digits_dino
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:  # started as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from accelerate.utils import DistributedType
+from huggingface_hub.dataclasses import strict
+from transformers import AutoModel
+
+from locatvit_hf import LocAtViTImageProcessor
+from training.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
+from training.data import TrainingSamples, load_split
+from training.loop import TrainingLoop, create_accelerator
+from training.optimization import create_optimizer, parse_duration
+from training.pretrain import build_config
+from training.self_distillation import (
+    NUM_GLOBAL_CROPS,
+    DinoLoss,
+    DinoNetwork,
+    MultiCropAugmentation,
+    MultiCropTransform,
+    SelfDistillationArguments,
+    create_teacher,
+    teacher_momentum_at,
+    teacher_temperature_at,
+    update_teacher,
+)
+
+
+@strict
+@dataclass(kw_only=True)
+class DinoArguments(
+    DataArguments, OptimizationArguments, MultiCropAugmentation, SelfDistillationArguments, RunArguments
+):
+    """Settings of `dino`; the defaults are those of the reference."""
+
+    preset: str | None = field(default=None, metadata={"help": "Sizes of the paper: tiny, small, base, large."})
+    model: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Fields of the configuration: --model.use_gaussian false."}
+    )
+    length: str = "100 epochs"
+    warmup: str = "10 epochs"
+    schedule: Literal["linear", "cosine", "constant", "step"] = "cosine"
+    learning_rate: float | int = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    start_learning_rate: float | int = 0.0
+    final_learning_rate: float | int = 1e-6
+    weight_decay: float | int = 0.04
+    final_weight_decay: float | int | None = 0.4
+    max_gradient_norm: float | int | None = 3.0
+    ema_decay: None = field(default=None, metadata={"help": "None: the teacher is the average, see teacher_momentum."})
+    export: Literal["last"] = field(default="last", metadata={"help": "Without labels no teacher is known as best."})
+    seed: int = 0
+
+
+def main(arguments: DinoArguments) -> dict[str, Any]:
+    """Train and export the teacher; returns the content of `all_results.json`."""
+    accelerator = create_accelerator(arguments)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError("Student and teacher stay whole in every process: launch DINO without FSDP or DeepSpeed.")
+    columns = [arguments.image_column]
+    images = load_split(arguments, arguments.train_split, columns, columns, arguments.max_train_samples)
+
+    torch.manual_seed(arguments.seed)
+    backbone = AutoModel.from_config(build_config("locatvit", arguments.preset, arguments.model))
+    student = DinoNetwork(backbone, arguments)
+    teacher = create_teacher(student).to(accelerator.device)
+    criterion = DinoLoss(backbone.config.hidden_size, arguments).to(accelerator.device)
+    processor = LocAtViTImageProcessor.from_model_config(backbone.config)
+    optimizer = create_optimizer(student, arguments)
+    transform = MultiCropTransform(arguments, backbone.config.image_size, processor.image_mean, processor.image_std)
+    samples = TrainingSamples(images, columns, transform, arguments.seed)
+    temperature_warmup, frozen = (
+        parse_duration(duration, len(samples) // arguments.batch_size)
+        for duration in (arguments.teacher_temperature_warmup, arguments.freeze_last_layer)
+    )
+
+    def freeze_last_layer() -> None:
+        if loop.state.step < frozen:
+            student.head.prototypes.weight.grad = None
+
+    loop = TrainingLoop(
+        accelerator,
+        arguments,
+        student,
+        processor,
+        optimizer,
+        samples,
+        metric="feature_variance",
+        evaluated=teacher.backbone,
+        state=[teacher, criterion],
+        before_step=freeze_last_layer,
+    )
+    with loop:
+        for crops in loop:
+            update = loop.state.step
+            _, answers = loop.model(crops)
+            with torch.no_grad(), accelerator.autocast():
+                features, targets = teacher(crops[:NUM_GLOBAL_CROPS])
+            loss = criterion(answers, targets, features, teacher_temperature_at(update, temperature_warmup, arguments))
+            loop.update(loss)
+            if loop.update_complete:
+                momentum = teacher_momentum_at(update, loop.total, arguments)
+                update_teacher(teacher, accelerator.unwrap_model(loop.model), momentum)
+                watched = criterion.update_centre(accelerator)
+            if loop.evaluation_due:
+                loop.record(watched)
+    return loop.finish(num_train_images=len(images))
+
+
+if __name__ == "__main__":
+    run_program(main, DinoArguments)
