@@ -41,20 +41,25 @@ def negative_half_distances(grid: tuple[int, int], cap: float, block: int, dtype
     return -0.5 * squared.clamp(max=cap)
 
 
+def distances_of(gaussian: Gaussian) -> torch.Tensor:
+    like = gaussian.inverse_variance
+    return negative_half_distances(gaussian.grid, gaussian.distance_cap, gaussian.block_size, like.dtype, like.device)
+
+
 def literal_bias(gaussian: Gaussian) -> torch.Tensor:
     """a_p * exp(-(Dy / (Vy + eps) + Dx / (Vx + eps)) / 2), term by term, through (batch, heads, N, N, 2)."""
     variance = 1.0 / gaussian.inverse_variance
-    distances = negative_half_distances(
-        gaussian.grid, gaussian.distance_cap, gaussian.block_size, variance.dtype, variance.device
-    )
-    exponent = (distances / variance[:, :, :, None, :]).sum(dim=-1)
+    exponent = (distances_of(gaussian) / variance[:, :, :, None, :]).sum(dim=-1)
     bias = gaussian.amplitude[..., None] * torch.exp(exponent)
     return F.pad(bias, (gaussian.num_prefix_tokens, 0, gaussian.num_prefix_tokens, 0))
 
 
 def separable_bias(gaussian: Gaussian) -> torch.Tensor:
-    """The same as the outer product of two factors, padded to (batch, heads, tokens, tokens)."""
-    rows, columns = gaussian.factors()
+    """The same as the outer product of one factor an axis, padded to (batch, heads, tokens, tokens)."""
+    width = gaussian.grid[1]
+    distances, precision = distances_of(gaussian), gaussian.inverse_variance
+    rows = gaussian.amplitude[..., None] * torch.exp(precision[..., :1] * distances[:, ::width, 0])
+    columns = torch.exp(precision[..., 1:] * distances[:, :width, 1])
     patches = (rows[..., :, None] * columns[..., None, :]).flatten(-2)
     return F.pad(patches, (gaussian.num_prefix_tokens, 0, gaussian.num_prefix_tokens, 0))
 
