@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from locatvit_hf import LocAtViTImageProcessor
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import ClassificationAugmentation, ClassificationTransform, classification_objective
-from training.data import TrainingSamples, create_evaluation_loader, load_splits
+from training.data import Splits, TrainingSamples, create_evaluation_loader, load_splits
 from training.loop import TrainingLoop, create_accelerator
 from training.metrics import compute_over_processes, load_metric
 from training.optimization import create_optimizer
@@ -44,10 +44,22 @@ def main(arguments: PretrainArguments) -> dict[str, Any]:
     """Train, evaluate and export; returns the content of `all_results.json`."""
     accelerator = create_accelerator(arguments)
     splits = load_splits(arguments)
-    columns = [arguments.image_column, arguments.label_column]
-
     torch.manual_seed(arguments.seed)
-    model = build_model(arguments, splits.label_names)
+    return train_classifier(arguments, accelerator, splits, build_model(arguments, splits.label_names))
+
+
+def train_classifier(
+    arguments: OptimizationArguments | RunArguments,
+    accelerator: Accelerator,
+    splits: Splits,
+    model: PreTrainedModel,
+    **loop_options: Any,
+) -> dict[str, Any]:
+    """Train, evaluate and export a classifier; returns the content of `all_results.json`.
+
+    arguments: settings with those of data, augmentation, optimisation and run. loop_options: of `TrainingLoop`.
+    """
+    columns = [arguments.image_column, arguments.label_column]
     processor = LocAtViTImageProcessor.from_model_config(model.config)
     optimizer = create_optimizer(model, arguments)
     mix, criterion = classification_objective(arguments, model.config.num_labels)
@@ -57,7 +69,10 @@ def main(arguments: PretrainArguments) -> dict[str, Any]:
         splits.validation, columns, partial(collate, processor), arguments, accelerator
     )
 
-    with TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="accuracy", mix=mix) as loop:
+    loop = TrainingLoop(
+        accelerator, arguments, model, processor, optimizer, samples, metric="accuracy", mix=mix, **loop_options
+    )
+    with loop:
         for images, targets in loop:
             loop.update(criterion(loop.model(pixel_values=images).logits, targets))
             if loop.evaluation_due:
