@@ -275,8 +275,8 @@ def _biased(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> 
 
 def _is_in_range(sums: torch.Tensor) -> bool:
     """Whether sums of exponentials are far from zero and from overflow; false for nan."""
-    smallest, largest = torch.aminmax(sums)
-    return bool(smallest > 1e-20) and bool(largest < 1e37)
+    smallest, largest = (value.item() for value in torch.aminmax(sums))
+    return smallest > 1e-20 and largest < 1e37
 
 
 class LocAtAttentionInterface(AttentionInterface):
