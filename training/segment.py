@@ -189,7 +189,7 @@ def build_processor(arguments: SegmentArguments, config: PreTrainedConfig) -> Lo
 
 
 class UperNetForSemanticSegmentation(FreezableBackboneMixin, transformers.UperNetForSemanticSegmentation):
-    """The UPerNet of transformers, saved as such, with what training needs of every model: freezing, layer groups."""
+    """The UPerNet of transformers, saved as such, whose encoder can be frozen."""
 
     def post_init(self) -> None:
         """The backbone already records its hidden states; a second recorder would list each twice."""
@@ -208,19 +208,6 @@ class UperNetForSemanticSegmentation(FreezableBackboneMixin, transformers.UperNe
         if labels is not None:
             outputs.loss = torch.where((labels != IGNORE_INDEX).any(), outputs.loss, 0.0)
         return outputs
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer groups for timm's layer-wise learning-rate decay: those of the backbone, then the heads."""
-        groups = self.backbone.group_matcher(coarse)
-        blocks = groups["blocks"]
-        if isinstance(blocks, str):
-            blocks = [(blocks, None)]
-        blocks = [(pattern.replace("^", r"^backbone\.", 1), order) for pattern, order in blocks]
-        return {"stem": groups["stem"].replace("^", r"^backbone\.", 1), "blocks": blocks}
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are not decayed besides those of one dimension."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""Every recipe of `segment`: its model, transform, optimiser and schedule, against the numbers of the papers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, PaCaViTConfig, PaCaViTForImageClassification
+from training.arguments import build_arguments, load_recipe
+from training.augmentation import SegmentationTransform
+from training.optimization import create_optimizer, learning_rate_at, parse_duration
+from training.segment import LabelReader, SegmentArguments, build_model, build_processor
+
+RECIPES = Path(__file__).resolve().parents[2] / "training" / "recipes" / "segment"
+# Classes; all parameters (a probe's: encoder, 512 x 192 + 2 x 512, classes x 513); learning rates at updates.
+PROBE_RATES = {0: 1e-7, 5_000: 1e-3, 12_500: 5e-4, 20_000: 1e-11}
+PACA_RATES = {0: 6e-11, 1_500: 6e-5, 80_750: 3e-5, 160_000: 0}
+PUBLISHED = {
+    "ade20k_probe": (150, 5_526_756 + 99_328 + 150 * 513, 32, PROBE_RATES),
+    "pascal_context_probe": (59, 5_526_756 + 99_328 + 59 * 513, 32, PROBE_RATES),
+    "coco_stuff_probe": (171, 5_526_756 + 99_328 + 171 * 513, 32, PROBE_RATES),
+    "ade20k_pacavit": (150, 13_327_000, 16, PACA_RATES),
+    "ade20k_pacavit_upernet": (150, 41_562_000, 16, PACA_RATES),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    LocAtViTForImageClassification(LocAtViTConfig.from_preset("tiny")).save_pretrained(folder / "locatvit")
+    PaCaViTForImageClassification(PaCaViTConfig.from_preset("tiny")).save_pretrained(folder / "pacavit")
+    return {name: folder / name for name in ("locatvit", "pacavit")}
+
+
+def test_all_recipes_are_known():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PUBLISHED, "camvid", "digits"}
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "camvid", "digits"])
+def test_recipe(name, sources, tmp_path):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    source = sources["pacavit" if "pacavit" in name else "locatvit"]
+    if name == "camvid":  # its data brings the names
+        recipe["label_names"] = [str(index) for index in range(11)]
+    arguments = build_arguments(SegmentArguments, {**recipe, "pretrained": str(source)})
+    classes = len(arguments.label_names)
+    model = build_model(arguments, arguments.label_names)
+    processor = build_processor(arguments, model.config)
+    assert model.config.num_labels == classes
+    trained = {id(p) for group in create_optimizer(model, arguments).param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+
+    transform = SegmentationTransform(arguments, classes, processor.image_mean, processor.image_std)
+    raw = list(arguments.label_mapping)[-1] if arguments.label_mapping else classes - 1 + arguments.reduce_labels
+    label_map = np.full((64, 96), raw, np.uint8)
+    label_map[:32] = 255
+    pixels, labels = transform(Image.new("RGB", (96, 64)), Image.fromarray(label_map))
+    assert pixels.shape == (3, arguments.crop_size, arguments.crop_size)
+    assert {classes - 1} <= set(labels.unique().tolist()) <= {classes - 1, 255}
+
+    total = parse_duration(arguments.length, 10)
+    warmup = parse_duration(arguments.warmup, 10, total)
+    if name not in PUBLISHED:
+        assert 0 <= warmup < total
+        return
+    expected_classes, parameters, batch_size, rates = PUBLISHED[name]
+    assert (classes, arguments.batch_size) == (expected_classes, batch_size)
+    counted = sum(p.numel() for p in model.parameters())
+    assert counted == (pytest.approx(parameters, abs=500) if "pacavit" in name else parameters)
+    assert {u: learning_rate_at(u, total, warmup, arguments) for u in rates} == pytest.approx(rates, rel=1e-4)
+    if "probe" in name:
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 99_328 + classes * 513
+        assert list(processor.image_mean) == [0.485, 0.456, 0.406] and arguments.weight_decay == 0.01
+    short, long = (520, 520) if name == "pascal_context_probe" else (512, 2048)
+    assert (processor.size.shortest_edge, processor.size.longest_edge) == (short, long)
+    assert arguments.inference == "whole" and not arguments.test_flip and arguments.test_scales == [1.0]
+
+
+def test_groups_of_the_paca_recipe(sources):
+    """The head and the fresh clusters learn ten times faster; norms are not decayed."""
+    arguments = build_arguments(SegmentArguments, load_recipe(RECIPES / "ade20k_pacavit.yaml"))
+    arguments.pretrained = str(sources["pacavit"])
+    model = build_model(arguments, arguments.label_names)
+    assert model.config.num_clusters == [200, 200, 200, 0] and model.config.drop_path_rate == 0.1
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in create_optimizer(model, arguments).param_groups:
+        for name in (names[id(p)] for p in group["params"]):
+            fast = name.startswith("segmentation_head.") or "attention.clustering.clusters." in name
+            assert group["lr_scale"] == (10.0 if fast else 1.0), name
+            assert group["weight_decay"] == (0.0 if "norm" in name else 0.01), name
+
+
+def test_coco_stuff_leaves_out_the_ids_that_coco_never_used():
+    """Ids 0 to 181 of the masks, 171 of them in use: 80 things and 91 kinds of stuff."""
+    recipe = load_recipe(RECIPES / "coco_stuff_probe.yaml")
+    arguments = build_arguments(SegmentArguments, recipe)
+    ids = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
+    labels = LabelReader(arguments, 171)(Image.new("RGB", (16, 16)), Image.fromarray(ids.numpy())).flatten().tolist()
+    unused = [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90, *range(182, 256)]
+    assert [raw for raw, label in enumerate(labels) if label == 255] == unused
+    assert [label for label in labels if label != 255] == list(range(171))
+    assert [arguments.label_names[index] for index in (0, 79, 80, 170)] == ["person", "toothbrush", "banner", "wood"]
+    # A mapping survives the file that a continued run is compared with.
+    assert yaml.safe_load(yaml.safe_dump(arguments.label_mapping)) == arguments.label_mapping
