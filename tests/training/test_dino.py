@@ -1,0 +1,285 @@
+import json
+import math
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, DatasetDict
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageClassification
+
+from tests.training.conftest import SMALL_MODEL
+from tests.training.programs import run, start
+from training.arguments import build_arguments
+from training.checkpointing import list_checkpoints
+from training.data import sample_randomness
+from training.dino import DinoArguments
+from training.dino import main as dino
+from training.pretrain import build_config
+from training.self_distillation import (
+    DinoHead,
+    DinoLoss,
+    DinoNetwork,
+    MultiCropTransform,
+    SelfDistillationArguments,
+    create_teacher,
+    teacher_momentum_at,
+    teacher_temperature_at,
+    update_teacher,
+)
+
+SMALL_HEAD = {"num_prototypes": 24, "head_hidden_size": 16, "head_bottleneck_size": 8}
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory):
+    """Twenty images and no other column, in one split."""
+    folder = tmp_path_factory.mktemp("images") / "noise"
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)) for _ in range(20)]
+    DatasetDict({"train": Dataset.from_dict({"image": images})}).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(unlabelled) -> dict:
+    """Everything random is on: views, drop path, dropout. Every schedule moves."""
+    return {
+        "dataset": str(unlabelled),
+        "model": {**SMALL_MODEL, "drop_path_rate": 0.2, "hidden_dropout_prob": 0.1},
+        **SMALL_HEAD,
+        "local_crop_size": 8,
+        "num_local_crops": 2,
+        "teacher_momentum": 0.9,
+        "start_teacher_temperature": 0.02,
+        "teacher_temperature_warmup": "4 steps",
+        "freeze_last_layer": "2 steps",
+        "length": "8 steps",
+        "warmup": "2 steps",
+        "batch_size": 8,
+        "evaluate_every": "4 steps",
+        "checkpoint_every": "3 steps",
+        "keep_checkpoints": 5,
+        "log_every": 1,
+        "seed": 5,
+    }
+
+
+def train(settings: dict, output) -> dict:
+    return dino(build_arguments(DinoArguments, {**settings, "output_dir": str(output)}))
+
+
+@pytest.fixture(scope="module")
+def trained(settings, tmp_path_factory):
+    """(output folder, results) of one uninterrupted run."""
+    output = tmp_path_factory.mktemp("dino") / "run"
+    return output, train(settings, output)
+
+
+def test_the_teacher_is_exported(trained, unlabelled):
+    output, results = trained
+    stored = json.loads((output / "all_results.json").read_text())
+    assert 0 < stored["metrics"]["teacher_entropy"] <= math.log(24) + 1e-6
+    assert 0 < stored["metrics"]["feature_variance"] < 1
+    assert [point["step"] for point in stored["validation_curve"]] == [4, 8] and len(stored["train_curve"]) == 8
+    assert {"teacher_entropy", "feature_variance"} <= stored["validation_curve"][0].keys()
+    assert results["num_train_images"] == 20
+
+    teacher = torch.load(output / "checkpoints" / "step_00000008" / "custom_checkpoint_1.pkl", weights_only=True)
+    model = AutoModel.from_pretrained(output / "model")
+    assert all(torch.equal(weight, teacher[f"backbone.{name}"]) for name, weight in model.state_dict().items())
+    assert model(torch.zeros(1, 3, 16, 16)).pooler_output.shape == (1, 16)
+    classifier = AutoModelForImageClassification.from_pretrained(output / "model", num_labels=3)
+    weights = classifier.locatvit.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+def assert_same_run(output, expected):
+    folder, results = expected
+    stored = json.loads((output / "all_results.json").read_text())
+    for curve in ("train_curve", "validation_curve"):
+        values = [
+            [
+                {k: v for k, v in point.items() if k not in ("images_per_second", "data_wait_share")}
+                for point in r[curve]
+            ]
+            for r in (stored, results)
+        ]
+        assert values[0] == values[1]
+    for file in ("model/model.safetensors", "checkpoints/step_00000008/model.safetensors"):
+        weights = [load_file(path / file) for path in (output, folder)]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    states = [
+        torch.load(path / "checkpoints" / "step_00000008" / f"custom_checkpoint_{number}.pkl", weights_only=True)
+        for path in (output, folder)
+        for number in (1, 2)  # teacher and centre
+    ]
+    for mine, theirs in zip(states[:2], states[2:], strict=True):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_checkpoint_continues_bit_identically(settings, trained, tmp_path):
+    """Teacher, centre and all schedules go on where they were."""
+    output = tmp_path / "run"
+    shutil.copytree(trained[0], output)
+    for later in list_checkpoints(output / "checkpoints")[1:]:
+        shutil.rmtree(later)
+    shutil.rmtree(output / "model")
+    (output / "all_results.json").unlink()
+    train(settings, output)
+    assert_same_run(output, trained)
+
+
+def test_accumulation_changes_nothing(settings, tmp_path):
+    """The centre, too, belongs to the batch of an update, however it is cut."""
+    plain = {"model": SMALL_MODEL, "length": "5 steps"}
+    results = [
+        train({**settings, **plain, "gradient_accumulation_steps": steps}, tmp_path / str(steps)) for steps in (1, 4)
+    ]
+    losses = [[point["loss"] for point in result["train_curve"]] for result in results]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for name in ("teacher_entropy", "feature_variance"):
+        assert results[0]["metrics"][name] == pytest.approx(results[1]["metrics"][name], abs=1e-5)
+
+
+def test_the_last_layer_is_frozen_at_first(settings, tmp_path):
+    train({**settings, "length": "4 steps", "checkpoint_every": "1 steps"}, tmp_path / "run")
+    prototypes = [
+        load_file(folder / "model.safetensors")["head.prototypes.weight"]
+        for folder in list_checkpoints(tmp_path / "run" / "checkpoints")
+    ]
+    assert torch.equal(prototypes[0], prototypes[1])
+    assert not torch.equal(prototypes[1], prototypes[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_split": "training"}, "no split 'training'"),
+        ({"image_column": "picture"}, "no column 'picture'"),
+        ({"blur": [1.0]}, "blur needs three probabilities"),
+        ({"model": {"hidden_sizes": 3}}, "no field 'hidden_sizes'"),
+        ({"batch_size": 32}, "needs more images"),
+        ({"ema_decay": 0.9}, "ema_decay"),
+        ({"export": "best"}, "export"),
+    ],
+)
+def test_bad_settings_are_one_sentence(settings, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        train({**settings, **changes}, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_views_depend_on_their_image_alone():
+    arguments = DinoArguments(local_crop_size=8, num_local_crops=3, solarize=0.5)
+    transform = MultiCropTransform(arguments, 16, [0.5] * 3, [0.5] * 3)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
+
+    def views(*key):
+        with sample_randomness(*key):
+            return transform(image)
+
+    first = views(0, 1, 2)
+    assert [tuple(view.shape) for view in first] == [(3, 16, 16)] * 2 + [(3, 8, 8)] * 3
+    assert all(torch.equal(a, b) for a, b in zip(first, views(0, 1, 2), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, views(0, 1, 3), strict=True))
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[2], first[3])
+
+
+def test_views_of_one_size_go_through_the_encoder_together():
+    """The answer to a view does not depend on which views it is given with."""
+    torch.manual_seed(0)
+    arguments = build_arguments(DinoArguments, {"model": SMALL_MODEL, **SMALL_HEAD})
+    network = DinoNetwork(AutoModel.from_config(build_config("locatvit", None, SMALL_MODEL)), arguments).eval()
+    crops = [torch.randn(3, 3, 16, 16)] * 2 + [torch.randn(3, 3, 8, 8), torch.randn(3, 3, 16, 16)]
+    features, answers = network(crops)
+    assert features.shape == (4, 3, 16) and answers.shape == (4, 3, 24)
+    for index, crop in enumerate(crops):
+        torch.testing.assert_close(network([crop])[1][0], answers[index], rtol=0, atol=1e-5)
+    assert answers.abs().max() <= 1 + 1e-5
+
+
+def reference_loss(student, teacher, centre, student_temperature, teacher_temperature):
+    """View by view and image by image, as the paper's algorithm 1 extended to many crops."""
+    total, pairs = 0.0, 0
+    for t in range(len(teacher)):
+        for s in range(len(student)):
+            if s == t:
+                continue
+            for image in range(student.shape[1]):
+                target = ((teacher[t, image] - centre) / teacher_temperature).softmax(dim=0)
+                total -= (target * (student[s, image] / student_temperature).log_softmax(dim=0)).sum()
+                pairs += 1
+    return total / pairs
+
+
+def test_loss_centre_and_what_is_watched():
+    torch.manual_seed(0)
+    arguments = SelfDistillationArguments(**SMALL_HEAD, centre_momentum=0.7)
+    criterion = DinoLoss(6, arguments)
+    criterion.centre.uniform_(-0.1, 0.1)
+    centre = criterion.centre.clone()
+    student, teacher, features = torch.randn(5, 4, 24), torch.randn(2, 4, 24), torch.randn(2, 4, 6)
+    loss = criterion(student, teacher, features, temperature=0.5)
+    assert loss.item() == pytest.approx(reference_loss(student, teacher, centre, 0.1, 0.5).item(), rel=1e-5)
+    watched = criterion.update_centre(Accelerator())
+    torch.testing.assert_close(criterion.centre, 0.7 * centre + 0.3 * teacher.mean(dim=(0, 1)))
+    targets = ((teacher - centre) / 0.5).softmax(dim=-1)
+    assert watched["teacher_entropy"] == pytest.approx(-(targets * targets.log()).sum(-1).mean().item(), rel=1e-4)
+    unit = features.flatten(0, 1) / features.flatten(0, 1).norm(dim=1, keepdim=True)
+    assert watched["feature_variance"] == pytest.approx(unit.var(dim=0, correction=0).sum().item(), rel=1e-4)
+
+
+def test_collapse_shows():
+    criterion = DinoLoss(6, SelfDistillationArguments(**SMALL_HEAD))
+    same, answers = torch.ones(2, 4, 6), torch.zeros(2, 4, 24)
+    criterion(answers, answers, same, temperature=0.04)
+    watched = criterion.update_centre(Accelerator())
+    assert watched["feature_variance"] == pytest.approx(0, abs=1e-6)
+    assert watched["teacher_entropy"] == pytest.approx(math.log(24), rel=1e-5)  # the same for all: uniform
+    answers[..., 3] = 1
+    criterion(answers, answers, same, temperature=0.04)
+    assert criterion.update_centre(Accelerator())["teacher_entropy"] < 1e-3  # the same for all: one prototype
+
+
+def test_the_teacher_follows_and_never_learns():
+    arguments = build_arguments(DinoArguments, SMALL_HEAD)
+    student = torch.nn.Sequential(DinoHead(4, arguments))
+    teacher = create_teacher(student)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters()) and not teacher.training
+    before = teacher[0].prototypes.weight.clone()
+    with torch.no_grad():
+        student[0].prototypes.weight += 1
+    update_teacher(teacher, student, momentum=0.9)
+    torch.testing.assert_close(teacher[0].prototypes.weight, before + 0.1)
+
+
+def test_schedules_of_the_teacher():
+    """The reference: momentum 0.996 to 1 along a cosine; a temperature that rises linearly where a warm-up is set."""
+    arguments = DinoArguments(start_teacher_temperature=0.04, teacher_temperature=0.07)
+    momenta = [teacher_momentum_at(update, 100, arguments) for update in (0, 50, 100)]
+    assert momenta == pytest.approx([0.996, 0.998, 1.0])
+    temperatures = [teacher_temperature_at(update, 30, arguments) for update in (0, 10, 30, 90)]
+    assert temperatures == pytest.approx([0.04, 0.05, 0.07, 0.07])
+    assert teacher_temperature_at(0, 0, DinoArguments()) == 0.04
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_bit_identically(settings, trained, tmp_path):
+    output = tmp_path / "run"
+    settings = {**settings, "output_dir": str(output), "num_workers": 2, "checkpoint_every": "1 steps"}
+    process = start("dino", settings)
+    while process.poll() is None and len(list_checkpoints(output / "checkpoints")) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (output / "all_results.json").exists()
+    finished = run("dino", settings, as_file=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "Continuing at update" in finished.stdout
+    assert_same_run(output, trained)
