@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, recursively_apply, send_to_device
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from PIL import Image
@@ -88,17 +88,22 @@ def create_accelerator(arguments: OptimizationArguments | RunArguments) -> Accel
     Raises ValueError for trackers that are not there, and for ways of sharding that are not supported.
     """
     check_trackers(arguments.trackers)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
+        cpu=processes > 1 and not torch.accelerator.is_available(),  # else each CPU process would train alone
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         dynamo_backend="inductor" if arguments.compile and not arguments.dry_run else None,
         log_with=list(arguments.trackers) or None,
         project_config=ProjectConfiguration(project_dir=arguments.output_dir, logging_dir=arguments.output_dir),
     )
+    if accelerator.num_processes != processes:
+        raise ValueError(f"{processes} processes were started, but they cannot work together on {accelerator.device}.")
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # Accelerate shards on devices alone; over gloo it works just as well on CPU.
-        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+        PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if state.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("Only FSDP2 is supported: set fsdp_version: 2 in the configuration of accelerate.")
     if state.distributed_type == DistributedType.DEEPSPEED:
@@ -345,6 +350,8 @@ class TrainingLoop:
         if accelerator.is_fsdp2 and self.evaluated is None:
             # A sharded model runs in all processes at once or not at all, but these evaluate shares of their own.
             self._whole_model = copy.deepcopy(model).eval()
+        if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = _sharded_layers(model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if accelerator.is_fsdp2 and self.ema is not None:
             self.ema.module, self.ema.foreach = fsdp2_prepare_model(accelerator, self.ema.module), False
@@ -532,6 +539,19 @@ class ShardedState:
 
     def load_state_dict(self, state: dict) -> None:
         set_model_state_dict(self.ema.module, state, options=StateDictOptions(full_state_dict=True))
+
+
+def _sharded_layers(model: nn.Module) -> list[str]:
+    """Classes in a model whose modules are sharded one by one.
+
+    Of those that it names, such as may not occur in it are left out, and what holds its first projection: accelerate
+    shards that projection on its own, and a parameter can be sharded but once.
+    """
+    first = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    holders = {type(module).__name__ for module in found if any(part is first for part in module.modules())}
+    return sorted({type(module).__name__ for module in found} - holders)
 
 
 def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
