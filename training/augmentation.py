@@ -1,22 +1,26 @@
 """Augmentation and regularisation of the recipes, by timm and torchvision; image and label map move together."""
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import NAME_TO_OP
+from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
 
 from locatvit_hf.image_processing_locatvit import pil_to_rgb
+from training.data.images import crop_and_resize, to_rgb
 
 IGNORE_INDEX = 255
 
@@ -95,7 +99,7 @@ class ClassificationTransform:
     def __init__(
         self, arguments: ClassificationAugmentation, image_size: int | list[int], mean: list[float], std: list[float]
     ):
-        self.transform = create_transform(
+        crop, augment, _ = create_transform(
             image_size if isinstance(image_size, int) else tuple(image_size),
             is_training=True,
             scale=tuple(arguments.crop_scale),
@@ -105,13 +109,21 @@ class ClassificationTransform:
             auto_augment=arguments.auto_augment,
             interpolation="random",
             mean=tuple(mean),
-            std=tuple(std),
-            re_prob=arguments.random_erasing,
-            re_mode="pixel",
+            separate=True,
         )
+        self.crop, *flip = crop.transforms
+        self.augment = v2.Compose([*flip, *augment.transforms, v2.Identity()])
+        self.mean, self.std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+        self.erase = RandomErasing(arguments.random_erasing, mode="pixel", max_count=1, device="cpu")
 
     def __call__(self, image: Image.Image, label: int) -> tuple[torch.Tensor, int]:
-        return self.transform(image.convert("RGB")), label
+        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        box = (left, top, left + width, top + height)
+        image = crop_and_resize(to_rgb(image), box, self.crop.size, random.choice(self.crop.interpolation))
+        pixels = torch.from_numpy(np.array(self.augment(image))).permute(2, 0, 1)
+        pixels = tvF.rgb_to_grayscale(pixels) if len(self.mean) == 1 else pixels
+        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.mean).div_(self.std)
+        return self.erase(pixels), label
 
 
 def classification_objective(

@@ -118,16 +118,21 @@ def sample_randomness(*key: int) -> Iterator[None]:
     key: for an image (seed, epoch, index), so that its augmentation is the same in any worker of any run.
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = _fold(key)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also visits every device: 200 µs, for each image
+    reseed(*key)
     try:
         yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+
+
+def reseed(*key: int) -> None:
+    """Start the streams of Python, NumPy and torch (on CPU) from a tuple of numbers."""
+    seed = _fold(key)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also visits every device: 200 µs, for each image
 
 
 def seed_everything(*key: int) -> None:

@@ -4,11 +4,18 @@ import io
 from typing import Any
 
 import numpy as np
-from datasets.utils.file_utils import is_local_path, xopen
+import torch
+from datasets.utils.file_utils import xopen
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch.nn.functional import interpolate
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvF
 
 from locatvit_hf.image_processing_locatvit import pil_to_rgb
+
+MIN_REDUCED = 2
+"""Pillow calls 2 fast and 3 almost indistinguishable (`reducing_gap`); a crop is interpolated in any case."""
 
 
 class CorruptImageError(ValueError):
@@ -20,8 +27,7 @@ def decode_image(entry: Any, rgb: bool = False) -> Image.Image:
 
     entry: a dict with `bytes` or `path`, these alone, pixels as an array, or a decoded image.
     rgb: convert to 8-bit RGB as `LocAtViTImageProcessor` does. A JPEG file that needs neither a turn nor a conversion
-        is returned with its pixels still encoded: they are decoded where they are first used, which gives a crop the
-        chance to ask for fewer of them (`Image.draft`).
+        is returned with its pixels still encoded: they are decoded where they are first used, see `crop_and_resize`.
     Raises CorruptImageError.
     """
     try:
@@ -36,6 +42,34 @@ def decode_image(entry: Any, rgb: bool = False) -> Image.Image:
         raise CorruptImageError("no image file of a known format") from None
     except Exception as error:  # the decoders of Pillow raise errors of a dozen kinds
         raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def crop_and_resize(
+    image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int], mode: InterpolationMode
+) -> Image.Image:
+    """`image.crop(box).resize(size)` of an RGB image, within two of 255 levels, in half of the time.
+
+    A JPEG file whose pixels are still encoded is decoded at a half, quarter or eighth of its size where this leaves the
+    crop at least `MIN_REDUCED` times as large as the result.
+
+    box: left, top, right and bottom in pixels. size: height and width in pixels. mode: bilinear or bicubic.
+    """
+    if image.format == "JPEG" and image.fp is not None:
+        width, height = image.size
+        smallest = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / MIN_REDUCED
+        if smallest >= 2:
+            image.draft("RGB", (round(width / smallest), round(height / smallest)))
+            reduction = round(width / image.width)
+            box = tuple(round(side / reduction) for side in box)
+            pixels = tvF.pil_to_tensor(image)
+        else:
+            pixels = decode_jpeg(torch.frombuffer(image.fp.getbuffer(), dtype=torch.uint8), ImageReadMode.RGB)
+    else:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    left, top, right, bottom = box
+    crop = pixels[None, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)  # a fast path of torch
+    resized = interpolate(crop, size, mode=mode.value, antialias=True)[0]
+    return Image.fromarray(resized.permute(1, 2, 0).contiguous().numpy())
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -59,8 +93,6 @@ def _open(entry: Any) -> Image.Image:
     if isinstance(entry, bytes):
         return Image.open(io.BytesIO(entry))
     if isinstance(entry, str):
-        if is_local_path(entry):
-            return Image.open(entry)
         with xopen(entry, "rb") as file:
             return Image.open(io.BytesIO(file.read()))
     if entry is None:

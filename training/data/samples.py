@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, console
 
-from .batches import StreamSampler, UpdateSampler, sample_randomness
+from .batches import StreamSampler, UpdateSampler, reseed, sample_randomness
 from .images import CorruptImageError, decode_image, name_of
 from .streaming import READ_AHEAD, ForwardReader, StreamedRows, num_streams
 
@@ -73,6 +73,10 @@ class TrainingSamples(Dataset):
 
     def load(self, keys: list[tuple[int, ...]]) -> tuple[list[tuple], list[str]]:
         """The samples of `keys`, and of each image that had to be replaced its name and what is wrong with it."""
+        with sample_randomness(self.seed):  # entering and leaving takes longer than seeding: once for all samples
+            return self._load(keys)
+
+    def _load(self, keys: list[tuple[int, ...]]) -> tuple[list[tuple], list[str]]:
         samples, corrupt = [], []
         for key, row in zip(keys, self.reader.read(keys), strict=True):
             for attempt in range(1, MAX_SUBSTITUTES + 2):
@@ -90,14 +94,14 @@ class TrainingSamples(Dataset):
     def _augment(self, key: tuple[int, ...], row: tuple) -> tuple:
         transform = self.transform.at_epoch(key[0]) if hasattr(self.transform, "at_epoch") else self.transform
         values = _decode(row, self.is_image, f"training sample {key[1]}", rgb=True)
-        with sample_randomness(self.seed, *key):
-            try:
-                return transform(*values)
-            except ValueError as error:
-                raise ValueError(f"Training sample {key[1]}: {error}") from None
-            except (OSError, SyntaxError) as error:  # of pixels that are decoded where they are first used
-                name = name_of(row[self.is_image.index(True)], f"training sample {key[1]}")
-                raise CorruptImageError(f"{name} ({error})") from None
+        reseed(self.seed, *key)
+        try:
+            return transform(*values)
+        except ValueError as error:
+            raise ValueError(f"Training sample {key[1]}: {error}") from None
+        except (OSError, SyntaxError) as error:  # of pixels that are decoded where they are first used
+            name = name_of(row[self.is_image.index(True)], f"training sample {key[1]}")
+            raise CorruptImageError(f"{name} ({error})") from None
 
 
 class EvaluationSamples(Dataset):
