@@ -175,7 +175,12 @@ def parse_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
     """
     given = _parse_command_line(argv)
     recipe = given.pop("config", None)
-    return build_arguments(cls, _merge(load_recipe(recipe) if recipe is not None else {}, given))
+    values = load_recipe(recipe) if recipe is not None else {}
+    # Where an option has other names, the command line overrules it under any of them.
+    names = getattr(cls, "other_names", {})
+    overruled = {names.get(name, name) for name in given}
+    values = {name: v for name, v in values.items() if name in given or names.get(name, name) not in overruled}
+    return build_arguments(cls, _merge(values, given))
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -196,7 +201,13 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def build_arguments(cls: type[Arguments], values: dict[str, Any]) -> Arguments:
-    """Make a dataclass of settings from a mapping, with names and types checked."""
+    """Make a dataclass of settings from a mapping, with names and types checked.
+
+    A class may know options by other names: its `other_names` says which option each means, and its
+    `translate(values)` replaces them.
+    """
+    if hasattr(cls, "translate"):
+        values = cls.translate(values)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
