@@ -151,7 +151,11 @@ def build_model(arguments: SegmentArguments, label_names: list[str] | None) -> P
     """
     config = build_config(arguments, label_names)
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-    if arguments.head == "upernet":
+    is_upernet = AutoConfig.from_pretrained(arguments.pretrained).model_type == "upernet"
+    if arguments.head == "upernet" and is_upernet:
+        model, info = UperNetForSemanticSegmentation.from_pretrained(arguments.pretrained, config=config, **options)
+        encoder = f"backbone.{model.backbone.base_model_prefix}"
+    elif arguments.head == "upernet":
         with torch.device("meta"):
             backbone_class = type(AutoBackbone.from_config(config.backbone_config))
         backbone, info = backbone_class.from_pretrained(arguments.pretrained, config=config.backbone_config, **options)
@@ -159,12 +163,14 @@ def build_model(arguments: SegmentArguments, label_names: list[str] | None) -> P
         model.backbone.load_state_dict(backbone.state_dict())
         encoder = backbone.base_model_prefix
     else:
+        # The encoder of a UPerNet stands in its backbone.
+        options["key_mapping"] = {r"^backbone\.": ""} if is_upernet else None
         model, info = AutoModelForSemanticSegmentation.from_pretrained(arguments.pretrained, config=config, **options)
         encoder = model.base_model_prefix
     fresh = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     fresh = sorted(name for name in fresh if name.startswith(f"{encoder}."))
     if len(fresh) >= len(model.base_model.state_dict()):
-        raise ValueError(f"{arguments.pretrained} holds no weights of a {encoder}.")
+        raise ValueError(f"{arguments.pretrained} holds no weights of its {model.base_model.config.model_type}.")
     if fresh:
         console.print(f"Starts anew, because the checkpoint has no such tensor: {', '.join(fresh)}.", markup=False)
     if arguments.freeze:
@@ -190,6 +196,8 @@ def build_processor(arguments: SegmentArguments, config: PreTrainedConfig) -> Lo
 
 class UperNetForSemanticSegmentation(FreezableBackboneMixin, transformers.UperNetForSemanticSegmentation):
     """The UPerNet of transformers, saved as such, whose encoder can be frozen."""
+
+    supports_gradient_checkpointing = True  # of the layers of the backbone
 
     def post_init(self) -> None:
         """The backbone already records its hidden states; a second recorder would list each twice."""

@@ -169,6 +169,35 @@ def test_an_encoder_alone_is_a_source_too(tmp_path):
     )
 
 
+@pytest.mark.parametrize("head", ["probe", "upernet"])
+def test_a_segmentor_is_a_source_too(sources, tmp_path, head):
+    """For other classes its head starts anew; for as many it goes on, where it is of the same kind."""
+    arguments = arguments_for(sources["pacavit"], "upernet")
+    source = build_model(arguments, NAMES)
+    source.save_pretrained(tmp_path / "upernet")
+    model = build_model(arguments_for(tmp_path / "upernet", head), ["sky", *NAMES])
+    weights = source.base_model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.base_model.state_dict().items())
+    assert model.config.id2label[0] == "sky"
+    if head == "upernet":
+        again = build_model(arguments_for(tmp_path / "upernet", head), NAMES)
+        assert torch.equal(again.decode_head.classifier.weight, source.decode_head.classifier.weight)
+        assert model.decode_head.classifier.weight.shape[0] == 4
+
+
+def test_upernet_recomputes_the_layers_of_its_backbone(sources):
+    passes = []
+    for recompute in (False, True):
+        model = build_model(arguments_for(sources["locatvit"], "upernet", freeze=False), NAMES).train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        calls = []
+        model.backbone.locatvit.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model(**batch()).loss.backward()
+        passes.append(len(calls))
+    assert passes == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
@@ -194,7 +223,7 @@ def test_a_checkpoint_of_something_else_is_refused(sources, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text((sources["locatvit"] / "config.json").read_text())
     (folder / "model.safetensors").write_bytes((sources["pacavit"] / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="holds no weights of a locatvit"):
+    with pytest.raises(ValueError, match="holds no weights of its locatvit"):
         build_model(arguments_for(folder), NAMES)
 
 
@@ -299,9 +328,8 @@ def test_examples_show_labels_and_prediction(sources, squares):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("freeze", [True, False])
-@pytest.mark.parametrize("head", ["probe", "upernet"])
-def test_a_killed_run_continues_bit_identically(settings, tmp_path, freeze, head):
+@pytest.mark.parametrize(("head", "freeze"), [("probe", True), ("upernet", False)])
+def test_a_killed_run_continues_bit_identically(settings, tmp_path, head, freeze):
     """With workers, augmentation, drop path and averaged weights; killed in the middle of an epoch of six updates."""
     settings |= {"freeze": freeze, "head": head, "length": "14 steps", "num_workers": 2, "ema_decay": 0.9, "seed": 5}
     settings |= {"checkpoint_every": "1 steps", "evaluate_every": "7 steps"}
