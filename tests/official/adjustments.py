@@ -14,6 +14,7 @@ import itertools
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 NAME_LISTS = {
@@ -98,6 +99,48 @@ class BareTrainingTests:
         missing = [name for name, gradient in gradients.items() if gradient is None]
         self.assertEqual(missing, [], f"{model_class.__name__} leaves trainable parameters without a gradient")
         return gradients
+
+
+class ShapeTests:
+    """The library's tests of the shapes of attentions and hidden states, for tokens that do not meet on one grid.
+
+    A family says `expected_attentions` and `expected_hidden_states`: the shapes, in the order of layers and stages.
+    """
+
+    def test_attention_outputs(self) -> None:
+        """A map for each layer, whose rows add up to one, asked for in any way, also beside hidden states."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        config._attn_implementation = "eager"
+        for model_class in self.all_model_classes:
+            asked, by_config = self._recorded("attentions", model_class, config, inputs)
+            with torch.no_grad():
+                model = model_class(copy.deepcopy(config)).eval()
+                both = model(**inputs, output_attentions=True, output_hidden_states=True)
+            self.assertEqual(len(both.hidden_states), config.num_hidden_layers + 1)
+            for attentions in (asked, by_config, both.attentions):
+                shapes = [tuple(attention.shape) for attention in attentions]
+                self.assertEqual(shapes, self.expected_attentions(config))
+                for attention in attentions:
+                    torch.testing.assert_close(attention.sum(dim=-1), torch.ones(attention.shape[:-1]))
+
+    def test_hidden_states_output(self) -> None:
+        """The embeddings and the output of each stage, asked for in any way."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            for hidden_states in self._recorded("hidden_states", model_class, config, inputs):
+                shapes = [tuple(states.shape) for states in hidden_states]
+                self.assertEqual(shapes, self.expected_hidden_states(config))
+
+    def _recorded(self, name: str, model_class: type[nn.Module], config: PreTrainedConfig, inputs: dict) -> tuple:
+        """What a model records under `name`: asked by an argument, and by its config. Unasked it is nothing."""
+        asked = model_class(copy.deepcopy(config)).eval()
+        configured = copy.deepcopy(config)
+        setattr(configured, f"output_{name}", True)
+        by_config = model_class(configured).eval()
+        with torch.no_grad():
+            self.assertIsNone(getattr(asked(**inputs), name))
+            outputs = asked(**inputs, **{f"output_{name}": True}), by_config(**inputs)
+        return tuple(getattr(output, name) for output in outputs)
 
 
 def _first_tensor(outputs: object) -> torch.Tensor:

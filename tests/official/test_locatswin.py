@@ -1,13 +1,11 @@
 """The tests of transformers for models and backbones, on the `locatswin` family.
 
 Replaced are the two tests of shapes that assume one grid and full attention: `test_attention_outputs` and
-`test_hidden_states_output`. Ours ask for the same, with the shapes of windows and stages.
+`test_hidden_states_output`. Ours (`ShapeTests`) ask for the same, with the shapes of windows and stages.
 """
 
-import copy
 import unittest
 
-import torch
 from transformers_tests.test_backbone_common import BackboneTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin
@@ -19,7 +17,7 @@ from locatvit_hf import (
     LocAtSwinForSemanticSegmentation,
     LocAtSwinModel,
 )
-from tests.official.adjustments import BareTrainingTests, EmbeddingTests, register_names
+from tests.official.adjustments import BareTrainingTests, EmbeddingTests, ShapeTests, register_names
 from tests.official.vision_model_tester import VisionModelTester
 
 register_names(
@@ -68,7 +66,7 @@ class BaselineModelTester(LocAtSwinModelTester):
     config_fields = LocAtSwinModelTester.config_fields | {"use_gaussian": False, "use_refinement": False}
 
 
-class LocAtSwinModelTest(EmbeddingTests, BareTrainingTests, ModelTesterMixin, unittest.TestCase):
+class LocAtSwinModelTest(EmbeddingTests, BareTrainingTests, ShapeTests, ModelTesterMixin, unittest.TestCase):
     all_model_classes = (
         LocAtSwinModel,
         LocAtSwinForImageClassification,
@@ -92,45 +90,17 @@ class LocAtSwinModelTest(EmbeddingTests, BareTrainingTests, ModelTesterMixin, un
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
 
-    def test_attention_outputs(self) -> None:
-        """One map for each layer, (batch * windows, heads, area, area), rows adding up to one, asked for in any way."""
-        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        config._attn_implementation = "eager"
-        grids = [16, 8]
-        expected = []
-        for stage, (depth, heads) in enumerate(zip(config.depths, config.num_heads, strict=True)):
-            windows = (-(-grids[stage] // 3)) ** 2
-            expected += [(self.model_tester.batch_size * windows, heads, 9, 9)] * depth
-        for model_class in self.all_model_classes:
-            asked = model_class(copy.deepcopy(config)).eval()
-            configured = copy.deepcopy(config)
-            configured.output_attentions = True
-            by_config = model_class(configured).eval()
-            with torch.no_grad():
-                self.assertIsNone(asked(**inputs).attentions)
-                both = asked(**inputs, output_attentions=True, output_hidden_states=True)
-                all_attentions = asked(**inputs, output_attentions=True).attentions, by_config(**inputs).attentions
-            self.assertEqual(len(both.hidden_states), config.num_hidden_layers + 1)
-            for attentions in (*all_attentions, both.attentions):
-                self.assertEqual([tuple(attention.shape) for attention in attentions], expected)
-                for attention in attentions:
-                    torch.testing.assert_close(attention.sum(dim=-1), torch.ones(attention.shape[:-1]))
+    def expected_attentions(self, config: LocAtSwinConfig) -> list[tuple[int, ...]]:
+        """(batch * windows, heads, area, area) of each layer; maps of 16 and 8 patches in windows of 3."""
+        shapes = []
+        for grid, depth, heads in zip((16, 8), config.depths, config.num_heads, strict=True):
+            shapes += [(self.model_tester.batch_size * (-(-grid // 3)) ** 2, heads, 9, 9)] * depth
+        return shapes
 
-    def test_hidden_states_output(self) -> None:
-        """The embeddings and the output of each stage, (batch, patches, channels), asked for in any way."""
-        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+    def expected_hidden_states(self, config: LocAtSwinConfig) -> list[tuple[int, ...]]:
+        """(batch, patches, channels) of the embeddings and of each stage."""
         batch = self.model_tester.batch_size
-        expected = [(batch, 256, 16), (batch, 256, 16), (batch, 64, 32)]
-        for model_class in self.all_model_classes:
-            asked = model_class(copy.deepcopy(config)).eval()
-            configured = copy.deepcopy(config)
-            configured.output_hidden_states = True
-            by_config = model_class(configured).eval()
-            with torch.no_grad():
-                self.assertIsNone(asked(**inputs).hidden_states)
-                outputs = asked(**inputs, output_hidden_states=True), by_config(**inputs)
-            for output in outputs:
-                self.assertEqual([tuple(states.shape) for states in output.hidden_states], expected)
+        return [(batch, 256, 16), (batch, 256, 16), (batch, 64, 32)]
 
 
 class BaselineModelTest(LocAtSwinModelTest):

@@ -1,13 +1,11 @@
 """The tests of transformers for models and backbones, on the `pacavit` family.
 
 Replaced are the two tests of shapes that assume one grid and full attention: `test_attention_outputs` and
-`test_hidden_states_output`. Ours ask for the same, with the shapes of clusters and stages.
+`test_hidden_states_output`. Ours (`ShapeTests`) ask for the same, with the shapes of clusters and stages.
 """
 
-import copy
 import unittest
 
-import torch
 from transformers_tests.test_backbone_common import BackboneTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin
@@ -19,7 +17,7 @@ from locatvit_hf import (
     PaCaViTForSemanticSegmentation,
     PaCaViTModel,
 )
-from tests.official.adjustments import BareTrainingTests, EmbeddingTests, register_names
+from tests.official.adjustments import BareTrainingTests, EmbeddingTests, ShapeTests, register_names
 from tests.official.vision_model_tester import VisionModelTester
 
 register_names(
@@ -82,7 +80,7 @@ class BlockwiseMlpModelTester(PaCaViTModelTester):
     }
 
 
-class PaCaViTModelTest(EmbeddingTests, BareTrainingTests, ModelTesterMixin, unittest.TestCase):
+class PaCaViTModelTest(EmbeddingTests, BareTrainingTests, ShapeTests, ModelTesterMixin, unittest.TestCase):
     all_model_classes = (
         PaCaViTModel,
         PaCaViTForImageClassification,
@@ -102,41 +100,14 @@ class PaCaViTModelTest(EmbeddingTests, BareTrainingTests, ModelTesterMixin, unit
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
 
-    def test_attention_outputs(self) -> None:
-        """One map for each layer, (batch, heads, patches, clusters), rows adding up to one, asked for in any way."""
-        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        config._attn_implementation = "eager"
-        expected = [(self.model_tester.batch_size, 2, *shape) for shape in self.model_tester.attended]
-        for model_class in self.all_model_classes:
-            asked = model_class(copy.deepcopy(config)).eval()
-            configured = copy.deepcopy(config)
-            configured.output_attentions = True
-            by_config = model_class(configured).eval()
-            with torch.no_grad():
-                self.assertIsNone(asked(**inputs).attentions)
-                both = asked(**inputs, output_attentions=True, output_hidden_states=True)
-                all_attentions = asked(**inputs, output_attentions=True).attentions, by_config(**inputs).attentions
-            self.assertEqual(len(both.hidden_states), config.num_hidden_layers + 1)
-            for attentions in (*all_attentions, both.attentions):
-                self.assertEqual([tuple(attention.shape) for attention in attentions], expected)
-                for attention in attentions:
-                    torch.testing.assert_close(attention.sum(dim=-1), torch.ones(attention.shape[:-1]))
+    def expected_attentions(self, config: PaCaViTConfig) -> list[tuple[int, ...]]:
+        """(batch, heads, patches, clusters) of each layer."""
+        return [(self.model_tester.batch_size, 2, *shape) for shape in self.model_tester.attended]
 
-    def test_hidden_states_output(self) -> None:
-        """The maps of the stem and of each stage, (batch, channels, height, width), asked for in any way."""
-        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+    def expected_hidden_states(self, config: PaCaViTConfig) -> list[tuple[int, ...]]:
+        """The maps of the stem and of each stage, (batch, channels, height, width)."""
         batch = self.model_tester.batch_size
-        expected = [(batch, 16, 8, 8), (batch, 16, 8, 8), (batch, 32, 4, 4)]
-        for model_class in self.all_model_classes:
-            asked = model_class(copy.deepcopy(config)).eval()
-            configured = copy.deepcopy(config)
-            configured.output_hidden_states = True
-            by_config = model_class(configured).eval()
-            with torch.no_grad():
-                self.assertIsNone(asked(**inputs).hidden_states)
-                outputs = asked(**inputs, output_hidden_states=True), by_config(**inputs)
-            for output in outputs:
-                self.assertEqual([tuple(states.shape) for states in output.hidden_states], expected)
+        return [(batch, 16, 8, 8), (batch, 16, 8, 8), (batch, 32, 4, 4)]
 
 
 class TeacherModelTest(PaCaViTModelTest):
