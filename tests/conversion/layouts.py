@@ -1,15 +1,65 @@
-"""Writes the weights of a golden case in the layouts that the reference writes."""
+"""Writes the weights of a golden case in the layouts that the reference writes, and loads what became of them."""
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.golden import GOLDEN, GoldenCase
+
+# A process that knows nothing of this package loads every folder by the Auto class of its task.
+STRANGER = """
+import json
+import sys
+
+class NoPackage:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "locatvit_hf":
+            raise ModuleNotFoundError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, NoPackage())
+from pathlib import Path
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+for folder in map(Path, sys.argv[1:]):
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    _, has_head, task = architecture.partition("For")
+    auto_class = getattr(transformers, f"AutoModel{has_head}{task}")
+    model = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
+    assert "locatvit_hf" not in sys.modules and type(model).__module__.startswith("transformers_modules")
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(processor).__name__ == "LocAtViTImageProcessor"
+    with torch.no_grad():
+        outputs = {name: model(image)[0].contiguous() for name, image in load_file(f"{folder}.inputs").items()}
+    save_file(outputs, f"{folder}.outputs")
+"""
+
+
+def strangers_outputs(inputs: Mapping[Path, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    """What models say in one process where this package cannot be imported.
+
+    inputs: folder of a model -> name -> pixel values, the folders being neighbours. Returns name of the folder -> name
+    -> logits, or last hidden states of a model without a head.
+    """
+    for folder, tensors in inputs.items():
+        save_file(dict(tensors), f"{folder}.inputs")
+        root = folder.parent
+    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", STRANGER, *map(str, inputs)]
+    process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return {folder.name: load_file(f"{folder}.outputs") for folder in inputs}
 
 
 def write_mixin(case: GoldenCase, folder: Path) -> Path:

@@ -1,18 +1,15 @@
 """SOURCE as a Hub id, through a Hub on this machine."""
 
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
 from locatvit_hf import LocAtViTForImageClassification, LocAtViTModel
 from tests.conversion.layouts import write_run, write_timm
 from tests.golden import load_case
-from tests.remote.conftest import HERE, start
+from tests.remote.conftest import serve_hub, start
 
 ROOT = Path(__file__).resolve().parents[2]
 # One process: the address of the Hub is read when huggingface_hub is imported.
@@ -34,18 +31,8 @@ LocAtViTModel.from_vit("tester/vit").save_pretrained("from_vit")
 """
 
 
-@pytest.fixture
-def hub() -> Iterator[str]:
-    process = subprocess.Popen([sys.executable, "-I", HERE / "loopback_hub.py"], stdout=subprocess.PIPE, text=True)
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.wait()
-
-
 @torch.no_grad()
-def test_hub_ids_are_sources(tmp_path, hub):
+def test_hub_ids_are_sources(tmp_path):
     case = load_case("locatvit_reg4")
     write_timm(case, tmp_path / "timm")
     write_run(case, tmp_path / "run")
@@ -54,7 +41,8 @@ def test_hub_ids_are_sources(tmp_path, hub):
     vit.save_pretrained(tmp_path / "vit")
     machine = tmp_path / "machine"
     machine.mkdir()
-    start([sys.executable, "-c", PROGRAM, ROOT, tmp_path], machine, hub)
+    with serve_hub() as hub:
+        start([sys.executable, "-c", PROGRAM, ROOT, tmp_path], machine, hub)
 
     model = LocAtViTForImageClassification.from_pretrained(machine / "from_timm").eval()
     assert case.error("0.logits", model(case.input(0)).logits) < 1e-5

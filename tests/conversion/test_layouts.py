@@ -1,7 +1,6 @@
 """Every layout of the reference, converted by the command and loaded where this package cannot be imported."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from locatvit_hf import LocAtViTForImageClassification
 from locatvit_hf.conversion import locatvit as family
-from tests.conversion.layouts import write_mixin, write_run, write_timm
+from tests.conversion.layouts import strangers_outputs, write_mixin, write_run, write_timm
 from tests.golden import GOLDEN, VIT_CHECKPOINTS, load_case, load_models, model_input, rule_weights
 
 WRITERS = {"mixin": write_mixin, "timm": write_timm, "run": write_run}
@@ -28,34 +27,6 @@ RULE_CASES = {
     "plain": (10, "vit_tiny_patch16_224", {}, "token"),
     "rope": (12, "locatvit_tiny_rope_mixed", {}, "token"),
 }
-
-STRANGER = """
-import sys
-
-class NoPackage:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "locatvit_hf":
-            raise ModuleNotFoundError(f"{name} is not installed here")
-
-sys.meta_path.insert(0, NoPackage())
-from pathlib import Path
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-root = Path(sys.argv[1])
-for inputs in sorted(root.glob("*.inputs.safetensors")):
-    folder = root / inputs.name.removesuffix(".inputs.safetensors")
-    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
-    assert "locatvit_hf" not in sys.modules and type(model).__module__.startswith("transformers_modules")
-    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-    assert type(processor).__name__ == "LocAtViTImageProcessor"
-    with torch.no_grad():
-        save_file(
-            {name: model(pixel_values).logits for name, pixel_values in load_file(inputs).items()},
-            root / f"{folder.name}.logits.safetensors",
-        )
-"""
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +43,10 @@ def strangers_logits(tmp_path_factory, locatvit) -> dict[str, dict[str, torch.Te
     for name, (row, architecture, arguments, pool) in RULE_CASES.items():
         source = write_rule_case(sources / name, architecture, arguments, pool)
         inputs[name] = (source, {"0": model_input(load_models()[row]["input"]).float()})
-    for name, (source, tensors) in inputs.items():
+    for name, (source, _) in inputs.items():
         result = locatvit("convert", source, root / name)
         assert result.exit_code == 0, result.output
-        save_file(tensors, root / f"{name}.inputs.safetensors")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    script = root / "stranger.py"
-    script.write_text(STRANGER)
-    process = subprocess.run(
-        [sys.executable, str(script), str(root)], cwd=root, env=environment, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
-    return {name: load_file(root / f"{name}.logits.safetensors") for name in inputs}
+    return strangers_outputs({root / name: tensors for name, (_, tensors) in inputs.items()})
 
 
 def write_rule_case(folder: Path, architecture: str, arguments: dict, pool: str) -> Path:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +123,8 @@ def ask_stranger(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> As
     return ask
 
 
-@pytest.fixture(scope="module")
-def hub() -> Iterator[str]:
+@contextmanager
+def serve_hub() -> Iterator[str]:
     """The address of a Hub in a process of its own."""
     process = subprocess.Popen([sys.executable, "-I", HERE / "loopback_hub.py"], stdout=subprocess.PIPE, text=True)
     try:
@@ -131,6 +132,12 @@ def hub() -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    with serve_hub() as address:
+        yield address
 
 
 def start(command: list[str | Path], machine: Path, hub: str | None) -> None:
