@@ -1,0 +1,170 @@
+"""Fine-tuning of any of our checkpoints, or of any plain ViT, on the classes of another data set.
+
+accelerate launch training/finetune.py --pretrained FOLDER --dataset FOLDER --output_dir runs/finetuned
+
+Options of the Trainer and of its examples are understood too, as far as they have a counterpart: --model_name_or_path,
+--num_train_epochs, --per_device_train_batch_size, --warmup_ratio, --lr_scheduler_type, --bf16, --report_to and so on.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+if not __package__:  # started as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from huggingface_hub.dataclasses import strict
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+
+from training.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
+from training.augmentation import ClassificationAugmentation
+from training.data import load_splits
+from training.export import save_pretrained
+from training.loop import create_accelerator
+from training.pretrain import train_classifier
+from training.pretrained import load_pretrained, rebuild
+from training.trainer_names import OPTIONS, translate
+
+
+@strict
+@dataclass(kw_only=True)
+class FinetuneArguments(DataArguments, OptimizationArguments, ClassificationAugmentation, RunArguments):
+    """Settings of `finetune`; the defaults are our choice for a few thousand images or more."""
+
+    other_names: ClassVar[dict[str, str]] = OPTIONS
+
+    pretrained: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of one of our models, or of a ViT of another library."},
+    )
+    model: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Fields of the configuration to change: --model.drop_path_rate 0.1."}
+    )
+    freeze: bool = field(default=False, metadata={"help": "Train the classifier only, and what `unfreeze` names."})
+    unfreeze: list[str] = field(
+        default_factory=list, metadata={"help": "With freeze, parts of names of parameters to train too: [gaussian]."}
+    )
+    lora: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Train low-rank adapters: fields of PEFT's LoraConfig, such as --lora.r 8."},
+    )
+    new_gaussian_factor: float | int = field(
+        default=10.0,
+        metadata={"help": "Learning rate of Gaussians that the checkpoint does not have, relative to the others."},
+    )
+    length: str = "20 epochs"
+    warmup: str = "10 %"
+    schedule: Literal["linear", "cosine", "constant", "step"] = "cosine"
+    learning_rate: float | int = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    layer_decay: float | int | None = field(
+        default=0.75, metadata={"help": "Learning rate of a layer relative to the next one."}
+    )
+    max_gradient_norm: float | int | None = 1.0
+    batch_size: int = 128
+    mixup: float | int = 0.0
+    cutmix: float | int = 0.0
+
+    @classmethod
+    def translate(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Options under the names of the Trainer as ours. Raises ValueError where an option is given under both."""
+        return translate(values)
+
+
+def main(arguments: FinetuneArguments) -> dict[str, Any]:
+    """Train, evaluate and export; returns the content of `all_results.json`."""
+    accelerator = create_accelerator(arguments)
+    splits = load_splits(arguments)
+    torch.manual_seed(arguments.seed)
+    model, new_gaussians = build_model(arguments, splits.label_names)
+    if new_gaussians:
+        factors = {"gaussian": arguments.new_gaussian_factor, **arguments.learning_rate_factors}
+        arguments = replace(arguments, learning_rate_factors=factors)
+    if not arguments.lora:
+        return train_classifier(arguments, accelerator, splits, model)
+    adapted = add_adapters(model, arguments, new_gaussians)
+    return train_classifier(arguments, accelerator, splits, model, save=save_adapted(adapted))
+
+
+def build_model(arguments: FinetuneArguments, label_names: list[str]) -> tuple[PreTrainedModel, bool]:
+    """The pretrained model with a classifier for the names of the classes, and whether its Gaussians are new.
+
+    The classifier is a new one unless the checkpoint has these very classes, in this order.
+    Raises ValueError where the number of classes is given twice and differs, and as `load_pretrained` does.
+    """
+    num_labels = arguments.model.get("num_labels", len(label_names))
+    if num_labels != len(label_names):
+        raise ValueError(f"model.num_labels is {num_labels}, but the data has {len(label_names)} classes.")
+    if arguments.unfreeze and not arguments.freeze:
+        raise ValueError("unfreeze names exceptions to --freeze, which is not given.")
+    if arguments.lora and arguments.freeze:
+        raise ValueError("lora already freezes all but the adapters, the classifier and new Gaussians: drop --freeze.")
+    values = {name: value for name, value in arguments.model.items() if name != "num_labels"}
+    model, fresh = load_pretrained(AutoModelForImageClassification, arguments.pretrained, values)
+    if [model.config.id2label[index] for index in range(model.config.num_labels)] != label_names:
+        names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+        model = rebuild(model, **names)
+    if arguments.freeze:
+        freeze_encoder(model, arguments.unfreeze)
+    return model, any(".gaussian." in name for name in fresh)
+
+
+def freeze_encoder(model: PreTrainedModel, unfreeze: list[str]) -> None:
+    """Train the classifier and the parameters whose name contains an entry of `unfreeze`.
+
+    Drop path, dropout and batch norms of the encoder stay as in evaluation.
+    Raises ValueError for an entry that no parameter contains.
+    """
+    model.base_model.requires_grad_(False)
+    for part in unfreeze:
+        named = [parameter for name, parameter in model.named_parameters() if part in name]
+        if not named:
+            raise ValueError(f"unfreeze names {part!r}, but no parameter of the model is called so.")
+        for parameter in named:
+            parameter.requires_grad_(True)
+    model.register_forward_pre_hook(_evaluate_encoder)
+
+
+def add_adapters(model: PreTrainedModel, arguments: FinetuneArguments, new_gaussians: bool) -> PeftModel:
+    """Put low-rank adapters into the model and freeze the rest, but for the classifier and Gaussians that are new.
+
+    Queries and values get them unless `lora.target_modules` says otherwise. The model itself is changed; the object
+    that is returned around it can tell the adapters from the rest.
+    Raises ValueError for a field that PEFT does not know, and for targets that are not there.
+    """
+    whole = ["classifier", *(["gaussian"] if new_gaussians else [])]
+    known = {f.name for f in fields(LoraConfig)}
+    if unknown := sorted(set(arguments.lora) - known):
+        raise ValueError(f"PEFT's LoraConfig has no field {unknown[0]!r}.")
+    settings = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": whole, **arguments.lora}
+    try:
+        adapted = get_peft_model(model, LoraConfig(**settings))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"PEFT cannot adapt the model: {str(error).splitlines()[0]}") from None
+    adapted.peft_config["default"].base_model_name_or_path = arguments.pretrained
+    return adapted
+
+
+def save_adapted(adapted: PeftModel) -> Callable[[nn.Module, BaseImageProcessor, Path], None]:
+    """How a model with adapters is exported: with the adapters merged into its weights, and beside it in `adapter`."""
+
+    def save(model: nn.Module, processor: BaseImageProcessor, folder: Path) -> None:
+        trained = copy.deepcopy(adapted).cpu()
+        trained.get_base_model().load_state_dict(model.state_dict())
+        trained.save_pretrained(folder / "adapter")
+        save_pretrained(trained.merge_and_unload(), processor, folder)
+
+    return save
+
+
+def _evaluate_encoder(model: PreTrainedModel, inputs: tuple) -> None:
+    model.base_model.eval()
+
+
+if __name__ == "__main__":
+    run_program(main, FinetuneArguments)

@@ -1,0 +1,119 @@
+"""The model that a run starts from: a checkpoint of one of our families, or a plain ViT of another library."""
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor, LocAtViTModel
+from locatvit_hf.layers_locat import FamilyConfigMixin, resample_position_embeddings
+from training.arguments import console, describe
+
+# What `from_vit` makes of a plain ViT.
+VIT_CLASSES = {AutoModel: LocAtViTModel, AutoModelForImageClassification: LocAtViTForImageClassification}
+POSITIONS = "embeddings.position_embeddings"
+
+
+def read_config(pretrained: str | Path) -> PreTrainedConfig | None:
+    """The configuration of a checkpoint of transformers; None where there is none, as in a folder of timm."""
+    try:
+        return AutoConfig.from_pretrained(pretrained)
+    except (OSError, ValueError):
+        return None
+
+
+def load_pretrained(
+    auto_class: type, pretrained: str | Path | None, fields: dict[str, Any] | None = None
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model of a checkpoint, and the names of the parameters of its encoder that the checkpoint does not have.
+
+    Any checkpoint of our families will do, whatever its head; anything else goes through `from_vit`.
+
+    auto_class: `AutoModel` or `AutoModelForImageClassification`.
+    pretrained: folder or Hub name.
+    fields: of the configuration, to change. Position embeddings follow another `image_size`; other tensors whose shape
+        changes start anew, which is printed.
+    Raises ValueError where there is no such model or field, or the checkpoint holds nothing of the encoder.
+    """
+    if pretrained is None:
+        raise ValueError("Name the model to start from with --pretrained: a folder or a Hub name.")
+    fields = dict(fields or {})
+    source = read_config(pretrained)
+    if source is not None and isinstance(getattr(source, "backbone_config", None), FamilyConfigMixin):
+        raise ValueError(
+            f"{pretrained} is a {source.model_type} around a {source.backbone_config.model_type}: start from the "
+            "checkpoint that it was made of."
+        )
+    if not isinstance(source, FamilyConfigMixin):
+        model = VIT_CLASSES[auto_class].from_vit(pretrained, **fields)
+        return model, [name for name, _ in model.base_model.named_parameters() if ".gaussian." in name]
+    if unknown := sorted(set(fields) - {f.name for f in dataclasses.fields(source)}):
+        raise ValueError(f"A {source.model_type} configuration has no field {unknown[0]!r}.")
+    image_size = fields.pop("image_size", source.image_size)
+    config = _changed(source, fields)
+    model, info = auto_class.from_pretrained(
+        pretrained, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    fresh = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    fresh = sorted(name.removeprefix(prefix) for name in fresh if name.startswith(prefix))
+    if len(fresh) >= len(model.base_model.state_dict()):
+        raise ValueError(f"{pretrained} holds no weights of a {source.model_type}.")
+    if fresh:
+        console.print(f"Starts anew, because the checkpoint has no such tensor: {', '.join(fresh)}.", markup=False)
+    if image_size != source.image_size:
+        model = rebuild(model, image_size=image_size)
+    return model, fresh
+
+
+def rebuild(model: PreTrainedModel, **fields: Any) -> PreTrainedModel:
+    """The same weights under a configuration with other labels or another image size.
+
+    Other labels give a new classifier; position embeddings are resampled to another native grid.
+    """
+    config = _changed(model.config, fields)
+    rebuilt, state = type(model)(config), model.state_dict()
+    if "id2label" in fields:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
+    for name, tensor in rebuilt.state_dict().items():
+        if name.endswith(POSITIONS) and tensor.shape != state[name].shape:
+            grid = model.config.native_grid
+            num_prefix = state[name].shape[1] - math.prod(grid)
+            state[name] = resample_position_embeddings(state[name], grid, config.native_grid, num_prefix)
+    rebuilt.load_state_dict(state, strict=False)
+    return rebuilt
+
+
+def load_processor(pretrained: str | Path, config: PreTrainedConfig) -> BaseImageProcessor:
+    """The processor of a checkpoint where it has one that crops, as classification does; else that of its model."""
+    if isinstance(read_config(pretrained), FamilyConfigMixin):
+        try:
+            processor = LocAtViTImageProcessor.from_pretrained(pretrained)
+        except OSError:
+            processor = None
+        if processor is not None and processor.size_divisor is None:
+            return processor
+    return LocAtViTImageProcessor.from_model_config(config)
+
+
+def _changed(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration with other values in some of its fields; which stages a backbone returns is left out."""
+    left_out = {"out_features", "out_indices", "stage_names"}
+    if {"id2label", "num_labels"} & fields.keys():
+        left_out |= {"id2label", "label2id", "num_labels"}
+    values = {name: value for name, value in copy.deepcopy(config.to_dict()).items() if name not in left_out}
+    try:
+        return type(config)(**{**values, **fields})
+    except StrictDataclassError as error:
+        raise ValueError(describe(error)) from None
