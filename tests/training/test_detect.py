@@ -14,8 +14,8 @@ from pycocotools import mask as coco_mask
 from safetensors.torch import load_file
 from transformers import AutoBackbone, AutoModel
 
-from tests.training.programs import run, start
-from training.arguments import build_arguments
+from tests.training.programs import ROOT, run, start
+from training.arguments import build_arguments, load_recipe
 from training.checkpointing import list_checkpoints
 from training.data import sample_randomness
 from training.detect import DetectArguments, build_model
@@ -31,8 +31,10 @@ from training.detection import (
     read_coco,
     read_objects,
 )
+from training.optimization import create_optimizer, learning_rate_at, parse_duration
 from training.pretrain import build_config
 
+RECIPES = ROOT / "training" / "recipes" / "detect"
 CATEGORIES = [{"id": 3, "name": "box"}, {"id": 8, "name": "disc"}]
 ENCODERS = {
     "pacavit": {
@@ -213,13 +215,55 @@ def test_every_encoder_learns(family, masks, settings):
     assert without == []
 
 
-def test_mask_rcnn_has_the_size_of_the_paper():
-    """31.97 million parameters with PaCa-ViT tiny; torchvision's heads also predict the background's box and mask."""
+@pytest.mark.parametrize(
+    ("name", "preset", "parameters"),
+    [
+        # In millions, of the paper; torchvision's heads also predict the background's box and mask.
+        ("coco_pacavit", "tiny", 31.97),
+        ("coco_pacavit", "small", 41.81),
+        ("coco_pacavit", "base", 66.61),
+        ("digits", None, None),
+    ],
+)
+def test_recipe(name, preset, parameters):
+    arguments = build_arguments(DetectArguments, {**load_recipe(RECIPES / f"{name}.yaml"), "preset": preset})
+    categories = [{"id": number, "name": str(number)} for number in range(80)]
     with torch.device("meta"):
-        config = pyramid_config(build_config("pacavit", "tiny", {}))
-        categories = [{"id": number, "name": str(number)} for number in range(80)]
-        detector = Detector(AutoBackbone.from_config(config), categories, DetectorSettings())
-    assert sum(p.numel() for p in detector.parameters()) == pytest.approx(31.97e6, rel=5e-4)
+        detector = build_model(arguments, categories)
+    groups = create_optimizer(detector, arguments).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(detector.parameters()))
+    transform = DetectionTransform(arguments, True, [0.5] * 3, [0.5] * 3)
+    polygon = [[20, 30, 300, 30, 300, 200]]
+    entry = {"box": [20, 30, 300, 200], "label": 7, "iscrowd": 0, "area": 9000, "segmentation": polygon}
+    objects = json.dumps({"image_id": 1, "size": [640, 426], "annotations": [entry]})
+    for seed in range(4):
+        with sample_randomness(seed):
+            pixels, _ = transform(Image.new("RGB", (640, 426)), objects)
+        assert min(pixels.shape[1:]) <= max(arguments.shortest_sides)
+        assert max(pixels.shape[1:]) <= arguments.longest_side
+    if parameters is None:
+        return
+    assert sum(p.numel() for p in detector.parameters()) == pytest.approx(parameters * 1e6, rel=5e-4)
+    names = {id(parameter): name for name, parameter in detector.named_parameters()}
+    for group in groups:
+        for name in (names[id(parameter)] for parameter in group["params"]):
+            assert group["weight_decay"] == (0.0 if "norm" in name else 0.05), name
+    total = parse_duration(arguments.length, 7330)
+    rates = {0: 1e-7, 500: 1e-4, 8 * 7330 - 1: 1e-4, 8 * 7330: 1e-5, 11 * 7330: 1e-6}
+    milestones = [parse_duration(milestone, 7330) for milestone in arguments.milestones]
+    observed = {u: learning_rate_at(u, total, 500, arguments, milestones) for u in rates}
+    assert observed == pytest.approx(rates) and parse_duration(arguments.warmup, 7330) == 500
+
+
+def test_all_recipes_are_known():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"coco_pacavit", "digits"}
+
+
+def test_dry_run_draws_boxes(settings, tmp_path):
+    results = train({**settings, "dry_run": True}, tmp_path / "run")["dry_run"]
+    assert results["updates"] == 6 and results["loss"] > 0
+    assert min(Image.open(tmp_path / "run" / "dry_run.png").size) > 100
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_image_boxes_and_masks_move_together():

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 
 from tests.training.conftest import SMALL_MODEL
-from tests.training.programs import run, start
-from training.arguments import build_arguments
+from tests.training.programs import ROOT, run, start
+from training.arguments import build_arguments, load_recipe
 from training.checkpointing import list_checkpoints
 from training.data import sample_randomness
 from training.dino import DinoArguments
 from training.dino import main as dino
+from training.optimization import create_optimizer, learning_rate_at, parse_duration, weight_decay_at
 from training.pretrain import build_config
 from training.self_distillation import (
     DinoHead,
@@ -33,6 +34,7 @@ from training.self_distillation import (
     update_teacher,
 )
 
+RECIPES = ROOT / "training" / "recipes" / "dino"
 SMALL_HEAD = {"num_prototypes": 24, "head_hidden_size": 16, "head_bottleneck_size": 8}
 
 
@@ -267,6 +269,57 @@ def test_schedules_of_the_teacher():
     temperatures = [teacher_temperature_at(update, 30, arguments) for update in (0, 10, 30, 90)]
     assert temperatures == pytest.approx([0.04, 0.05, 0.07, 0.07])
     assert teacher_temperature_at(0, 0, DinoArguments()) == 0.04
+
+
+def test_dry_run_shows_the_views(settings, tmp_path):
+    results = train({**settings, "dry_run": True}, tmp_path / "run")["dry_run"]
+    assert results["updates"] == 8 and results["memory"]["activations"] > 0
+    picture = Image.open(tmp_path / "run" / "dry_run.png")
+    assert min(picture.size) > 200
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "rates"),
+    [
+        # 5e-4 for every 256 images, from 0 over ten epochs, to 1e-6. Parameters without a classifier.
+        ("locatvit_small", 22_053_004 - 385_000, {0: 0.0, 50: 5e-4, 100: 1e-3, 1000: 1e-6}),
+        ("vit_small", 22_050_664 - 385_000, {0: 0.0, 50: 5e-4, 100: 1e-3, 1000: 1e-6}),
+        ("digits", None, {}),
+        ("tiny_imagenet", None, {}),
+    ],
+)
+def test_recipe(name, encoder, rates):
+    arguments = build_arguments(DinoArguments, load_recipe(RECIPES / f"{name}.yaml"))
+    with torch.device("meta"):
+        config = build_config("locatvit", arguments.preset, arguments.model)
+        network = DinoNetwork(AutoModel.from_config(config), arguments)
+    trained = {id(p) for group in create_optimizer(network, arguments).param_groups for p in group["params"]}
+    assert trained == {id(p) for p in network.parameters()}
+    transform = MultiCropTransform(arguments, config.image_size, config.image_mean, config.image_std)
+    views = transform(Image.new("RGB", (300, 200)))
+    assert [view.shape[-1] for view in views] == [config.image_size] * 2 + [
+        arguments.local_crop_size
+    ] * arguments.num_local_crops
+    total = parse_duration(arguments.length, 10)
+    warmup = parse_duration(arguments.warmup, 10, total)
+    assert {u: learning_rate_at(u, total, warmup, arguments) for u in rates} == pytest.approx(rates)
+    if encoder is None:
+        return
+    assert sum(p.numel() for p in network.backbone.parameters()) == encoder
+    assert sum(p.numel() for p in network.head.parameters()) == (
+        (384 + 1) * 2048 + (2048 + 1) * 2048 + (2048 + 1) * 256 + 256 * 65536
+    )
+    # What the recipe writes out is what the defaults are.
+    defaults = DinoArguments()
+    for option in ("num_prototypes", "teacher_momentum", "weight_decay", "final_weight_decay", "num_local_crops"):
+        assert getattr(arguments, option) == getattr(defaults, option)
+    weight_decays = [weight_decay_at(update, total, arguments) for update in (0, total // 2, total)]
+    assert weight_decays == pytest.approx([0.04, 0.22, 0.4])
+
+
+def test_all_recipes_are_known():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"locatvit_small", "vit_small", "digits", "tiny_imagenet"}
 
 
 @pytest.mark.slow
