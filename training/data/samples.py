@@ -41,6 +41,17 @@ class IndexedReader:
         return (epoch, int(drawn), *rest)
 
 
+class NumberedReader:
+    """A reader whose rows end with their index."""
+
+    def __init__(self, reader: IndexedReader | ForwardReader):
+        self.reader = reader
+
+    def read(self, keys: list[tuple[int, ...]]) -> list[tuple]:
+        """The rows of keys (epoch, index)."""
+        return [(*row, key[1]) for row, key in zip(self.reader.read(keys), keys, strict=True)]
+
+
 class TrainingSamples(Dataset):
     """Augmented samples, addressed by (epoch, index) or (epoch, index, repeat).
 
@@ -258,8 +269,12 @@ def create_evaluation_loader(
     collate: Callable[[list[tuple]], Any],
     arguments: DataArguments | RunArguments,
     accelerator: Accelerator,
+    numbered: bool = False,
 ) -> ImageLoader:
-    """This process's share of a split, no sample twice; `collate` gets a list of rows (image, label)."""
+    """This process's share of a split, no sample twice; `collate` gets a list of rows (image, label).
+
+    numbered: rows end with their index in the split: (image, label, index).
+    """
     is_image = [isinstance(dataset.features[column], datasets.Image) for column in columns]
     rank, processes, size = accelerator.process_index, accelerator.num_processes, arguments.eval_batch_size
     if isinstance(dataset, StreamedRows):
@@ -277,6 +292,8 @@ def create_evaluation_loader(
         reader = IndexedReader(dataset, columns, seed=0)
         mine = list(range(rank, len(dataset), processes))
         batches = [mine[done : done + size] for done in range(0, len(mine), size)]
+    if numbered:
+        reader, is_image = NumberedReader(reader), [*is_image, False]
     samples = EvaluationSamples(reader, is_image)
     share_of = len(dataset) / processes
     return ImageLoader(samples, batches, collate, arguments.num_workers, arguments.max_corrupt_share, share_of)
