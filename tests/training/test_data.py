@@ -1,8 +1,11 @@
 """Reading images: the same ones in the same order, whoever reads them, however often they were interrupted."""
 
 import io
+import json
 import pickle
+import signal
 import tarfile
+import time
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +16,12 @@ import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
+from safetensors.torch import load_file
 
 from locatvit_hf import LocAtViTImageProcessor
+from tests.training.programs import train
 from training.arguments import build_arguments
+from training.checkpointing import list_checkpoints
 from training.data import TrainingSamples, create_evaluation_loader, create_training_loader, load_splits
 from training.data.images import decode_image
 from training.data.streaming import ForwardReader
@@ -34,7 +40,7 @@ def encoded(number: int, format: str = "PNG") -> bytes:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """48 images in uneven shards: 3 parquet files in row groups of 5, and 6 tar files; the label is the number mod 3."""
+    """48 images in uneven shards: 3 parquet files in row groups of 5, and 6 tar files; labels are numbers mod 3."""
     parquet, tar = tmp_path_factory.mktemp("parquet"), tmp_path_factory.mktemp("tar")
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b", "c"])})
     bounds = [0, 11, 30, NUM_IMAGES]
@@ -279,3 +285,102 @@ def test_images_are_turned_as_their_orientation_says(rgb):
     expected = ImageFeature().decode_example({"bytes": file.getvalue(), "path": None})
     assert decoded.size == (10, 20) and decoded.getpixel((5, 2))[0] > 200 > decoded.getpixel((5, 17))[0]
     assert np.array_equal(np.asarray(decoded), np.asarray(expected))
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_splits_are_names_or_patterns(folders, streaming):
+    tar = {"streaming": streaming, "train_split": "train-{001..003}.tar", "validation_split": "valid*-005.tar"}
+    splits = load_splits(arguments_for(folders["tar"], **tar))
+    assert (len(splits.train), len(splits.validation)) == (25, 7) and splits.label_names == ["0", "1", "2"]
+    parquet = {"streaming": streaming, "train_split": "train-[02].parquet", "max_train_samples": 20}
+    splits = load_splits(arguments_for(folders["parquet"], **parquet))
+    assert (len(splits.train), len(splits.validation)) == (20, 7) and splits.label_names == ["a", "b", "c"]
+    samples = TrainingSamples(splits.train, ["image", "label"], number_of, 0)
+    numbers = [samples[0, index][0][0].item() for index in range(20)]
+    assert numbers == [*range(11), *range(30, 39)]
+
+
+def test_a_folder_of_class_folders(tmp_path):
+    for number in range(12):
+        path = tmp_path / ("cat" if number % 3 else "dog") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(number))
+    arguments = arguments_for(tmp_path, streaming=False, validation_share=0.25)
+    splits, again = load_splits(arguments), load_splits(arguments)
+    assert (len(splits.train), len(splits.validation)) == (9, 3) and splits.label_names == ["cat", "dog"]
+    assert splits.train["label"][:] == again.train["label"][:]
+    streamed = load_splits(arguments_for(tmp_path, validation_split="train"))
+    samples = TrainingSamples(streamed.train, ["image", "label"], number_of, 0)
+    assert sorted(samples[0, index][0][0].item() for index in range(12)) == list(range(12))
+    assert all((samples[0, index][0][0] % 3 == 0) == samples[0, index][1] for index in range(12))
+
+
+def test_labels_that_are_names(tmp_path):
+    rows = [{"image": {"bytes": encoded(i), "path": None}, "label": ["zebra", "ape"][i % 2]} for i in range(6)]
+    for split in ("train", "validation"):
+        Dataset.from_list(rows).cast_column("image", ImageFeature()).to_parquet(tmp_path / f"{split}.parquet")
+    for streaming in (True, False):
+        splits = load_splits(arguments_for(tmp_path, streaming=streaming))
+        samples = TrainingSamples(splits.train, ["image", "label"], number_of, 0)
+        assert splits.label_names == ["ape", "zebra"] and [samples[0, i][1] for i in range(6)] == [1, 0] * 3
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_split": "train-{100..103}.tar"}, r"no file there matches 'train-\{100\.\.103\}\.tar'"),
+        ({"train_split": "train-{003..001}.tar"}, "the range .* is empty"),
+        ({"train_split": "test"}, "Cannot load the split 'test'"),
+        ({"train_split": "broken.tar"}, "Cannot load the split 'broken.tar'"),
+        ({"train_split": "empty.tar"}, "empty"),
+        ({"image_column": "jpg"}, "no column 'jpg', only 'png', 'cls'"),
+        ({"label_names": ["a", "b"]}, "outside the 2 classes|none of the 2 classes"),
+        ({"max_train_samples": 0}, "is empty"),
+        ({"dataset_config": "nothing", "dataset": "nobody/nothing"}, "Cannot load the split"),
+        ({"validation_share": 1.0}, "validation_share"),
+    ],
+)
+def test_bad_data_is_one_sentence(folders, tmp_path, changes, message, streaming):
+    (tmp_path / "tar").mkdir()
+    for file in folders["tar"].glob("*.tar"):
+        (tmp_path / "tar" / file.name).symlink_to(file)
+    (tmp_path / "tar" / "broken.tar").write_bytes(b"\1" * 2000)
+    tarfile.open(tmp_path / "tar" / "empty.tar", "w").close()
+    arguments = arguments_for(tmp_path / "tar", **{"streaming": streaming, "train_split": "train-*.tar", **changes})
+    with pytest.raises(ValueError, match=message) as caught:
+        list(
+            create_evaluation_loader(load_splits(arguments).train, columns_of(arguments), list, arguments, ONE_PROCESS)
+        )
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_streaming_run_continues_bit_identically(folders, pretrain_settings, tmp_path, processes):
+    """`pretrain --streaming` with workers, averaged weights, mixing and drop path, killed in the middle of an epoch."""
+    streaming = {"streaming": True, "image_column": "png", "label_column": "cls", "shuffle_buffer": 8}
+    settings = {
+        **pretrain_settings,
+        **streaming,
+        "dataset": str(folders["tar"]),
+        "num_workers": 2,
+        "eval_batch_size": 8,
+    }
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert set(train({**settings, "output_dir": str(whole)}, processes).wait()) == {0}
+
+    run = train({**settings, "output_dir": str(killed)}, processes)
+    while run.running and len(list_checkpoints(killed / "checkpoints")) < 2:
+        time.sleep(0.01)
+    run.send(signal.SIGKILL)
+    run.wait()
+    step = int(list_checkpoints(killed / "checkpoints")[-1].name.removeprefix("step_"))
+    assert 0 < step < 24 and step % 6
+    assert set(train({**settings, "output_dir": str(killed)}, processes).wait()) == {0}
+
+    results = [json.loads((output / "all_results.json").read_text()) for output in (whole, killed)]
+    losses = [[point["loss"] for point in run["train_curve"]] for run in results]
+    assert len(losses[0]) == 24 and losses[0] == losses[1]
+    weights = [load_file(output / "model" / "model.safetensors") for output in (whole, killed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

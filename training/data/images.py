@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets.utils.file_utils import xopen
+from datasets.utils.file_utils import is_local_path, xopen
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -93,7 +93,7 @@ def _open(entry: Any) -> Image.Image:
     if isinstance(entry, bytes):
         return Image.open(io.BytesIO(entry))
     if isinstance(entry, str):
-        with xopen(entry, "rb") as file:
+        with open(entry, "rb") if is_local_path(entry) else xopen(entry, "rb") as file:
             return Image.open(io.BytesIO(file.read()))
     if entry is None:
         raise ValueError("there is no image")

@@ -135,13 +135,15 @@ def _load_split(arguments: DataArguments, split: str) -> Split:
     if not folder.exists() and arguments.dataset.startswith((".", "/", "~")):
         raise ValueError(f"There is no data set at {folder}.")
     try:
-        builder, split = _create_builder(arguments, split)
+        builder, name = _create_builder(arguments, split)
         if arguments.streaming:
-            return open_shards(builder, split)
+            return open_shards(builder, name)
         builder.download_and_prepare()
-        return builder.as_dataset(split=split)
+        return builder.as_dataset(split=name)
     except (ValueError, OSError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
+        if "at least one table" in reason:  # what pyarrow says where the first tar file holds nothing
+            reason = "the first file is empty"
         raise ValueError(f"Cannot load the split {split!r} of {arguments.dataset}: {reason}.") from None
 
 

@@ -134,9 +134,8 @@ class StreamedRows:
                 label = row[self.label_column]
                 if label not in self.label_ids:
                     index = int(self.lengths[:shard].sum()) + number
-                    raise ValueError(
-                        f"The label {label!r} of sample {index} is none of the {len(self.label_ids)} classes."
-                    )
+                    count = len(set(self.label_ids.values()))
+                    raise ValueError(f"The label {label!r} of sample {index} is none of the {count} classes.")
                 row[self.label_column] = self.label_ids[label]
             yield tuple(row[column] for column in columns)
 
