@@ -139,9 +139,9 @@ def predict(
         logits: list[tuple[dict, torch.Tensor]] = []
         for position, scale in enumerate(arguments.test_scales):
             pixels, size = torch.stack([images[index][position] for index in indices]), scaled_size(processor, scale)
-            logits.append((size, _logits(model, processor, pixels, arguments)))
+            logits.append((size, compute_logits(model, processor, pixels, arguments)))
             if arguments.test_flip:
-                logits.append((size, _logits(model, processor, pixels.flip(-1), arguments).flip(-1)))
+                logits.append((size, compute_logits(model, processor, pixels.flip(-1), arguments).flip(-1)))
         for position, index in enumerate(indices):
             scores = 0.0
             for size, view in logits:
@@ -182,7 +182,7 @@ def check_inference(processor: LocAtViTImageProcessor, arguments: InferenceArgum
         raise ValueError(f"test_scales must be numbers above 0, at least one, got {arguments.test_scales}.")
 
 
-def _logits(
+def compute_logits(
     model: PreTrainedModel, processor: LocAtViTImageProcessor, pixels: torch.Tensor, arguments: InferenceArguments
 ) -> torch.Tensor:
     """Logits (batch, classes, cells, cells) of pixels (batch, channels, height, width), in float32.

@@ -48,6 +48,13 @@ class SegmentArguments(
     upernet: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Fields of UPerNet's configuration: --upernet.hidden_size 256."}
     )
+    loss_average: Literal["all", "labelled"] = field(
+        default="all",
+        metadata={
+            "help": "Mean of the loss over all pixels, where those without a class cost nothing, or over the labelled "
+            "ones in the batch of a process, which depends on how batches are split."
+        },
+    )
     length: str = "20000 steps"
     warmup: str = "25 %"
     final_learning_rate: float | int = 1e-11
@@ -80,7 +87,10 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
 
     with TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="mean_iou") as loop:
         for images, labels in loop:
-            loop.update(loop.model(pixel_values=images, labels=labels).loss)
+            loss = loop.model(pixel_values=images, labels=labels).loss
+            if arguments.loss_average == "all":
+                loss = loss * (labels != IGNORE_INDEX).float().mean()
+            loop.update(loss)
             if loop.evaluation_due:
                 test = (loop.evaluation_model, processor, validation)
                 metrics = evaluate(*test, accelerator, arguments)

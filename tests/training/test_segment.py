@@ -25,7 +25,7 @@ from locatvit_hf import (
     PaCaViTConfig,
     PaCaViTForImageClassification,
 )
-from tests.training.programs import run, start
+from tests.training.programs import run, start, train
 from training.arguments import build_arguments
 from training.checkpointing import list_checkpoints
 from training.data import load_splits
@@ -325,6 +325,50 @@ def test_examples_show_labels_and_prediction(sources, squares):
     top, bottom = truth[10 : small.height // 3].mean(axis=(0, 1)), truth[-small.height // 3 : -10].mean(axis=(0, 1))
     assert np.abs(top - bottom).max() > 40
     assert np.abs(np.asarray(small)[:, small.width // 2 :].astype(int) - truth[:, : small.width // 2]).max() > 40
+
+
+@pytest.fixture
+def unlabelled(settings, tmp_path) -> dict:
+    """Fine-tuning without randomness in the model, on maps of which some have hardly a labelled pixel."""
+    rng = np.random.default_rng(0)
+    maps = [rng.integers(0, 3, (16, 16), dtype=np.uint8) for _ in range(16)]
+    for index, label_map in enumerate(maps):
+        label_map[: 16 - index] = 255
+    settings["model"] = {**settings["model"], "drop_path_rate": 0.0}
+    return {**settings, "dataset": save_maps(tmp_path / "maps", maps, [(16, 16)] * 16), "ema_decay": None}
+
+
+def test_accumulation_shares_a_batch(unlabelled, tmp_path):
+    """Also where the images of a batch have different numbers of labelled pixels."""
+    runs = {}
+    for name, changes in {
+        "whole": {},
+        "split": {"gradient_accumulation_steps": 4},
+        "labelled": {"gradient_accumulation_steps": 4, "loss_average": "labelled"},
+    }.items():
+        arguments = build_arguments(SegmentArguments, {**unlabelled, **changes, "output_dir": str(tmp_path / name)})
+        runs[name] = [point["loss"] for point in main(arguments)["train_curve"]]
+    assert runs["split"] == pytest.approx(runs["whole"], abs=1e-5)
+    assert runs["labelled"] != pytest.approx(runs["whole"], abs=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_train_as_one(unlabelled, tmp_path, sharded):
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    runs = [
+        train({**unlabelled, "output_dir": str(outputs[0])}, program="segment"),
+        train({**unlabelled, "output_dir": str(outputs[1])}, num_processes=2, sharded=sharded, program="segment"),
+    ]
+    assert [set(processes.wait()) for processes in runs] == [{0}, {0}]
+    results = [json.loads((output / "all_results.json").read_text()) for output in outputs]
+    losses = [[point["loss"] for point in result["train_curve"]] for result in results]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert results[0]["metrics"]["mean_iou"] == pytest.approx(results[1]["metrics"]["mean_iou"], abs=1e-3)
+    weights = [load_file(output / "model" / "model.safetensors") for output in outputs]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
