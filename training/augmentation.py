@@ -1,11 +1,12 @@
 """Augmentation and regularisation of the recipes, by timm and torchvision; image and label map move together."""
 
+import copy
 import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.random_erasing import RandomErasing
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
@@ -46,10 +47,25 @@ class ClassificationAugmentation:
     auto_augment: str | None = field(
         default="rand-m9-mstd0.5-inc1", metadata={"help": "timm's notation for RandAugment, AutoAugment, AugMix."}
     )
+    interpolation: Literal["random", "bilinear", "bicubic"] = field(
+        default="random", metadata={"help": "Of the random crops; random draws one of the other two for each image."}
+    )
     random_erasing: float | int = 0.25
     mixup: float | int = 0.8
     cutmix: float | int = 1.0
     label_smoothing: float | int = 0.1
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = field(
+        default="cross_entropy", metadata={"help": "The binary one asks for every class whether it is there."}
+    )
+    repeated_augmentation: int = field(
+        default=1, metadata={"help": "Times that an image occurs in its batch, each augmented anew."}
+    )
+    image_sizes: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Progressive size: the run's equal parts train at these sizes in pixels, as [128, 176, 224]."
+        },
+    )
 
 
 @strict
@@ -94,10 +110,16 @@ class ClassificationTransform:
 
     image_size: pixels, one number or [height, width].
     mean, std: of the three channels, in 0 to 1.
+    num_epochs: of the run, which progressive sizes are spread over.
     """
 
     def __init__(
-        self, arguments: ClassificationAugmentation, image_size: int | list[int], mean: list[float], std: list[float]
+        self,
+        arguments: ClassificationAugmentation,
+        image_size: int | list[int],
+        mean: list[float],
+        std: list[float],
+        num_epochs: float = 1.0,
     ):
         crop, augment, _ = create_transform(
             image_size if isinstance(image_size, int) else tuple(image_size),
@@ -107,11 +129,14 @@ class ClassificationTransform:
             hflip=arguments.horizontal_flip,
             color_jitter=None,
             auto_augment=arguments.auto_augment,
-            interpolation="random",
+            interpolation=arguments.interpolation,
             mean=tuple(mean),
             separate=True,
         )
         self.crop, *flip = crop.transforms
+        self.sizes, self.num_epochs = arguments.image_sizes, num_epochs
+        kinds = self.crop.interpolation
+        self.interpolations = kinds if isinstance(kinds, list | tuple) else [kinds]
         self.augment = v2.Compose([*flip, *augment.transforms, v2.Identity()])
         self.mean, self.std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self.erase = RandomErasing(arguments.random_erasing, mode="pixel", max_count=1, device="cpu")
@@ -119,11 +144,21 @@ class ClassificationTransform:
     def __call__(self, image: Image.Image, label: int) -> tuple[torch.Tensor, int]:
         top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         box = (left, top, left + width, top + height)
-        image = crop_and_resize(to_rgb(image), box, self.crop.size, random.choice(self.crop.interpolation))
+        image = crop_and_resize(to_rgb(image), box, self.crop.size, random.choice(self.interpolations))
         pixels = torch.from_numpy(np.array(self.augment(image))).permute(2, 0, 1)
         pixels = tvF.rgb_to_grayscale(pixels) if len(self.mean) == 1 else pixels
-        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.mean).div_(self.std)
+        pixels = pixels.contiguous().float().sub_(self.mean).div_(self.std)
         return self.erase(pixels), label
+
+    def at_epoch(self, epoch: int) -> "ClassificationTransform":
+        """The transform at the image size of an epoch."""
+        if not self.sizes:
+            return self
+        part = min(int(epoch / self.num_epochs * len(self.sizes)), len(self.sizes) - 1)
+        resized = copy.copy(self)
+        resized.crop = copy.copy(self.crop)
+        resized.crop.size = (self.sizes[part], self.sizes[part])
+        return resized
 
 
 def classification_objective(
@@ -134,10 +169,11 @@ def classification_objective(
     Mixing acts inside the batch of one process, so its outcome depends on how a global batch is split.
     """
     smoothing = arguments.label_smoothing
+    binary = BinaryCrossEntropy(smoothing) if arguments.loss == "binary_cross_entropy" else None
     if arguments.mixup or arguments.cutmix:
         mix = Mixup(arguments.mixup, arguments.cutmix, label_smoothing=smoothing, num_classes=num_labels)
-        return mix, SoftTargetCrossEntropy()
-    return lambda images, labels: (images, labels), LabelSmoothingCrossEntropy(smoothing)
+        return mix, binary or SoftTargetCrossEntropy()
+    return lambda images, labels: (images, labels), binary or LabelSmoothingCrossEntropy(smoothing)
 
 
 class SegmentationTransform:

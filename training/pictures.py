@@ -29,14 +29,19 @@ def draw_batch(batch: Any, mean: Sequence[float], std: Sequence[float], names: d
     tiles = []
     for group in images:
         for index, pixels in enumerate(group[: MOST_IMAGES // min(len(images), 4)]):
-            pixels = pixels.detach().float().cpu() * torch.tensor(std)[:, None, None]
-            pixels = ((pixels + torch.tensor(mean)[:, None, None]).clamp(0, 1) * 255).round().to(torch.uint8)
+            pixels = tvF.pil_to_tensor(restore_image(pixels, mean, std))
             text = ""
             for label in labels:
                 if len(label) == len(group):
                     pixels, text = _draw_label(pixels, text, label[index], names)
             tiles.append(caption(tvF.to_pil_image(pixels), text))
     return tile(tiles)
+
+
+def restore_image(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """The picture of normalised pixels (channels, height, width); mean and std of the channels, in 0 to 1."""
+    mean, std = (torch.tensor(values, dtype=torch.float32).expand(len(pixels))[:, None, None] for values in (mean, std))
+    return tvF.to_pil_image((pixels.detach().float().cpu() * std + mean).clamp(0, 1)).convert("RGB")
 
 
 def caption(image: Image.Image, text: str, color: str = "black") -> Image.Image:

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
@@ -23,14 +24,20 @@ from locatvit_hf import LocAtViTImageProcessor
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import ClassificationAugmentation, ClassificationTransform, classification_objective
 from training.data import Splits, TrainingSamples, create_evaluation_loader, load_splits
+from training.distillation import Distillation, DistillationArguments
 from training.loop import TrainingLoop, create_accelerator
 from training.metrics import compute_over_processes, load_metric
-from training.optimization import create_optimizer
+from training.optimization import create_optimizer, parse_duration
+from training.pictures import caption, restore_image
+
+NUM_EXAMPLES = 16
 
 
 @strict
 @dataclass(kw_only=True)
-class PretrainArguments(DataArguments, OptimizationArguments, ClassificationAugmentation, RunArguments):
+class PretrainArguments(
+    DataArguments, OptimizationArguments, ClassificationAugmentation, DistillationArguments, RunArguments
+):
     """Settings of `pretrain`; the defaults are the paper's ImageNet-1k recipe."""
 
     family: str = field(default="locatvit", metadata={"help": "`model_type` of the configuration."})
@@ -57,13 +64,25 @@ def train_classifier(
 ) -> dict[str, Any]:
     """Train, evaluate and export a classifier; returns the content of `all_results.json`.
 
-    arguments: settings with those of data, augmentation, optimisation and run. loop_options: of `TrainingLoop`.
+    arguments: settings with those of data, augmentation, optimisation and run, and of distillation where there is a
+        `teacher`. loop_options: of `TrainingLoop`.
     """
     columns = [arguments.image_column, arguments.label_column]
     processor = LocAtViTImageProcessor.from_model_config(model.config)
     optimizer = create_optimizer(model, arguments)
     mix, criterion = classification_objective(arguments, model.config.num_labels)
-    transform = ClassificationTransform(arguments, model.config.image_size, processor.image_mean, processor.image_std)
+    updates_per_epoch = max(len(splits.train) // arguments.batch_size, 1)
+    transform = ClassificationTransform(
+        arguments,
+        model.config.image_size,
+        processor.image_mean,
+        processor.image_std,
+        num_epochs=parse_duration(arguments.length, updates_per_epoch) / updates_per_epoch,
+    )
+    distill = None
+    if getattr(arguments, "teacher", None) is not None:
+        statistics = processor.image_mean, processor.image_std
+        distill = Distillation(arguments, model.config.num_labels, *statistics, accelerator.device)
     samples = TrainingSamples(splits.train, columns, transform, arguments.seed)
     validation = create_evaluation_loader(
         splits.validation, columns, partial(collate, processor), arguments, accelerator
@@ -74,9 +93,15 @@ def train_classifier(
     )
     with loop:
         for images, targets in loop:
-            loop.update(criterion(loop.model(pixel_values=images).logits, targets))
+            logits = loop.model(pixel_values=images).logits
+            loss, terms = criterion(logits, targets), {}
+            if distill is not None:
+                terms = distill(loss, logits, images)
+                loss = terms.pop("loss")
+            loop.update(loss, terms)
             if loop.evaluation_due:
-                loop.record(evaluate(loop.evaluation_model, validation, accelerator))
+                metrics = evaluate(loop.evaluation_model, validation, accelerator)
+                loop.record(metrics, partial(draw_predictions, loop.evaluation_model, validation, accelerator))
     return loop.finish(num_train_images=len(splits.train), num_validation_images=len(splits.validation))
 
 
@@ -118,6 +143,26 @@ def evaluate(model: PreTrainedModel, loader: DataLoader, accelerator: Accelerato
             logits = model(pixel_values=pixel_values.to(accelerator.device)).logits
         metric.add_batch(predictions=logits.argmax(dim=-1).cpu(), references=labels)
     return compute_over_processes(accelerator, metric)
+
+
+@torch.inference_mode()
+def draw_predictions(model: PreTrainedModel, loader: DataLoader, accelerator: Accelerator) -> list[Image.Image]:
+    """The first images of the validation split over the class that each is taken for, red where that is wrong."""
+    pixel_values, labels = next(iter(loader))
+    pixel_values, labels = pixel_values[:NUM_EXAMPLES].to(accelerator.device), labels[:NUM_EXAMPLES]
+    with accelerator.autocast():
+        shares, classes = model.eval()(pixel_values=pixel_values).logits.float().softmax(dim=-1).max(dim=-1)
+    config, names = model.config, model.config.id2label
+    return [
+        caption(
+            restore_image(pixels, config.image_mean, config.image_std),
+            f"{names[guess]} {share:.2f}",
+            "green" if guess == label else "red",
+        )
+        for pixels, share, guess, label in zip(
+            pixel_values.cpu(), shares.tolist(), classes.tolist(), labels, strict=True
+        )
+    ]
 
 
 if __name__ == "__main__":
