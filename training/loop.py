@@ -398,6 +398,9 @@ class TrainingLoop:
                 stored_settings(self.arguments),
             )
         if self._stop and step < self.total:
+            if self.accelerator.is_main_process:
+                # Launchers have exit codes of their own: a scheduler reads from this file that the run wants to go on.
+                (self.output / "interrupted").touch()
             self.print(f"Stopped after update {step} of {self.total}; the same command continues there.")
             raise SystemExit(128 + self._stop)
 
@@ -592,6 +595,7 @@ def prepare_output(accelerator: Accelerator, arguments: RunArguments) -> Path:
                 )
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)
+            (output / "interrupted").unlink(missing_ok=True)
             if not arguments.dry_run:
                 write_atomically(stored, lambda path: path.write_text(settings, encoding="utf-8"))
     except OSError as error:

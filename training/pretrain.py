@@ -68,6 +68,9 @@ def train_classifier(
         `teacher`. loop_options: of `TrainingLoop`.
     """
     columns = [arguments.image_column, arguments.label_column]
+    images = arguments.batch_size // (accelerator.num_processes * arguments.gradient_accumulation_steps)
+    if (arguments.mixup or arguments.cutmix) and images % 2:
+        raise ValueError(f"mixup and cutmix pair images: the {images} that a process handles at once must be even.")
     processor = LocAtViTImageProcessor.from_model_config(model.config)
     optimizer = create_optimizer(model, arguments)
     mix, criterion = classification_objective(arguments, model.config.num_labels)

@@ -1,11 +1,17 @@
 """Starting the programs the way a user does."""
 
+import importlib
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
+
+from training.arguments import build_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,3 +36,55 @@ def run(program: str, settings: dict, *options: str, as_file: bool = False) -> s
     process = start(program, settings, *options, as_file=as_file)
     output, errors = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def train(settings: dict, num_processes: int = 1, sharded: bool = False, program: str = "pretrain") -> "Processes":
+    """Start a program in processes that work together over gloo, as `accelerate launch` would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    if sharded:
+        launch = yaml.safe_load((ROOT / "training" / "launch" / "fsdp2.yaml").read_text())["fsdp_config"]
+        environment |= {name.upper(): str(value) for name, value in launch.items()} | {"ACCELERATE_USE_FSDP": "true"}
+    return Processes(program, settings, num_processes, environment)
+
+
+class Processes:
+    """Processes of one run, forked from a server that has imported the program once."""
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.pretrain", "training.segment"])
+
+    def __init__(self, program: str, settings: dict, number: int, environment: dict[str, str]):
+        self.processes = [
+            self.context.Process(target=_work, args=(program, settings, {**environment, "RANK": str(rank)}))
+            for rank in range(number)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def send(self, number: int) -> None:
+        """A signal to all of them."""
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def wait(self) -> list[int]:
+        """Their exit codes."""
+        for process in self.processes:
+            process.join(300)
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def running(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+
+def _work(program: str, settings: dict, environment: dict[str, str]) -> None:
+    if environment["WORLD_SIZE"] != "1":
+        os.environ |= {**environment, "LOCAL_RANK": environment["RANK"], "LOCAL_WORLD_SIZE": environment["WORLD_SIZE"]}
+    torch.set_num_threads(1)
+    module = importlib.import_module(f"training.{program}")
+    module.main(build_arguments(getattr(module, f"{program.title()}Arguments"), settings))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -94,16 +94,6 @@ def test_update_holds_the_same_images_however_it_is_split():
         assert sorted(key for part in parts for key in part) == sorted(batch)
 
 
-def test_gradient_accumulation_changes_nothing(pretrain_settings, tmp_path):
-    plain = {"mixup": 0.0, "cutmix": 0.0, "model": SMALL_MODEL, "length": "6 steps", "warmup": "0 steps"}
-    curves = []
-    for steps in (1, 4):
-        settings = {**pretrain_settings, **plain, "gradient_accumulation_steps": steps}
-        arguments = build_arguments(PretrainArguments, {**settings, "output_dir": str(tmp_path / str(steps))})
-        curves.append([point["loss"] for point in pretrain(arguments)["train_curve"]])
-    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
