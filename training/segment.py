@@ -17,17 +17,18 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoBackbone, AutoConfig, AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from locatvit_hf import LocAtViTImageProcessor
 from locatvit_hf.layers_locat import FamilyConfigMixin, FreezableBackboneMixin
-from training.arguments import DataArguments, OptimizationArguments, RunArguments, console, describe, run_program
+from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import IGNORE_INDEX, LabelReader, SegmentationAugmentation, SegmentationTransform
 from training.data import TrainingSamples, create_evaluation_loader, load_splits
 from training.inference import InferenceArguments, SegmentationCollator, draw_examples, evaluate
 from training.loop import TrainingLoop, create_accelerator
 from training.optimization import create_optimizer
+from training.pretrained import change_config, load_pretrained, read_config
 
 
 @strict
@@ -101,88 +102,42 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
     return loop.finish(num_train_images=len(splits.train), num_validation_images=len(splits.validation))
 
 
-def build_config(arguments: SegmentArguments, label_names: list[str] | None) -> PreTrainedConfig:
-    """The configuration of the pretrained model, with the names of the classes, the head and the fields to change.
+def build_model(arguments: SegmentArguments, label_names: list[str] | None) -> PreTrainedModel:
+    """The pretrained model with a head that knows the names of the classes, frozen below it where asked.
 
-    Raises ValueError where there is no such model, field, or head for its family, or where the number of classes is
-    given twice and differs.
+    The head is fresh, unless the checkpoint is of the same kind and of the same classes: then it goes on.
+    Raises ValueError where the classes have no names or the model has another number of them, as `build_config` does,
+    and as `load_pretrained` does.
     """
-    if arguments.pretrained is None:
-        raise ValueError("Name the model to start from with --pretrained: a folder or a Hub name.")
     if label_names is None:
         raise ValueError("The data does not name its classes: give --label_names, a list or a JSON file {id: name}.")
-    try:
-        source = AutoConfig.from_pretrained(arguments.pretrained)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"There is no model at {arguments.pretrained}: {str(error).splitlines()[0]}") from None
-    source = getattr(source, "backbone_config", None) or source
-    if not isinstance(source, FamilyConfigMixin):
-        raise ValueError(
-            f"{arguments.pretrained} is a {source.model_type}, which is none of the families of this package."
-        )
-    for name, given, known in (
-        (f"A {source.model_type}", arguments.model, {f.name for f in fields(source)} | {"num_labels"}),
-        ("A UPerNet", arguments.upernet, {f.name for f in fields(transformers.UperNetConfig)}),
-    ):
-        if unknown := sorted(set(given) - known):
-            raise ValueError(f"{name} configuration has no field {unknown[0]!r}.")
     num_labels = arguments.model.get("num_labels", len(label_names))
     if num_labels != len(label_names):
         raise ValueError(f"model.num_labels is {num_labels}, but the data has {len(label_names)} classes.")
-    names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
-    # Which stages a backbone returns belongs to its head.
-    values = {k: v for k, v in source.to_dict().items() if k not in ("out_features", "out_indices", "stage_names")}
-    values.update({k: v for k, v in arguments.model.items() if k != "num_labels"})
-    is_paca = source.model_type == "pacavit"
-    if arguments.head == "paca" and not is_paca:
-        raise ValueError(
-            f"The PaCa head reads four stages of a pacavit; for a {source.model_type} choose probe or upernet."
-        )
-    if arguments.head != "upernet":
-        head = {"segmentation_head_type": "paca" if arguments.head == "paca" else "linear"} if is_paca else {}
-    elif any(f.name == "feature_pyramid" for f in fields(source)):
-        head = {"feature_pyramid": True}
+    changes = {name: value for name, value in arguments.model.items() if name != "num_labels"}
+    source = read_config(arguments.pretrained) if arguments.pretrained is not None else None
+    backbone = getattr(source, "backbone_config", None)
+    if isinstance(backbone, FamilyConfigMixin):
+        config = build_config(arguments, change_config(backbone, changes), label_names)
     else:
-        head = {"out_indices": [1, 2, 3, 4]}
-    try:
-        config = type(source)(**{**values, **names, **head})
-        if arguments.head != "upernet":
-            return config
-        return transformers.UperNetConfig(backbone_config=config, **names, **arguments.upernet)
-    except StrictDataclassError as error:
-        raise ValueError(describe(error)) from None
-
-
-def build_model(arguments: SegmentArguments, label_names: list[str] | None) -> PreTrainedModel:
-    """The pretrained model with a fresh head that knows the names of the classes, frozen below it where asked.
-
-    Tensors of another shape than the configuration asks for start anew, which is printed.
-    Raises ValueError where the checkpoint holds nothing of the encoder, or as `build_config` does.
-    """
-    config = build_config(arguments, label_names)
-    options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-    is_upernet = AutoConfig.from_pretrained(arguments.pretrained).model_type == "upernet"
-    if arguments.head == "upernet" and is_upernet:
-        model, info = UperNetForSemanticSegmentation.from_pretrained(arguments.pretrained, config=config, **options)
-        encoder = f"backbone.{model.backbone.base_model_prefix}"
-    elif arguments.head == "upernet":
-        with torch.device("meta"):
-            backbone_class = type(AutoBackbone.from_config(config.backbone_config))
-        backbone, info = backbone_class.from_pretrained(arguments.pretrained, config=config.backbone_config, **options)
+        encoder, _ = load_pretrained(AutoModel, arguments.pretrained, changes)
+        config = build_config(arguments, encoder.config, label_names)
+    if arguments.head == "upernet":
         model = UperNetForSemanticSegmentation(config)
-        model.backbone.load_state_dict(backbone.state_dict())
-        encoder = backbone.base_model_prefix
     else:
-        # The encoder of a UPerNet stands in its backbone.
-        options["key_mapping"] = {r"^backbone\.": ""} if is_upernet else None
-        model, info = AutoModelForSemanticSegmentation.from_pretrained(arguments.pretrained, config=config, **options)
-        encoder = model.base_model_prefix
-    fresh = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
-    fresh = sorted(name for name in fresh if name.startswith(f"{encoder}."))
-    if len(fresh) >= len(model.base_model.state_dict()):
-        raise ValueError(f"{arguments.pretrained} holds no weights of its {model.base_model.config.model_type}.")
-    if fresh:
-        console.print(f"Starts anew, because the checkpoint has no such tensor: {', '.join(fresh)}.", markup=False)
+        model = AutoModelForSemanticSegmentation.from_config(config)
+    try:
+        if source is not None and source.architectures == [type(model).__name__] and source.id2label == config.id2label:
+            model = type(model).from_pretrained(arguments.pretrained, config=config)
+        elif isinstance(backbone, FamilyConfigMixin):
+            earlier = transformers.UperNetForSemanticSegmentation.from_pretrained(arguments.pretrained)
+            model.base_model.load_state_dict(earlier.backbone.base_model.state_dict())
+        else:
+            model.base_model.load_state_dict(encoder.state_dict())
+    except RuntimeError:
+        raise ValueError(
+            f"The fields of `model` give other shapes than the tensors of {arguments.pretrained} have."
+        ) from None
     if arguments.freeze:
         model.freeze_backbone()
     elif arguments.head != "upernet":
@@ -191,6 +146,31 @@ def build_model(arguments: SegmentArguments, label_names: list[str] | None) -> P
             if name.endswith("layernorm"):
                 module.requires_grad_(False)
     return model
+
+
+def build_config(arguments: SegmentArguments, encoder: PreTrainedConfig, label_names: list[str]) -> PreTrainedConfig:
+    """The configuration of an encoder with the names of the classes and the head of `arguments`.
+
+    Raises ValueError for a head that its family does not have, and for an unknown field of UPerNet.
+    """
+    names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    is_paca = encoder.model_type == "pacavit"
+    if arguments.head == "paca" and not is_paca:
+        raise ValueError(
+            f"The PaCa head reads four stages of a pacavit; for a {encoder.model_type} choose probe or upernet."
+        )
+    if arguments.head != "upernet":
+        kind = {"segmentation_head_type": "paca" if arguments.head == "paca" else "linear"} if is_paca else {}
+        return change_config(encoder, {**names, **kind})
+    if unknown := sorted(set(arguments.upernet) - {f.name for f in fields(transformers.UperNetConfig)}):
+        raise ValueError(f"A UPerNet configuration has no field {unknown[0]!r}.")
+    stages = {"feature_pyramid": True} if hasattr(encoder, "feature_pyramid") else {"out_indices": [1, 2, 3, 4]}
+    try:
+        return transformers.UperNetConfig(
+            backbone_config=change_config(encoder, {**names, **stages}), **names, **arguments.upernet
+        )
+    except StrictDataclassError as error:
+        raise ValueError(describe(error)) from None
 
 
 def build_processor(arguments: SegmentArguments, config: PreTrainedConfig) -> LocAtViTImageProcessor:

@@ -12,7 +12,13 @@ from datasets import Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForSemanticSegmentation, UperNetForSemanticSegmentation, pipeline
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    UperNetForSemanticSegmentation,
+    ViTConfig,
+    ViTForImageClassification,
+    pipeline,
+)
 
 from locatvit_hf import (
     LocAtJumboConfig,
@@ -179,10 +185,27 @@ def test_a_segmentor_is_a_source_too(sources, tmp_path, head):
     weights = source.base_model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.base_model.state_dict().items())
     assert model.config.id2label[0] == "sky"
+    with pytest.raises(ValueError, match="give other shapes than the tensors"):
+        build_model(arguments_for(tmp_path / "upernet", head, model={"num_clusters": [9, 9, 9, 0]}), NAMES)
     if head == "upernet":
         again = build_model(arguments_for(tmp_path / "upernet", head), NAMES)
         assert torch.equal(again.decode_head.classifier.weight, source.decode_head.classifier.weight)
         assert model.decode_head.classifier.weight.shape[0] == 4
+
+
+@pytest.mark.parametrize("head", ["probe", "upernet"])
+def test_a_plain_vit_is_a_source_too(tmp_path, head):
+    """Of transformers, without Gaussians where they are switched off: the baseline of the paper."""
+    config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=16)
+    vit = ViTForImageClassification(ViTConfig.from_dict({**config.to_dict(), "patch_size": 4})).eval()
+    vit.save_pretrained(tmp_path / "vit")
+    fields = {"use_gaussian": False, "use_refinement": False, "segmentation_hidden_size": 8}
+    model = build_model(arguments_for(tmp_path / "vit", head, model=fields), NAMES).eval()
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = vit(pixels, output_hidden_states=True).hidden_states[-1]
+        found = model.base_model(pixels, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_upernet_recomputes_the_layers_of_its_backbone(sources):
@@ -204,7 +227,7 @@ def test_upernet_recomputes_the_layers_of_its_backbone(sources):
         ("locatvit", {"head": "paca"}, "reads four stages of a pacavit; for a locatvit choose probe or upernet"),
         ("locatvit", {"head": "segformer"}, "head"),
         ("locatvit", {"pretrained": None}, "Name the model to start from"),
-        ("locatvit", {"pretrained": "./nowhere"}, "There is no model at ./nowhere"),
+        ("locatvit", {"pretrained": "./nowhere"}, r"There is no file or folder \./nowhere"),
         ("locatvit", {"model": {"num_labels": 7}}, "model.num_labels is 7, but the data has 3 classes"),
         ("locatvit", {"model": {"hidden_sizes": 8}}, "A locatvit configuration has no field 'hidden_sizes'"),
         ("pacavit", {"model": {"num_clusters": [5, 5]}}, "num_clusters must have 4 entries"),
@@ -223,7 +246,7 @@ def test_a_checkpoint_of_something_else_is_refused(sources, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text((sources["locatvit"] / "config.json").read_text())
     (folder / "model.safetensors").write_bytes((sources["pacavit"] / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="holds no weights of its locatvit"):
+    with pytest.raises(ValueError, match="holds no weights of a locatvit"):
         build_model(arguments_for(folder), NAMES)
 
 
