@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor, LocAtViTModel
+from locatvit_hf.conversion.vit import open_vit
 from locatvit_hf.layers_locat import FamilyConfigMixin, resample_position_embeddings
 from training.arguments import console, describe
 
@@ -36,7 +37,7 @@ def read_config(pretrained: str | Path) -> PreTrainedConfig | None:
 def load_pretrained(
     auto_class: type, pretrained: str | Path | None, fields: dict[str, Any] | None = None
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model of a checkpoint, and the names of the parameters of its encoder that the checkpoint does not have.
+    """The model of a checkpoint, and the names of its parameters that the checkpoint does not have.
 
     Any checkpoint of our families will do, whatever its head; anything else goes through `from_vit`.
 
@@ -57,21 +58,23 @@ def load_pretrained(
         )
     if not isinstance(source, FamilyConfigMixin):
         model = VIT_CLASSES[auto_class].from_vit(pretrained, **fields)
-        return model, [name for name, _ in model.base_model.named_parameters() if ".gaussian." in name]
+        headless = auto_class is AutoModelForImageClassification and open_vit(pretrained).head is None
+        new = (".gaussian.", *(("classifier.",) if headless else ()))
+        return model, [name for name, _ in model.named_parameters() if any(part in name for part in new)]
     if unknown := sorted(set(fields) - {f.name for f in dataclasses.fields(source)}):
         raise ValueError(f"A {source.model_type} configuration has no field {unknown[0]!r}.")
     image_size = fields.pop("image_size", source.image_size)
-    config = _changed(source, fields)
+    config = change_config(source, fields)
     model, info = auto_class.from_pretrained(
         pretrained, config=config, ignore_mismatched_sizes=True, output_loading_info=True
     )
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    fresh = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
-    fresh = sorted(name.removeprefix(prefix) for name in fresh if name.startswith(prefix))
-    if len(fresh) >= len(model.base_model.state_dict()):
+    fresh = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
+    in_encoder = [name for name in fresh if name.startswith(prefix)]
+    if len(in_encoder) >= len(model.base_model.state_dict()):
         raise ValueError(f"{pretrained} holds no weights of a {source.model_type}.")
-    if fresh:
-        console.print(f"Starts anew, because the checkpoint has no such tensor: {', '.join(fresh)}.", markup=False)
+    if in_encoder:
+        console.print(f"Starts anew, because the checkpoint has no such tensor: {', '.join(in_encoder)}.", markup=False)
     if image_size != source.image_size:
         model = rebuild(model, image_size=image_size)
     return model, fresh
@@ -82,7 +85,7 @@ def rebuild(model: PreTrainedModel, **fields: Any) -> PreTrainedModel:
 
     Other labels give a new classifier; position embeddings are resampled to another native grid.
     """
-    config = _changed(model.config, fields)
+    config = change_config(model.config, fields)
     rebuilt, state = type(model)(config), model.state_dict()
     if "id2label" in fields:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
@@ -107,7 +110,7 @@ def load_processor(pretrained: str | Path, config: PreTrainedConfig) -> BaseImag
     return LocAtViTImageProcessor.from_model_config(config)
 
 
-def _changed(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
+def change_config(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
     """A configuration with other values in some of its fields; which stages a backbone returns is left out."""
     left_out = {"out_features", "out_indices", "stage_names"}
     if {"id2label", "num_labels"} & fields.keys():

@@ -1,0 +1,293 @@
+"""Dense nearest-neighbour retrieval: patches are segmented by the labels of similar training patches, untrained.
+
+accelerate launch training/evaluation/hummingbird.py --pretrained FOLDER --dataset FOLDER --output_dir runs/results
+
+The protocol of Balažević et al., "Towards In-Context Scene Understanding", NeurIPS 2023. Two details of the evaluation
+in common use are not kept: classes are not matched anew by the Hungarian method, because the memory names them, and
+pixels without a class do not count as class 0. Scores are taken at the size of the labels.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from huggingface_hub.dataclasses import strict
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from transformers import AutoBackbone, PreTrainedModel
+
+from locatvit_hf.image_processing_locatvit import pil_to_rgb
+from locatvit_hf.layers_locat import pair
+from training.arguments import run_program
+from training.augmentation import IGNORE_INDEX, LabelArguments, LabelReader
+from training.data import create_evaluation_loader, load_splits, sample_randomness
+from training.evaluation.features import gather_in_order, load_encoder
+from training.evaluation.results import EvaluationArguments, Meter, start_evaluation, write_result
+from training.metrics import compute_over_processes, load_metric
+from training.pretrained import change_config
+
+
+@strict
+@dataclass(kw_only=True)
+class HummingbirdArguments(EvaluationArguments, LabelArguments):
+    """Settings of `evaluation.hummingbird`."""
+
+    memory_size: int = field(default=1_000_000, metadata={"help": "Patches that the memory holds at most."})
+    k: int = field(default=30, metadata={"help": "Patches of the memory that answer for a patch."})
+    temperature: float | int = field(default=0.02, metadata={"help": "Their weights are softmax(cosine / this)."})
+    epochs: int = field(default=1, metadata={"help": "Passes over the training split that fill the memory."})
+    augment: bool = field(default=True, metadata={"help": "Crop and recolour the training images of the memory."})
+    stage: str | None = field(
+        default=None, metadata={"help": "Stage that gives the features; by default the last, the third of a pyramid."}
+    )
+
+
+def main(arguments: HummingbirdArguments) -> dict[str, Any]:
+    """Fill the memory, segment the validation split; returns the content of `hummingbird.json`."""
+    check(arguments)
+    accelerator = start_evaluation(arguments)
+    splits = load_splits(arguments, segmentation=True)
+    if splits.label_names is None:
+        raise ValueError("The data does not name its classes: give --label_names, a list or a JSON file {id: name}.")
+    num_labels = len(splits.label_names)
+    model = load_backbone(arguments.pretrained, arguments.stage).to(accelerator.device)
+    columns = [arguments.image_column, arguments.label_column]
+    read_labels = LabelReader(arguments, num_labels)
+    meter = Meter(accelerator)
+    with meter.measure():
+        parts = []
+        for epoch in range(arguments.epochs):
+            transform = JointTransform(model.config, read_labels, arguments.seed, epoch, arguments.augment)
+            collate = partial(collate_patches, transform)
+            loader = create_evaluation_loader(splits.train, columns, collate, arguments, accelerator, numbered=True)
+            quotas = memory_quotas(arguments, len(splits.train), epoch)
+            parts += remember(model, loader, accelerator, meter, quotas, num_labels, (arguments.seed, epoch))
+        if not sum(len(keys) for keys, *_ in parts):
+            raise ValueError("No training patch of this process has a label: nothing can be remembered.")
+        memory = gather_in_order(accelerator, *(torch.cat(entries) for entries in zip(*parts, strict=True)))
+        bank = MemoryBank(*memory, k=arguments.k, temperature=arguments.temperature)
+
+        transform = JointTransform(model.config, read_labels, arguments.seed, 0, augment=False)
+        collate = partial(collate_queries, transform)
+        loader = create_evaluation_loader(splits.validation, columns, collate, arguments, accelerator, numbered=True)
+        metric = load_metric("mean_iou", num_labels=num_labels)
+        for pixels, labels in loader:
+            for class_map, truth in zip(segment(model, bank, pixels, labels, accelerator), labels, strict=True):
+                metric.add(prediction=class_map, reference=truth)
+            meter.images += len(labels)
+        metrics = compute_over_processes(accelerator, metric)
+    for name in ("per_category_iou", "per_category_accuracy"):
+        metrics[name] = dict(zip(splits.label_names, metrics[name], strict=True))
+    return write_result(
+        accelerator,
+        arguments,
+        "hummingbird",
+        arguments.validation_split,
+        metrics,
+        model,
+        meter.report(),
+        memory_entries=len(bank),
+        search=bank.search_device,
+        num_train_images=len(splits.train),
+        num_images=len(splits.validation),
+    )
+
+
+def check(arguments: HummingbirdArguments) -> None:
+    """Raises ValueError for settings that make no sense."""
+    for name in ("memory_size", "k", "epochs"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}.")
+    if not arguments.temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {arguments.temperature}.")
+    if arguments.epochs > 1 and not arguments.augment:
+        raise ValueError("Without --augment every epoch remembers the same patches: give one.")
+
+
+def load_backbone(pretrained: str, stage: str | None) -> PreTrainedModel:
+    """The encoder of any checkpoint of ours, or of a plain ViT, that answers with the map of one stage, un-normed."""
+    encoder = load_encoder(pretrained)
+    names = encoder.config.stage_names
+    if stage is None:
+        stage = "stage3" if encoder.config.model_type in ("locatswin", "pacavit") else names[-1]
+    if stage not in names:
+        raise ValueError(f"{pretrained} has no stage {stage!r}; choose among {', '.join(names)}.")
+    fields = {"out_features": [stage], "feature_pyramid": False, "apply_layernorm": False}
+    fields = {name: value for name, value in fields.items() if hasattr(encoder.config, name) or name == "out_features"}
+    model = AutoBackbone.from_config(change_config(encoder.config, fields))
+    model.base_model.load_state_dict(encoder.state_dict())
+    return model.eval()
+
+
+class JointTransform:
+    """Maps (image, label map, index) to pixels (3, height, width) and labels (height, width) of the model's size.
+
+    The whole image is resized, its sides each for itself. With `augment` a random half or more of it is, and its
+    colours change a little, as (seed, epoch, index) determine.
+    """
+
+    def __init__(self, config: Any, read_labels: LabelReader, seed: int, epoch: int, augment: bool):
+        size = list(pair(config.image_size))
+        self.read_labels, self.key, self.is_grey = read_labels, (seed, epoch), config.num_channels == 1
+        colour = [{name: 0.1} for name in ("brightness", "contrast", "saturation", "hue")]
+        self.transform = v2.Compose(
+            [
+                *([v2.RandomApply([v2.ColorJitter(**change)], 0.5) for change in colour] if augment else []),
+                v2.RandomResizedCrop(size, scale=(0.5, 1.0)) if augment else v2.Resize(size),
+                v2.ToDtype({tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}, scale=True),
+                v2.Normalize(list(config.image_mean), list(config.image_std)),
+            ]
+        )
+
+    def __call__(self, image: Image.Image, label_map: Image.Image, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = self.read_labels(image, label_map)
+        pixels = pil_to_rgb(image)
+        pixels = v2.functional.rgb_to_grayscale(pixels) if self.is_grey else pixels
+        with sample_randomness(*self.key, index):
+            moved, moved_labels = self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(labels))
+        return moved.as_subclass(torch.Tensor), moved_labels.as_subclass(torch.Tensor)
+
+
+def collate_patches(transform: JointTransform, rows: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Rows (image, label map, index) as pixels, labels of the same size, and indices."""
+    pixels, labels = zip(*(transform(*row) for row in rows), strict=True)
+    return torch.stack(pixels), torch.stack(labels), [index for *_, index in rows]
+
+
+def collate_queries(transform: JointTransform, rows: list[tuple]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Rows (image, label map, index) as pixels, and labels at their own size."""
+    pixels = torch.stack([transform(*row)[0] for row in rows])
+    return pixels, [transform.read_labels(image, label_map) for image, label_map, _ in rows]
+
+
+def memory_quotas(arguments: HummingbirdArguments, num_images: int, epoch: int) -> np.ndarray:
+    """How many patches of each image may be remembered in an epoch, (num_images,): `memory_size` together.
+
+    Where it does not divide evenly, or is less than one patch an image, the seed decides who gets one more.
+    """
+    total = arguments.memory_size // arguments.epochs + (epoch < arguments.memory_size % arguments.epochs)
+    quotas = np.full(num_images, total // num_images)
+    lucky = np.random.default_rng([arguments.seed, epoch]).permutation(num_images)[: total % num_images]
+    quotas[lucky] += 1
+    return quotas
+
+
+@torch.inference_mode()
+def remember(
+    model: PreTrainedModel,
+    loader: Any,
+    accelerator: Accelerator,
+    meter: Meter,
+    quotas: np.ndarray,
+    num_labels: int,
+    key: tuple[int, int],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of every image of this process the sampled patches: keys (n,), features (n, channels), shares of classes.
+
+    key: (seed, epoch), which with the image's index determines what is sampled.
+    """
+    for pixels, labels, indices in loader:
+        with accelerator.autocast():
+            maps = model(pixels.to(accelerator.device)).feature_maps[0].float()
+        counts = count_classes(labels.to(accelerator.device), tuple(maps.shape[-2:]), num_labels)
+        for features, patch_counts, index in zip(maps.flatten(2).transpose(1, 2), counts, indices, strict=True):
+            chosen = sample_patches(patch_counts.cpu(), int(quotas[index]), (*key, index)).to(features.device)
+            histograms = patch_counts[chosen].float()
+            # One number that orders epochs, then images, then patches.
+            keys = (key[1] * len(quotas) + index) * features.shape[0] + chosen
+            yield keys, F.normalize(features[chosen], dim=1), histograms / histograms.sum(dim=1, keepdim=True)
+        meter.images += len(indices)
+
+
+def count_classes(labels: torch.Tensor, grid: tuple[int, int], num_labels: int) -> torch.Tensor:
+    """Pixels of each class in each patch, (batch, patches, classes), of labels (batch, height, width).
+
+    Pixels without a class are not counted. Raises ValueError where patches do not divide the image.
+    """
+    (batch, height, width), (rows, columns) = labels.shape, grid
+    if height % rows or width % columns:
+        raise ValueError(f"An image of {height} x {width} pixels is not divided evenly by {rows} x {columns} patches.")
+    patches = labels.reshape(batch, rows, height // rows, columns, width // columns).transpose(2, 3)
+    patches = patches.reshape(batch, rows * columns, -1)
+    patches = torch.where(patches == IGNORE_INDEX, num_labels, patches)
+    counts = torch.zeros(batch, rows * columns, num_labels + 1, dtype=torch.int64, device=labels.device)
+    return counts.scatter_add_(2, patches, torch.ones_like(patches))[..., :num_labels]
+
+
+def sample_patches(counts: torch.Tensor, quota: int, key: tuple[int, ...]) -> torch.Tensor:
+    """Indices, ascending, of at most `quota` patches that have a label, patches of rare classes with preference.
+
+    counts: (patches, classes) on CPU. As in the protocol, those are taken for which a random number in [0, 1), times
+    the number of patches that hold each of the patch's classes, is lowest. `key` determines the random numbers.
+    """
+    present = counts > 0
+    labelled = present.any(dim=1).nonzero()[:, 0]
+    if len(labelled) <= quota:
+        return labelled
+    frequency = present.sum(dim=0)
+    scores = (present[labelled] * frequency).sum(dim=1).double()
+    scores *= torch.from_numpy(np.random.default_rng(key).random(len(labelled)))
+    return labelled[scores.argsort(stable=True)[:quota]].sort().values
+
+
+class MemoryBank:
+    """Features with shares of classes, searched by FAISS: on a CUDA device where the installed FAISS can, else on CPU.
+
+    features: (entries, channels) of length 1. shares: (entries, classes). k: neighbours, at most all entries.
+    """
+
+    def __init__(self, features: torch.Tensor, shares: torch.Tensor, k: int, temperature: float):
+        self.shares, self.k, self.temperature = shares, min(k, len(features)), temperature
+        self.index = faiss.IndexFlatIP(features.shape[1])
+        self.search_device = "cpu"
+        if features.device.type == "cuda" and hasattr(faiss, "StandardGpuResources"):
+            self.resources = faiss.StandardGpuResources()
+            self.index = faiss.index_cpu_to_gpu(self.resources, features.device.index or 0, self.index)
+            self.search_device = "cuda"
+        self.index.add(features.cpu().numpy())
+
+    def __len__(self) -> int:
+        return self.index.ntotal
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Shares of classes (patches, classes) that the neighbours of features (patches, channels) stand for."""
+        queries = F.normalize(features, dim=1).cpu().contiguous().numpy()
+        similarity, nearest = (
+            torch.from_numpy(found).to(features.device) for found in self.index.search(queries, self.k)
+        )
+        weights = (similarity / self.temperature).softmax(dim=1)
+        return (weights[..., None] * self.shares[nearest]).sum(dim=1)
+
+
+@torch.inference_mode()
+def segment(
+    model: PreTrainedModel,
+    bank: MemoryBank,
+    pixels: torch.Tensor,
+    labels: list[torch.Tensor],
+    accelerator: Accelerator,
+) -> Iterator[torch.Tensor]:
+    """Class ids (height, width) of each image, at the size of its labels."""
+    with accelerator.autocast():
+        maps = model(pixels.to(accelerator.device)).feature_maps[0].float()
+    for feature_map, truth in zip(maps, labels, strict=True):
+        shares = bank.classify(feature_map.flatten(1).T)
+        scores = shares.T.unflatten(1, feature_map.shape[-2:])[None]
+        scores = F.interpolate(scores, size=tuple(truth.shape), mode="bilinear", align_corners=False)
+        yield scores[0].argmax(dim=0).cpu()
+
+
+if __name__ == "__main__":
+    run_program(main, HummingbirdArguments)

@@ -1,0 +1,87 @@
+"""Accuracy of a vote of nearest neighbours among the features of the training images; nothing is trained.
+
+accelerate launch training/evaluation/knn.py --pretrained FOLDER --dataset FOLDER --output_dir runs/results
+"""
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from huggingface_hub.dataclasses import strict
+
+from training.arguments import run_program
+from training.data import create_evaluation_loader, load_splits
+from training.evaluation.features import collate_numbered, gather_in_order, load_encoder, pooled_features
+from training.evaluation.results import EvaluationArguments, Meter, start_evaluation, write_result
+from training.metrics import compute_over_processes, load_metric
+from training.pretrained import load_processor
+
+
+@strict
+@dataclass(kw_only=True)
+class KNNArguments(EvaluationArguments):
+    """Settings of `evaluation.knn`; the defaults are the protocol of DINO."""
+
+    k: list[int] = field(
+        default_factory=lambda: [10, 20, 100, 200], metadata={"help": "Numbers of neighbours, each a result."}
+    )
+    temperature: float | int = field(default=0.07, metadata={"help": "A neighbour votes with exp(cosine / this)."})
+
+
+def main(arguments: KNNArguments) -> dict[str, Any]:
+    """Vote on the validation split; returns the content of `knn.json`, whose `accuracy` is that of the best k."""
+    if not arguments.k:
+        raise ValueError("k names no number of neighbours.")
+    accelerator = start_evaluation(arguments)
+    splits = load_splits(arguments)
+    model = load_encoder(arguments.pretrained).to(accelerator.device)
+    collate = partial(collate_numbered, load_processor(arguments.pretrained, model.config))
+    columns = [arguments.image_column, arguments.label_column]
+    meter = Meter(accelerator)
+    with meter.measure():
+        features = []
+        for split in (splits.train, splits.validation):
+            loader = create_evaluation_loader(split, columns, collate, arguments, accelerator, numbered=True)
+            features.append(pooled_features(model, loader, accelerator, meter))
+        (train, train_labels, indices), (queries, labels, _) = features
+        train, train_labels = gather_in_order(accelerator, indices, train, train_labels)
+        metrics: dict[str, float] = {}
+        for k in arguments.k:
+            metric = load_metric(
+                "knn",
+                train_features=train,
+                train_labels=train_labels,
+                k=k,
+                temperature=arguments.temperature,
+                num_labels=len(splits.label_names),
+            )
+            metric.add_batch(predictions=queries, references=labels.cpu())
+            scores = compute_over_processes(accelerator, metric)
+            metrics |= {f"{name}_k{k}": value for name, value in scores.items()}
+    best = max(arguments.k, key=lambda k: metrics[f"accuracy_k{k}"])
+    metrics = {
+        "accuracy": metrics[f"accuracy_k{best}"],
+        "top_5_accuracy": metrics[f"top_5_accuracy_k{best}"],
+        **metrics,
+    }
+    return write_result(
+        accelerator,
+        arguments,
+        "knn",
+        arguments.validation_split,
+        metrics,
+        model,
+        meter.report(),
+        k=best,
+        num_train_images=len(train),
+        num_images=len(splits.validation),
+    )
+
+
+if __name__ == "__main__":
+    run_program(main, KNNArguments)

@@ -1,0 +1,65 @@
+"""Accuracy of a linear classifier that is trained on the frozen encoder.
+
+accelerate launch training/evaluation/linear_probe.py --pretrained FOLDER --dataset FOLDER --output_dir runs/probe
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:  # started as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoModelForImageClassification
+
+from training import finetune
+from training.arguments import run_program
+from training.evaluation.results import Meter, write_result
+from training.finetune import FinetuneArguments
+from training.loop import create_accelerator
+
+
+@strict
+@dataclass(kw_only=True)
+class LinearProbeArguments(FinetuneArguments):
+    """Settings of `evaluation.linear_probe`; the defaults are the protocol of DINO."""
+
+    freeze: Literal[True] = field(default=True, metadata={"help": "Always: only the classifier is trained."})
+    length: str = "100 epochs"
+    warmup: str = "0 steps"
+    schedule: Literal["linear", "cosine", "constant", "step"] = "cosine"
+    optimizer: str = field(default="momentum", metadata={"help": "Any optimiser name that timm knows."})
+    learning_rate: float | int = field(default=1e-3, metadata={"help": "Peak learning rate, of 256 images an update."})
+    learning_rate_batch_size: int | None = 256
+    final_learning_rate: float | int = 0.0
+    weight_decay: float | int = 0.0
+    layer_decay: float | int | None = None
+    max_gradient_norm: float | int | None = None
+    batch_size: int = 1024
+    auto_augment: str | None = None
+    random_erasing: float | int = 0.0
+    label_smoothing: float | int = 0.0
+
+
+def main(arguments: LinearProbeArguments) -> dict[str, Any]:
+    """Train and evaluate the classifier; returns the content of `linear_probe.json`.
+
+    Images a second are those of the training; its metrics are those of the exported classifier.
+    """
+    results = finetune.main(arguments)
+    if arguments.dry_run:
+        return results
+    accelerator = create_accelerator(arguments)
+    model = AutoModelForImageClassification.from_pretrained(Path(arguments.output_dir) / "model")
+    measured = Meter(accelerator).report() | {"images_per_second": results["images_per_second"]}
+    details = {name: results[name] for name in ("updates", "num_train_images", "num_validation_images")}
+    metrics = results["exported"]["metrics"]
+    return write_result(
+        accelerator, arguments, "linear_probe", arguments.validation_split, metrics, model, measured, **details
+    )
+
+
+if __name__ == "__main__":
+    run_program(main, LinearProbeArguments)

@@ -1,0 +1,215 @@
+"""What the programs of this folder share: their settings, their processes, and the file that each of them writes."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub import EvalResult
+from huggingface_hub.dataclasses import strict
+from torch import nn
+
+from training.arguments import DataArguments, console
+from training.checkpointing import write_json
+from training.data import load_splits
+from training.data.loading import Split
+
+LIBRARIES = ("locatvit-hf", "torch", "torchvision", "transformers", "datasets", "timm", "faiss-cpu", "faiss-gpu")
+# Task -> what the Hub calls it.
+HUB_TASKS = {
+    "classification": "image-classification",
+    "linear_probe": "image-classification",
+    "knn": "image-classification",
+    "segmentation": "image-segmentation",
+    "hummingbird": "image-segmentation",
+}
+
+
+@strict
+@dataclass(kw_only=True)
+class EvaluationArguments(DataArguments):
+    """Settings of every evaluation."""
+
+    pretrained: str | None = field(default=None, metadata={"help": "Folder or Hub name of the model."})
+    output_dir: str | None = field(default=None, metadata={"help": "Receives the result, a JSON file."})
+    eval_batch_size: int = field(default=64, metadata={"help": "Images that a process puts through the model at once."})
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    seed: int = 0
+
+
+def start_evaluation(arguments: EvaluationArguments) -> Accelerator:
+    """The processes and devices that `accelerate launch` gives, and an output folder that can be written.
+
+    Raises ValueError where it cannot, or no model is named.
+    """
+    if arguments.pretrained is None:
+        raise ValueError("Name the model to evaluate with --pretrained: a folder or a Hub name.")
+    if arguments.eval_batch_size < 1:
+        raise ValueError(f"eval_batch_size must be at least 1, got {arguments.eval_batch_size}.")
+    if arguments.output_dir is None:
+        raise ValueError("Name a folder for the results with --output_dir.")
+    # Without a device, processes would each work alone unless accelerate is told to use CPUs.
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    accelerator = Accelerator(
+        cpu=not alone and not torch.accelerator.is_available(), mixed_precision=arguments.mixed_precision
+    )
+    try:
+        Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"Cannot write to the output folder {arguments.output_dir}: {error.strerror}.") from None
+    return accelerator
+
+
+def load_validation(arguments: EvaluationArguments, segmentation: bool = False) -> tuple[Split, list[str] | None]:
+    """The validation split and the names of its classes. There need not be a training split."""
+    if arguments.validation_share is None:
+        only = {"train_split": arguments.validation_split, "max_train_samples": arguments.max_validation_samples}
+        arguments = dataclasses.replace(arguments, **only)
+    splits = load_splits(arguments, segmentation)
+    return splits.validation, splits.label_names
+
+
+class Meter:
+    """Images a second over all processes, and the most memory that one of them held."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.images, self.seconds = accelerator, 0, 0.0
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator["Meter"]:
+        """Times this block, in which `images` is to be counted up."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.accelerator.device)
+        began = time.perf_counter()
+        yield self
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)
+        self.seconds += time.perf_counter() - began
+
+    def report(self) -> dict[str, Any]:
+        """`images_per_second`, by the slowest process, and `peak_memory_bytes`, the same in all processes.
+
+        Of a CUDA device what torch allocated on it, otherwise what the process held since it started (resident).
+        """
+        device = self.accelerator.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
+        mine = torch.tensor([self.images, self.seconds, peak or 0], dtype=torch.float64)
+        mine = mine.float() if device.type == "mps" else mine
+        everyone = self.accelerator.gather(mine.to(device)[None]).cpu()
+        return {
+            "images_per_second": (everyone[:, 0].sum() / everyone[:, 1].max().clamp(min=1e-9)).item(),
+            "peak_memory_bytes": int(everyone[:, 2].max()) or None,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_processor()}",
+            "num_processes": self.accelerator.num_processes,
+        }
+
+
+def resident_peak() -> int | None:
+    """Bytes of memory that this process held at most; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write_result(
+    accelerator: Accelerator,
+    arguments: EvaluationArguments,
+    task: str,
+    split: str,
+    metrics: dict[str, Any],
+    model: nn.Module,
+    measured: dict[str, Any],
+    **details: Any,
+) -> dict[str, Any]:
+    """Write `TASK.json` into the output folder, atomically and from one process, print it, and return its content.
+
+    Its entries: `task`, `dataset`, `dataset_config`, `split`, `metrics` (name to number, or to numbers by class),
+    `model` (as it was named), `model_type`, `model_hash`, `parameters`, `images_per_second`, `peak_memory_bytes`,
+    `device`, `num_processes`, `settings` (all of the program), `versions`, `date` (UTC), and `details`.
+
+    measured: from `Meter.report`.
+    Raises OSError where it cannot be written; an earlier file stays then.
+    """
+    result = {
+        "task": task,
+        "dataset": arguments.dataset,
+        "dataset_config": arguments.dataset_config,
+        "split": split,
+        "metrics": metrics,
+        "model": arguments.pretrained,
+        "model_type": getattr(getattr(model, "config", None), "model_type", None),
+        "model_hash": model_hash(model),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **measured,
+        **details,
+        "settings": dataclasses.asdict(arguments),
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if accelerator.is_main_process:
+        path = Path(arguments.output_dir) / f"{task}.json"
+        write_json(path, result)
+        scalars = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        console.print(", ".join(f"{name} {value:.4f}" for name, value in scalars.items()), markup=False)
+        memory = f"{(measured['peak_memory_bytes'] or 0) / 2**20:,.0f} MiB"
+        console.print(f"{measured['images_per_second']:.1f} images a second, {memory}. Result in {path}.", markup=False)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def card_entries(result: dict[str, Any]) -> list[EvalResult]:
+    """The numbers of a result as the metadata of a model card (`ModelCardData(eval_results=...)`) wants them."""
+    # A path of this machine means nothing to a reader; its last part names the data.
+    dataset = Path(result["dataset"]).name if Path(result["dataset"]).exists() else result["dataset"]
+    return [
+        EvalResult(
+            task_type=HUB_TASKS[result["task"]],
+            task_name=result["task"].replace("_", " "),
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_config=result["dataset_config"],
+            dataset_split=result["split"],
+            metric_type=name,
+            metric_name=f"{name.replace('_', ' ')} ({result['task'].replace('_', ' ')})",
+            metric_value=round(value, 5),
+        )
+        for name, value in result["metrics"].items()
+        if isinstance(value, int | float)
+    ]
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and values of all tensors: of the weights, however they were stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that a result depends on."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[library] = importlib.metadata.version(library)
+    return found
+
+
+def _processor() -> str:
+    return platform.processor() or platform.machine()

@@ -1,0 +1,92 @@
+"""Mean IoU of a segmentation model, at the size of the labels.
+
+accelerate launch training/evaluation/segmentation.py --pretrained FOLDER --dataset FOLDER --output_dir runs/results
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
+
+from locatvit_hf import LocAtViTImageProcessor
+from training.arguments import run_program
+from training.augmentation import LabelArguments, LabelReader
+from training.data import create_evaluation_loader
+from training.evaluation.results import EvaluationArguments, Meter, load_validation, start_evaluation, write_result
+from training.inference import InferenceArguments, SegmentationCollator, evaluate
+
+
+@strict
+@dataclass(kw_only=True)
+class SegmentationArguments(EvaluationArguments, LabelArguments, InferenceArguments):
+    """Settings of `evaluation.segmentation`."""
+
+    eval_batch_size: int = 8
+
+
+def main(arguments: SegmentationArguments) -> dict[str, Any]:
+    """Evaluate on the validation split; returns the content of `segmentation.json`."""
+    accelerator = start_evaluation(arguments)
+    model, processor = load_segmenter(arguments.pretrained)
+    model.to(accelerator.device)
+    validation, label_names = load_validation(arguments, segmentation=True)
+    num_labels = model.config.num_labels
+    if label_names is not None and len(label_names) != num_labels:
+        raise ValueError(f"{arguments.pretrained} has {num_labels} classes, but the data has {len(label_names)}.")
+    collator = SegmentationCollator(processor, LabelReader(arguments, num_labels), arguments)
+    columns = [arguments.image_column, arguments.label_column]
+    loader = create_evaluation_loader(validation, columns, collator, arguments, accelerator)
+    meter = Meter(accelerator)
+    with meter.measure():
+        metrics = evaluate(model, processor, counted(loader, meter), accelerator, arguments)
+    return write_result(
+        accelerator,
+        arguments,
+        "segmentation",
+        arguments.validation_split,
+        metrics,
+        model,
+        meter.report(),
+        num_images=len(validation),
+    )
+
+
+def load_segmenter(pretrained: str) -> tuple[PreTrainedModel, LocAtViTImageProcessor]:
+    """A segmentation model and its processor.
+
+    Raises ValueError where there is none, or a checkpoint without a segmentation head.
+    """
+    try:
+        model, info = AutoModelForSemanticSegmentation.from_pretrained(pretrained, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"There is no segmentation model at {pretrained}: {str(error).splitlines()[0]}") from None
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{pretrained} is no segmentation model: it lacks {sorted(info['missing_keys'])[0]}; train a head with "
+            "training/segment.py first."
+        )
+    try:
+        processor = LocAtViTImageProcessor.from_pretrained(pretrained)
+    except OSError:
+        config = getattr(model.config, "backbone_config", None) or model.config
+        stride = {"output_stride": [1, 1]} if config is not model.config else {}
+        processor = LocAtViTImageProcessor.from_model_config(config, segmentation=True, **stride)
+    return model.eval(), processor
+
+
+def counted(loader: Iterable, meter: Meter) -> Iterator[Any]:
+    """The batches of a loader; their images are counted."""
+    for images, labels in loader:
+        meter.images += len(labels)
+        yield images, labels
+
+
+if __name__ == "__main__":
+    run_program(main, SegmentationArguments)
