@@ -148,9 +148,11 @@ def timm_pass(settings: dict) -> Callable:
 
 
 def show_speed(speeds: dict[str, list[float]], rounds: int, settings: dict) -> None:
-    table = Table(
-        title=f"Reading and augmenting at {SIZE}: {rounds} rounds, median and quartiles", title_justify="left"
+    console.print(
+        f"Reading and augmenting at {SIZE} with {settings['num_workers']} workers and batches of "
+        f"{settings['batch_size']}: median (quartiles) of {rounds} rounds"
     )
+    table = Table()
     for column in ("", "images/s", "ours / timm"):
         table.add_column(column, justify="right" if column else "left")
     low, middle, high = measure.quartiles(measure.paired_ratios(speeds["ours"], speeds["timm"]))
