@@ -8,9 +8,11 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 STEP_DIGITS = 8
 
@@ -89,7 +91,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
     """Load what `save_checkpoint` saved. Raises ValueError for a checkpoint of another model, or a damaged one."""
     try:
         accelerator.load_state(str(path))
-    except (RuntimeError, ValueError, KeyError, OSError, EOFError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, EOFError, SafetensorError, UnpicklingError) as error:
         reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
         raise ValueError(
             f"Cannot continue from the checkpoint {path}: {reason}. Remove it to continue from the one before, or "

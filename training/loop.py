@@ -341,7 +341,8 @@ class TrainingLoop:
         if arguments.gradient_checkpointing:
             if not getattr(model, "supports_gradient_checkpointing", False):
                 raise ValueError(f"A {type(model).__name__} does not support gradient_checkpointing.")
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         model.to(accelerator.device)
         if arguments.channels_last:
             model.to(memory_format=torch.channels_last)

@@ -1,18 +1,27 @@
 import json
+import resource
+import shutil
 import signal
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation, pipeline
 
+from tests.remote.loopback_hub import HubServer
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import run, start
 from training.arguments import build_arguments
+from training.augmentation import ClassificationTransform
 from training.checkpointing import atomic_folder, list_checkpoints
-from training.data import UpdateSampler, load_splits
+from training.data import TrainingSamples, UpdateSampler, load_splits
+from training.distillation import Distillation
 from training.pretrain import PretrainArguments
 from training.pretrain import main as pretrain
 from training.segment import SegmentArguments
@@ -103,7 +112,7 @@ def test_update_holds_the_same_images_however_it_is_split():
         ({"dataset": None}, "Name a data set"),
         ({"max_train_samples": 0}, "is empty"),
         ({"batch_size": 64}, "A batch of 64 needs more images"),
-        ({"batch_size": 9, "gradient_accumulation_steps": 2}, "must be a multiple"),
+        ({"batch_size": 10, "gradient_accumulation_steps": 4}, "must be a multiple"),
         ({"model": {"hidden_sizes": 3}}, "no field 'hidden_sizes'"),
         ({"model": {**SMALL_MODEL, "num_labels": 7}}, "the data has 2 classes"),
         ({"model": {**SMALL_MODEL, "hidden_size": 15}}, "divisible"),
@@ -111,6 +120,12 @@ def test_update_holds_the_same_images_however_it_is_split():
         ({"output_dir": None}, "Name a folder"),
         ({"output_dir": "/proc/here"}, "Cannot write"),
         ({"length": "2 steps", "warmup": "3 steps"}, "cannot warm up"),
+        ({"batch_size": 7}, "must be even"),
+        ({"trackers": ["paper"]}, "no tracker 'paper'"),
+        ({"optimizer": "magic"}, "Cannot build the optimiser 'magic'"),
+        ({"learning_rate_factors": {"gausian": 10}}, "no parameter of the model is called so"),
+        ({"teacher": "./nowhere"}, "Cannot load the teacher"),
+        ({"repeated_augmentation": 3}, "must be a multiple of the 3 repeats"),
         ({"learning_rate": 1e30, "warmup": "0 steps", "max_gradient_norm": None}, "The loss became"),
     ],
 )
@@ -125,6 +140,185 @@ def test_another_recipe_is_not_continued(pretrained, pretrain_settings):
     settings = {**pretrain_settings, "output_dir": str(pretrained[0]), "learning_rate": 0.5}
     with pytest.raises(ValueError, match=r"other settings \(learning_rate\)"):
         pretrain(build_arguments(PretrainArguments, settings))
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(pretrained, pretrain_settings, tmp_path):
+    """Copied into an empty folder, without the settings that stood beside it."""
+    output = tmp_path / "run"
+    shutil.copytree(pretrained[0] / "checkpoints", output / "checkpoints")
+    settings = {**pretrain_settings, "output_dir": str(output), "ema_decay": None}
+    with pytest.raises(ValueError, match=r"other settings \(ema_decay\)"):
+        pretrain(build_arguments(PretrainArguments, settings))
+
+
+def test_a_damaged_checkpoint_is_one_sentence(pretrained, pretrain_settings, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(pretrained[0] / "checkpoints", output / "checkpoints")
+    weights = list_checkpoints(output / "checkpoints")[-1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="Cannot continue from the checkpoint") as caught:
+        pretrain(build_arguments(PretrainArguments, {**pretrain_settings, "output_dir": str(output)}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_leaves_the_checkpoint_intact(pretrain_settings, tmp_path, monkeypatch):
+    """The disk fills up after two checkpoints; with room again the run goes on from the second."""
+    output = tmp_path / "run"
+    settings = {**pretrain_settings, "length": "5 steps", "warmup": "0 steps", "output_dir": str(output)}
+    save, saved = Accelerator.save_state, []
+
+    def save_state(accelerator, folder):
+        if len(saved) < 2:
+            saved.append(folder)
+            return save(accelerator, folder)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # no file may grow beyond this
+        try:
+            return save(accelerator, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", save_state)
+        with pytest.raises(OSError, match="Cannot write the checkpoint"):
+            pretrain(build_arguments(PretrainArguments, settings))
+    folders = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert folders == ["step_00000001", "step_00000002"]
+    assert pretrain(build_arguments(PretrainArguments, settings))["updates"] == 5
+
+
+def test_a_loss_that_is_not_finite_leaves_its_batch(pretrain_settings, tmp_path):
+    settings = {**pretrain_settings, "learning_rate": 1e30, "warmup": "0 steps", "max_gradient_norm": None}
+    output = tmp_path / "run"
+    with pytest.raises(ValueError, match="its batch is in"):
+        pretrain(build_arguments(PretrainArguments, {**settings, "output_dir": str(output)}))
+    (file,) = (output / "not_finite").iterdir()
+    content = torch.load(file, weights_only=False)
+    assert not content["losses"]["loss"].isfinite()
+    (images, labels), *rest = content["batches"]
+    assert images.shape == (8, 3, 16, 16) and labels.shape == (8,) and not rest
+
+
+def test_a_dry_run_tells_what_a_run_would_be(pretrain_settings, tmp_path, capsys):
+    output = tmp_path / "run"
+    settings = {**pretrain_settings, "batch_size": 48, "output_dir": str(output), "dry_run": True}
+    report = pretrain(build_arguments(PretrainArguments, settings))["dry_run"]
+    parameters = report["parameters"]
+    assert report["updates"] == 4 and report["learning_rates"][1] == 1e-3
+    memory = report["memory"]
+    assert memory["weights"] == memory["gradients"] == memory["averaged weights"] == 4 * parameters
+    assert 8 * parameters <= memory["optimiser"] < 9 * parameters  # two moments, and a few counters
+    assert memory["activations"] > 48 * 17 * 16 * 4  # at least one hidden state of every image
+    printed = capsys.readouterr().out
+    assert f"{parameters:,}" in printed and "4 updates" in printed
+    with Image.open(output / "dry_run.png") as picture:
+        assert picture.width > 200 and picture.height > 200
+    assert [path.name for path in output.iterdir()] == ["dry_run.png"]
+
+
+def test_activations_shrink_with_gradient_checkpointing(pretrain_settings, tmp_path):
+    model = {**SMALL_MODEL, "num_hidden_layers": 6}
+    reports = []
+    for checkpointing in (False, True):
+        settings = {**pretrain_settings, "model": model, "gradient_checkpointing": checkpointing, "dry_run": True}
+        arguments = build_arguments(PretrainArguments, {**settings, "output_dir": str(tmp_path / "run")})
+        reports.append(pretrain(arguments)["dry_run"])
+    assert reports[0]["loss"] == pytest.approx(reports[1]["loss"], abs=1e-5)
+    assert reports[1]["memory"]["activations"] < reports[0]["memory"]["activations"] / 2
+
+
+def test_the_card_is_filled_from_the_results(pretrained):
+    card = ModelCard.load(pretrained[0] / "model" / "README.md")
+    (result,) = card.data.eval_results
+    exported = pretrained[1]["exported"]
+    assert (result.metric_type, result.metric_value) == ("accuracy", round(exported["metrics"]["accuracy"], 5))
+    assert exported["metrics"]["accuracy"] == pretrained[1]["best_accuracy"]
+    assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
+    assert result.dataset_name == "squares" and str(pretrained[0].parent) not in card.content
+    assert "ema_decay: 0.9" in card.text and "Gaussian-augmented attention" in card.text
+    assert (pretrained[0] / "model" / "LICENSE").is_file()
+
+
+def test_an_epoch_is_trained_at_its_image_size(pretrain_settings, squares):
+    arguments = build_arguments(PretrainArguments, {**pretrain_settings, "image_sizes": [8, 12, 16]})
+    transform = ClassificationTransform(arguments, 16, [0.5] * 3, [0.5] * 3, num_epochs=6)
+    samples = TrainingSamples(load_splits(arguments).train, ["image", "label"], transform, seed=0)
+    assert [samples[epoch, 0][0].shape[-1] for epoch in range(7)] == [8, 8, 12, 12, 16, 16, 16]
+
+
+def test_repeats_stand_in_the_same_batch():
+    (batch, *_), (other, *_) = (
+        list(UpdateSampler(60, 12, seed=1, start=0, stop=10, process_index=rank, num_processes=2, repeats=3))
+        for rank in range(2)
+    )
+    assert len(batch) == len(other) == 6 and not set(batch) & set(other)
+    images = {}
+    for epoch, index, repeat in [*batch, *other]:
+        images.setdefault((epoch, index), set()).add(repeat)
+    assert len(images) == 4 and all(repeats == {0, 1, 2} for repeats in images.values())
+    with pytest.raises(ValueError, match="multiple of the 5 repeats"):
+        UpdateSampler(60, 12, seed=1, start=0, stop=10, repeats=5)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_student_learns_from_its_teacher(pretrained, pretrain_settings, tmp_path, kind):
+    """From the teacher alone, with progressive sizes, repeats and the binary loss for the labels."""
+    settings = {
+        "teacher": str(pretrained[0] / "model"),
+        "distillation": kind,
+        "distillation_weight": 1.0,
+        "repeated_augmentation": 2,
+        "image_sizes": [8, 16],
+        "loss": "binary_cross_entropy",
+        "channels_last": True,
+        "mixup": 0.0,
+        "length": "6 steps",
+        "warmup": "0 steps",
+    }
+    arguments = build_arguments(PretrainArguments, {**pretrain_settings, **settings, "output_dir": str(tmp_path / "r")})
+    curve = pretrain(arguments)["train_curve"]
+    assert curve[0]["loss"] == curve[0]["teacher"] != curve[0]["labels"]
+    with torch.no_grad():
+        teacher = AutoModelForImageClassification.from_pretrained(pretrained[0] / "model").eval()
+        distill = Distillation(arguments, 2, [0.3] * 3, [0.2] * 3, torch.device("cpu"))
+        images = torch.rand(4, 3, 16, 16)
+        logits = teacher(pixel_values=images * 2 - 1).logits  # the mean and the deviation of the teacher are 0.5
+        terms = distill(torch.tensor(9.0), logits, (images - 0.3) / 0.2)
+    if kind == "soft":
+        assert terms["loss"].item() == pytest.approx(0, abs=1e-6)  # the student answers as the teacher
+    else:
+        expected = torch.nn.functional.cross_entropy(logits, logits.argmax(dim=-1))
+        assert terms["loss"].item() == pytest.approx(expected.item(), abs=1e-6)
+    with pytest.raises(ValueError, match="knows 2 classes, but the data has 3"):
+        Distillation(arguments, 3, [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(pretrain_settings, tmp_path):
+    plain = {"mixup": 0.0, "cutmix": 0.0, "model": SMALL_MODEL, "length": "6 steps", "warmup": "0 steps"}
+    curves = []
+    for compiled in (False, True):
+        settings = {**pretrain_settings, **plain, "compile": compiled, "output_dir": str(tmp_path / str(compiled))}
+        finished = run("pretrain", settings)
+        assert finished.returncode == 0, finished.stderr
+        results = json.loads((tmp_path / str(compiled) / "all_results.json").read_text())
+        curves.append([point["loss"] for point in results["train_curve"]])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_exported_model_is_pushed(pretrain_settings, tmp_path, monkeypatch):
+    with HubServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
+        for name, value in {**environment, "HF_HOME": str(tmp_path / "home")}.items():
+            monkeypatch.setenv(name, value)
+        settings = {**pretrain_settings, "output_dir": str(tmp_path / "run"), "push_to_hub": "tester/squares"}
+        finished = run("pretrain", settings)
+        assert finished.returncode == 0, finished.stderr
+        files = server.hub.commit_at("tester/squares", "main").files
+        server.shutdown()
+    assert {"README.md", "LICENSE", "model.safetensors", "config.json", "modeling_locatvit.py"} <= set(files)
 
 
 def test_mistakes_end_the_program_without_traceback(pretrain_settings, tmp_path):
