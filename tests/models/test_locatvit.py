@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from locatvit_hf import (
     LocAtViTBackbone,
@@ -433,6 +434,18 @@ class TestCompilers:
         twin(pixel_values, labels=labels).loss.backward()
         for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-6)
+
+    def test_a_dynamic_graph_is_not_compiled_again_for_every_size(self):
+        torch.compiler.reset()
+        model, counter = build().eval(), CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)
+        graphs = []
+        for size in ((32, 40), (48, 32), (24, 64), (30, 50)):
+            pixel_values = torch.randn(2, 3, *size)
+            with torch.inference_mode():
+                torch.testing.assert_close(compiled(pixel_values).logits, model(pixel_values).logits)
+            graphs.append(counter.frame_count)
+        assert graphs[1] == graphs[-1]
 
     @pytest.mark.parametrize("variant", ["locatvit", "rope"])
     def test_one_exported_graph_serves_every_size(self, variant):
