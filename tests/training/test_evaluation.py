@@ -31,11 +31,14 @@ from locatvit_hf import (
 )
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, run
-from training.arguments import build_arguments
+from training.arguments import build_arguments, load_recipe
 from training.evaluation import classification, hummingbird, knn, linear_probe, segmentation
 from training.evaluation.results import card_entries, model_hash
+from training.finetune import freeze_encoder
+from training.optimization import create_optimizer, learning_rate_at
 
 CLASSES = ["background", "red", "green"]
+RECIPES = sorted((ROOT / "training" / "recipes" / "evaluation").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +77,14 @@ def dense(settings) -> dict:
     return settings | {"label_column": "segmentation", "label_names": CLASSES}
 
 
+def arguments_of(program) -> type:
+    own = [value for value in vars(program).values() if getattr(value, "__module__", None) == program.__name__]
+    return next(value for value in own if value.__name__.endswith("Arguments"))
+
+
 def evaluate(program, settings: dict) -> dict:
     """The result as it is written."""
-    own = [value for value in vars(program).values() if getattr(value, "__module__", None) == program.__name__]
-    arguments_class = next(value for value in own if value.__name__.endswith("Arguments"))
-    returned = program.main(build_arguments(arguments_class, settings))
+    returned = program.main(build_arguments(arguments_of(program), settings))
     path = Path(settings["output_dir"]) / f"{program.__name__.rsplit('.', 1)[-1]}.json"
     assert [entry.name for entry in path.parent.glob("*.part")] == []
     written = json.loads(path.read_text())
@@ -372,6 +378,26 @@ def test_two_processes_measure_the_same_with_each_program(settings, dense, segme
     settings |= {"max_validation_samples": 9, "max_train_samples": 37} | ({"k": [5]} if program is knn else {})
     alone = evaluate(program, settings)
     assert launch_two(program.__name__.rsplit(".", 1)[-1], settings)["metrics"] == alone["metrics"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe(recipe):
+    """Named after its program; the published protocols have the values of the specification."""
+    program = next(p for p in (knn, linear_probe, hummingbird) if recipe.stem.startswith(p.__name__.split(".")[-1]))
+    arguments = build_arguments(arguments_of(program), load_recipe(recipe))
+    if program is knn:
+        assert arguments.temperature == 0.07 and set(arguments.k) <= {10, 20, 100, 200}
+    elif program is hummingbird:
+        assert (arguments.k, arguments.temperature, arguments.epochs, arguments.augment) == (30, 0.02, 1, True)
+    else:
+        assert (arguments.optimizer, arguments.weight_decay, arguments.schedule) == ("momentum", 0.0, "cosine")
+        model = LocAtViTForImageClassification(LocAtViTConfig(**SMALL_MODEL))
+        freeze_encoder(model, [])
+        groups = create_optimizer(model, arguments).param_groups
+        assert all(group["momentum"] == 0.9 and not group["nesterov"] for group in groups)
+        assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.classifier.parameters()}
+        if "imagenet1k" in recipe.stem:
+            assert learning_rate_at(0, 100, 0, arguments) == pytest.approx(1e-3 * 1024 / 256)
 
 
 def test_runs_as_a_program(settings):

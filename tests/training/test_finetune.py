@@ -11,6 +11,7 @@ import timm
 import torch
 from datasets import load_from_disk
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from transformers import DeiTConfig, DeiTForImageClassification, UperNetConfig, pipeline
@@ -25,9 +26,10 @@ from locatvit_hf import (
 from locatvit_hf.layers_locat import resample_position_embeddings
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, run
-from training.arguments import build_arguments, parse_arguments
+from training.arguments import build_arguments, load_recipe, parse_arguments
+from training.augmentation import ClassificationTransform
 from training.finetune import FinetuneArguments, build_model, main
-from training.optimization import create_optimizer
+from training.optimization import create_optimizer, learning_rate_at, parse_duration
 
 NAMES = ["red", "green"]
 PROGRAMS = ["pretrain", "segment", "finetune", "dino", "detect"] + [
@@ -306,6 +308,40 @@ def test_checkpoints_of_something_else_are_refused(source, tmp_path):
     wrapped.save_pretrained(tmp_path / "upernet")
     with pytest.raises(ValueError, match="a upernet around a locatvit"):
         build_model(arguments_for(tmp_path / "upernet"), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preset", "classes", "parameters", "rates"),
+    [
+        # LocAtViT-tiny, whose position embeddings grow from 14 x 14 to 24 x 24.
+        ("imagenet1k_384", {}, 1000, 5_719_756 + (24**2 - 14**2) * 192, {0: 5e-6, 75_060: 1e-6}),
+        ("tiny_imagenet", {"image_size": 64}, 100, None, {0: 1e-7, 97: 1e-3, 975: 1e-6}),
+    ],
+)
+def test_recipe(tmp_path, recipe, preset, classes, parameters, rates):
+    names = [str(index) for index in range(classes)]
+    source = LocAtViTConfig.from_preset("tiny", id2label=dict(enumerate(names)), **preset)
+    LocAtViTForImageClassification(source).save_pretrained(tmp_path)
+    values = load_recipe(ROOT / "training" / "recipes" / "finetune" / f"{recipe}.yaml")
+    arguments = build_arguments(FinetuneArguments, {**values, "pretrained": str(tmp_path)})
+    model, _ = build_model(arguments, names)
+    if parameters is not None:
+        assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    create_optimizer(model, arguments)
+    updates = (1_281_167 if classes == 1000 else 25_000) // arguments.batch_size
+    total = parse_duration(arguments.length, updates)
+    warmup = parse_duration(arguments.warmup, updates, total)
+    found = {update: learning_rate_at(update, total, warmup, arguments) for update in rates}
+    assert found == pytest.approx(rates, rel=2e-2)
+    config = model.config
+    transform = ClassificationTransform(arguments, config.image_size, config.image_mean, config.image_std)
+    pixels, _ = transform(Image.new("RGB", (80, 60)), 0)
+    assert pixels.shape == (3, config.image_size, config.image_size)
+
+
+def test_all_recipes_are_known():
+    found = {path.stem for path in (ROOT / "training" / "recipes" / "finetune").glob("*.yaml")}
+    assert found == {"imagenet1k_384", "tiny_imagenet"}
 
 
 def test_runs_as_a_program(settings):
