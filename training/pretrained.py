@@ -35,7 +35,7 @@ def read_config(pretrained: str | Path) -> PreTrainedConfig | None:
 
 
 def load_pretrained(
-    auto_class: type, pretrained: str | Path | None, fields: dict[str, Any] | None = None
+    auto_class: type, pretrained: str | Path | None, fields: dict[str, Any] | None = None, as_it_is: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model of a checkpoint, and the names of its parameters that the checkpoint does not have.
 
@@ -45,6 +45,7 @@ def load_pretrained(
     pretrained: folder or Hub name.
     fields: of the configuration, to change. Position embeddings follow another `image_size`; other tensors whose shape
         changes start anew, which is printed.
+    as_it_is: give a plain ViT no Gaussians, which is the model itself.
     Raises ValueError where there is no such model or field, or the checkpoint holds nothing of the encoder.
     """
     if pretrained is None:
@@ -57,6 +58,7 @@ def load_pretrained(
             "checkpoint that it was made of."
         )
     if not isinstance(source, FamilyConfigMixin):
+        fields = {"use_gaussian": False, **fields} if as_it_is else fields
         model = VIT_CLASSES[auto_class].from_vit(pretrained, **fields)
         headless = auto_class is AutoModelForImageClassification and open_vit(pretrained).head is None
         new = (".gaussian.", *(("classifier.",) if headless else ()))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -350,6 +351,19 @@ def test_runs_as_a_program(settings):
     assert finished.returncode == 0, finished.stderr
     assert "Model in" in finished.stdout
     assert (Path(settings["output_dir"]) / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_shows_its_options(program, monkeypatch, capsys):
+    """As a file and as a module, in this process."""
+    file = ROOT / "training" / f"{program.replace('.', '/')}.py"
+    monkeypatch.setattr(sys, "argv", [str(file), "--help"])
+    monkeypatch.setattr(sys, "path", [str(file.parent), *sys.path])
+    runpy.run_path(str(file), run_name="__main__")
+    assert sys.path[0] == str(ROOT)  # where a file finds the other modules
+    monkeypatch.delitem(sys.modules, f"training.{program}", raising=False)
+    runpy.run_module(f"training.{program}", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out.count("--output_dir") >= 2
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from training.data import create_evaluation_loader
 from training.evaluation.results import EvaluationArguments, Meter, load_validation, start_evaluation, write_result
 from training.metrics import compute_over_processes, load_metric
 from training.pretrain import collate
-from training.pretrained import load_pretrained, load_processor, read_config
+from training.pretrained import load_pretrained, load_processor
 
 
 @strict
@@ -53,9 +53,7 @@ def main(arguments: ClassificationArguments) -> dict[str, Any]:
 
 def load_classifier(pretrained: str) -> PreTrainedModel:
     """A classifier of ours, or a plain ViT as it is. Raises ValueError for a checkpoint without a classifier."""
-    ours = read_config(pretrained)
-    plain = {} if getattr(ours, "presets", None) is not None else {"use_gaussian": False}
-    model, fresh = load_pretrained(AutoModelForImageClassification, pretrained, plain)
+    model, fresh = load_pretrained(AutoModelForImageClassification, pretrained, as_it_is=True)
     if any(name.startswith("classifier.") for name in fresh):
         raise ValueError(f"{pretrained} has no classifier: train one with training/finetune.py first.")
     return model

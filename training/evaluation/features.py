@@ -8,13 +8,12 @@ from PIL import Image
 from transformers import AutoModel, BaseImageProcessor, PreTrainedModel
 
 from training.evaluation.results import Meter
-from training.pretrained import load_pretrained, read_config
+from training.pretrained import load_pretrained
 
 
 def load_encoder(pretrained: str) -> PreTrainedModel:
     """The encoder of any checkpoint of ours, or a plain ViT as it is."""
-    ours = getattr(read_config(pretrained), "presets", None) is not None
-    model, _ = load_pretrained(AutoModel, pretrained, {} if ours else {"use_gaussian": False})
+    model, _ = load_pretrained(AutoModel, pretrained, as_it_is=True)
     return model.eval()
 
 
