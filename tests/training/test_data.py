@@ -18,6 +18,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks import input_pipeline
 from locatvit_hf import LocAtViTImageProcessor
 from tests.training.programs import train
 from training.arguments import build_arguments
@@ -384,3 +385,17 @@ def test_a_killed_streaming_run_continues_bit_identically(folders, pretrain_sett
     assert len(losses[0]) == 24 and losses[0] == losses[1]
     weights = [load_file(output / "model" / "model.safetensors") for output in (whole, killed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_benchmark_compares_like_with_like(tmp_path, monkeypatch):
+    """Both loaders hand over every file once, normalised alike."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    input_pipeline.generate(tmp_path, 8)
+    settings = {"dataset": str(tmp_path), "batch_size": 4, "num_workers": 0, "preset": "tiny"}
+    for read in (input_pipeline.our_pass(settings), input_pipeline.timm_pass(settings)):
+        batches = list(read(0))
+        assert [tuple(pixels.shape) for pixels, _ in batches] == [(4, 3, 224, 224)] * 2
+        assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == [0] * 4 + [1] * 4
+        pixels = torch.cat([pixels for pixels, _ in batches])
+        assert pixels.dtype == torch.float32 and abs(pixels.mean()) < 0.6 and 0.2 < pixels.std() < 1.2
+    assert all(len(speeds) == 1 for speeds in input_pipeline.measure_speed(settings, rounds=1).values())
