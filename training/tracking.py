@@ -1,6 +1,7 @@
 """Curves, example predictions and what a LocAt model has learned about distances, sent to experiment trackers."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -74,9 +75,7 @@ class Trackers:
             elif tracker.name == "wandb":
                 tracker.log_images({name: [image]}, step=step)
             else:
-                import trackio
-
-                tracker.log({name: trackio.Image(image)}, step=step)
+                tracker.log({name: importlib.import_module("trackio").Image(image)}, step=step)
 
     def close(self) -> None:
         """Write what is left."""
