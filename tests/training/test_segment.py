@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -297,6 +298,10 @@ def test_an_exported_head_answers_in_the_pipeline(settings, sources, capsys, fam
     image = load_splits(build_arguments(SegmentArguments, settings), segmentation=True).validation[0]["image"]
     segmenter = pipeline("image-segmentation", folder)
     found = segment_image(model.eval(), segmenter.image_processor, image)
+    assert list(segmenter.image_processor.output_stride) == ([1, 1] if head == "upernet" else [4, 4])
+    with torch.no_grad():
+        logits = model(**segmenter.image_processor(image, return_tensors="pt")).logits
+    assert torch.equal(found, F.interpolate(logits, (16, 16), mode="bilinear")[0].argmax(dim=0))
     masks = {entry["label"]: np.asarray(entry["mask"]) > 0 for entry in segmenter(image)}
     assert masks.keys() == {NAMES[index] for index in found.unique()}
     assert all((masks[NAMES[index]] == (found == index).numpy()).all() for index in found.unique())
