@@ -390,8 +390,8 @@ def test_a_killed_streaming_run_continues_bit_identically(folders, pretrain_sett
 def test_the_benchmark_compares_like_with_like(tmp_path, monkeypatch):
     """Both loaders hand over every file once, normalised alike."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    input_pipeline.generate(tmp_path, 8)
-    settings = {"dataset": str(tmp_path), "batch_size": 4, "num_workers": 0, "preset": "tiny"}
+    input_pipeline.generate(tmp_path / "images", 8)
+    settings = {"dataset": str(tmp_path / "images"), "batch_size": 4, "num_workers": 0, "preset": "tiny"}
     for read in (input_pipeline.our_pass(settings), input_pipeline.timm_pass(settings)):
         batches = list(read(0))
         assert [tuple(pixels.shape) for pixels, _ in batches] == [(4, 3, 224, 224)] * 2
