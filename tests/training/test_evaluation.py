@@ -105,17 +105,17 @@ def features(model: Path, rows) -> torch.Tensor:
 
 def test_classification_is_what_the_pipeline_says(settings, squares, model):
     """Also where the model has its classes in another order than the data, and one more."""
-    result = evaluate(classification, settings)
-    rows = split(squares, "validation")
+    result = evaluate(classification, settings | {"max_validation_samples": 9})
+    rows = split(squares, "validation").select(range(9))
     classifier = pipeline("image-classification", str(model))
     right = [classifier(row["image"])[0]["label"] == ["red", "green"][row["label"]] for row in rows]
     assert result["metrics"] == {"accuracy": pytest.approx(np.mean(right)), "top_3_accuracy": 1.0}
-    assert result["task"] == "classification" and result["split"] == "validation" and result["num_images"] == 10
+    assert result["task"] == "classification" and result["split"] == "validation" and result["num_images"] == 9
     assert result["images_per_second"] > 0 and result["peak_memory_bytes"] > 2**20
     loaded = LocAtViTForImageClassification.from_pretrained(model)
     assert result["model_hash"] == model_hash(loaded) and len(result["model_hash"]) == 64
     with torch.no_grad():
-        loaded.classifier.bias[0] += 1e-3
+        loaded.classifier.weight[-1, -1] += 1e-3
     assert result["model_hash"] != model_hash(loaded)
     assert {"python", "torch", "transformers", "locatvit-hf"} <= result["versions"].keys()
     assert result["settings"]["eval_batch_size"] == 4 and result["date"].endswith("+00:00")
