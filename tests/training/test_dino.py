@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForImageClassification
 
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, run, start
+from tests.training.programs import train as launch
 from training.arguments import build_arguments, load_recipe
 from training.checkpointing import list_checkpoints
 from training.data import sample_randomness
@@ -336,3 +337,17 @@ def test_a_killed_run_continues_bit_identically(settings, trained, tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "Continuing at update" in finished.stdout
     assert_same_run(output, trained)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(settings, tmp_path):
+    """The centre and what is watched are those of the whole batch."""
+    results = []
+    for number in (1, 2):
+        changes = {"model": SMALL_MODEL, "output_dir": str(tmp_path / str(number))}
+        assert launch({**settings, **changes}, number, program="dino").wait() == [0] * number
+        results.append(json.loads((tmp_path / str(number) / "all_results.json").read_text()))
+    assert [result["num_processes"] for result in results] == [1, 2]
+    losses = [[point["loss"] for point in result["train_curve"]] for result in results]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], abs=1e-5)
