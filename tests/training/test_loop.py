@@ -311,6 +311,7 @@ def test_the_exported_model_is_pushed(pretrain_settings, tmp_path, monkeypatch):
     with HubServer() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         environment = {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
         for name, value in {**environment, "HF_HOME": str(tmp_path / "home")}.items():
             monkeypatch.setenv(name, value)
         settings = {**pretrain_settings, "output_dir": str(tmp_path / "run"), "push_to_hub": "tester/squares"}
