@@ -22,6 +22,7 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -407,6 +408,18 @@ class PyramidEncoder(nn.Module):
         return self.pyramid({str(level): maps for level, maps in enumerate(self.encoder(images).feature_maps)})
 
 
+def _roi_align(levels: list[str], output_size: int, stride: float) -> MultiScaleRoIAlign:
+    """RoIAlign over the pyramid, whose first map has this stride in pixels.
+
+    Told the strides: torchvision would guess them from the first images that it sees, whose padding misleads it.
+    """
+    pool = MultiScaleRoIAlign(levels, output_size=output_size, sampling_ratio=0)
+    pool.scales = [1 / (stride * 2**level) for level in range(len(levels))]
+    first = round(math.log2(stride))
+    pool.map_levels = initLevelMapper(first, first + len(levels) - 1, canonical_scale=224, canonical_level=4)
+    return pool
+
+
 class Detector(nn.Module):
     """Mask R-CNN, or Faster R-CNN, on one of our encoders (PaCa-ViT paper, section 4.2; the parts are torchvision's).
 
@@ -420,18 +433,18 @@ class Detector(nn.Module):
         config, channels = encoder.config, settings.pyramid_channels
         num_classes, hidden = len(categories) + 1, 4 * channels  # torchvision counts the background as class 0
         levels = [str(level) for level in range(NUM_LEVELS - 1)]
-        stride = max(pair(config.patch_size)) // (4 if getattr(config, "feature_pyramid", False) else 1)
+        stride = max(pair(config.patch_size)) / (4 if getattr(config, "feature_pyramid", False) else 1)
         anchors = tuple((settings.anchor_scale * stride * 2**level,) for level in range(NUM_LEVELS))
         parts = {
             "rpn_anchor_generator": AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * NUM_LEVELS),
-            "box_roi_pool": MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=0),
+            "box_roi_pool": _roi_align(levels, 7, stride),
             "box_head": TwoMLPHead(channels * 7**2, hidden),
             "box_predictor": FastRCNNPredictor(hidden, num_classes),
             "box_score_thresh": settings.score_threshold,
             "box_detections_per_img": settings.max_detections,
         }
         if settings.masks:
-            parts["mask_roi_pool"] = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=0)
+            parts["mask_roi_pool"] = _roi_align(levels, 14, stride)
             parts["mask_head"] = MaskRCNNHeads(channels, (channels,) * 4, dilation=1)
             parts["mask_predictor"] = MaskRCNNPredictor(channels, channels, num_classes)
         detector_class = MaskRCNN if settings.masks else FasterRCNN

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoBackbone, AutoModel
 
 from tests.training.programs import ROOT, run, start
+from tests.training.programs import train as launch
 from training.arguments import build_arguments, load_recipe
 from training.checkpointing import list_checkpoints
 from training.data import sample_randomness
@@ -441,3 +442,17 @@ def test_a_killed_run_continues_bit_identically(settings, trained, tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "Continuing at update" in finished.stdout
     assert_same_run(output, trained)
+
+
+@pytest.mark.slow
+def test_average_precision_does_not_depend_on_the_number_of_processes(settings, tmp_path):
+    """Weights that stand still, whose detections are shared out: five images over two processes."""
+    still = {"learning_rate": 0.0, "start_learning_rate": 0.0, "length": "1 steps", "warmup": "0 steps"}
+    results = []
+    for number in (1, 2):
+        changes = {**still, "max_detections": 100, "output_dir": str(tmp_path / str(number))}
+        assert launch({**settings, **changes}, number, program="detect").wait() == [0] * number
+        results.append(json.loads((tmp_path / str(number) / "all_results.json").read_text()))
+    assert [result["num_processes"] for result in results] == [1, 2]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[0]["metrics"]["bbox_ar100"] > 0
