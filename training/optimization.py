@@ -38,8 +38,7 @@ def learning_rate_at(
     """
     scale = arguments.batch_size / (arguments.learning_rate_batch_size or arguments.batch_size)
     start, peak, final = (
-        scale * rate
-        for rate in (arguments.start_learning_rate, arguments.learning_rate, arguments.final_learning_rate)
+        scale * rate for rate in (arguments.start_learning_rate, arguments.learning_rate, arguments.final_learning_rate)
     )
     if update < warmup:
         return start + (peak - start) * update / warmup

@@ -1,7 +1,16 @@
 import pytest
 
+from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification
+from tests.training.conftest import SMALL_MODEL
 from training.arguments import load_recipe, parse_arguments
-from training.optimization import learning_rate_at, parse_duration
+from training.optimization import (
+    create_optimizer,
+    learning_rate_at,
+    parse_duration,
+    set_learning_rate,
+    set_weight_decay,
+    weight_decay_at,
+)
 from training.pretrain import PretrainArguments
 from training.segment import SegmentArguments
 
@@ -72,3 +81,46 @@ def test_cosine_schedule_ends_at_the_final_rate():
     assert learning_rate_at(10, 20, 10, arguments) == 1.0
     assert learning_rate_at(15, 20, 10, arguments) == pytest.approx(0.55)
     assert learning_rate_at(20, 20, 10, arguments) == pytest.approx(0.1)
+
+
+def test_step_schedule_and_batch_size():
+    """Detection: a tenth at every milestone; twice the batch, twice the rates."""
+    arguments = PretrainArguments(
+        schedule="step", learning_rate=1.0, start_learning_rate=0.1, batch_size=32, learning_rate_batch_size=16
+    )
+    rates = [learning_rate_at(update, 12, 2, arguments, milestones=[8, 11]) for update in (0, 2, 7, 8, 10, 11)]
+    assert rates == pytest.approx([0.2, 2.0, 2.0, 0.2, 0.2, 0.02])
+
+
+def test_weight_decay_follows_its_cosine():
+    model = LocAtViTForImageClassification(LocAtViTConfig(**SMALL_MODEL))
+    arguments = PretrainArguments(weight_decay=0.04, final_weight_decay=0.4)
+    optimizer = create_optimizer(model, arguments)
+    for update, expected in ((0, 0.04), (5, 0.22), (10, 0.4)):
+        set_weight_decay(optimizer, weight_decay_at(update, 10, arguments))
+        assert [group["weight_decay"] for group in optimizer.param_groups if group["decayed"]] == pytest.approx(
+            [expected]
+        )
+        assert {group["weight_decay"] for group in optimizer.param_groups if not group["decayed"]} == {0.0}
+
+
+def test_learning_rates_and_decay_by_name_and_layer():
+    """The longest name that fits counts; a layer's factor and a name's multiply."""
+    model = LocAtViTForImageClassification(LocAtViTConfig(**SMALL_MODEL))
+    arguments = PretrainArguments(
+        layer_decay=0.5,
+        learning_rate_factors={"gaussian": 10, "gaussian.amplitude": 4, "classifier": 3},
+        no_weight_decay=["norm"],
+    )
+    optimizer = create_optimizer(model, arguments)
+    set_learning_rate(optimizer, 1.0)
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    rates = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+    last, first = "locatvit.layers.1.", "locatvit.layers.0."
+    assert rates["classifier.weight"] == (3.0, 0.05) and rates["classifier.bias"] == (3.0, 0.05)
+    assert rates[f"{last}attention.q_proj.weight"][0] == 2 * rates[f"{first}attention.q_proj.weight"][0] < 1
+    for layer in (first, last):
+        plain = rates[f"{layer}attention.q_proj.weight"][0]
+        assert rates[f"{layer}attention.gaussian.variance.weight"][0] == pytest.approx(10 * plain)
+        assert rates[f"{layer}attention.gaussian.amplitude.bias"][0] == pytest.approx(4 * plain)
+    assert rates["locatvit.layernorm.weight"][1] == 0.0
