@@ -79,7 +79,7 @@ def test_processes_and_accumulation_share_a_batch(settings, tmp_path):
 @pytest.mark.parametrize("sharded", [False, True], ids=["copied", "sharded"])
 def test_killed_processes_continue_bit_identically(pretrain_settings, tmp_path, sharded):
     """With averaged weights, mixing, drop path, dropout and workers, killed in the middle of an epoch."""
-    settings = {**pretrain_settings, "num_workers": 1, "checkpoint_every": "2 steps"}
+    settings = {**pretrain_settings, "num_workers": 1, "checkpoint_every": "2 steps", "length": "2 epochs"}
     expected, output = tmp_path / "expected", tmp_path / "killed"
     assert set(train({**settings, "output_dir": str(expected)}, 2, sharded).wait()) == {0}
     settings["output_dir"] = str(output)
