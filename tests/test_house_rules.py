@@ -149,7 +149,7 @@ def lowest(requirement: Requirement) -> Version:
     return Version(specifier.version)
 
 
-IMPORT_NAMES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+IMPORT_NAMES = {"PIL": "pillow", "faiss": "faiss-cpu", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # The repository itself, the tests that transformers brings, and what pytest brings.
 OWN = {"locatvit_hf", "training", "demo", "benchmarks", "tests", "transformers_tests", "packaging"}
 
