@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from locatvit_hf import LocAtViTConfig, LocAtViTImageProcessor
@@ -213,6 +214,9 @@ def measure_cell(cell: Cell, names: list[str], budget: float, device: str = "cpu
                 record["missing"] = reason(error)
         for name, seconds in interleave(steps, budget, device).items():
             records[name]["seconds"] = seconds
+        if cell.goal and device == "cpu":
+            for name in {cell.reference, "locatvit"} & set(steps):
+                records[name]["operators"] = operators(steps[name])
     steps.clear()  # other processes need the memory
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -260,6 +264,15 @@ def interleave(steps: dict[str, Callable], budget: float, device: str = "cpu") -
         for name in order:
             seconds[name].append(timed(steps[name], device))
     return seconds
+
+
+def operators(step: Callable[[], torch.Tensor], calls: int = 3) -> dict[str, float]:
+    """Milliseconds that a call spends in each operator itself, all threads of PyTorch working."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(calls):
+            step()
+    own = {event.key: event.self_cpu_time_total / 1e3 / calls for event in profiled.key_averages()}
+    return {name: milliseconds for name, milliseconds in own.items() if milliseconds >= 0.01}
 
 
 def paired_ratios(seconds: list[float], reference: list[float]) -> list[float]:

@@ -117,6 +117,10 @@ def tables(results: dict) -> Iterator[tuple[str, list[str], list[list[str]]]]:
                 header,
                 [model_row(cell, name) for name in cell["models"]],
             )
+    for cell in cells:
+        if rows := operator_rows(cell):
+            title = f"Where the time goes: {cell_title(cell)}, own ms of an operator in one step"
+            yield title, ["", cell["reference"], "locatvit", "difference"], rows
     if results.get("startup"):
         rows = [[f"{what.replace('_', ' ')}, {name}", spread(seconds)] for what, by_name in results["startup"].items()
                 for name, seconds in by_name.items()]  # fmt: skip
@@ -159,6 +163,16 @@ def model_row(cell: dict, name: str) -> list[str]:
         spread(ratios(cell, name)) if seconds else "",
         *memory,
     ]
+
+
+def operator_rows(cell: dict, most: int = 12) -> list[list[str]]:
+    """The operators whose time differs most between ours and the reference."""
+    ours, reference = (cell["models"].get(name, {}).get("operators", {}) for name in ("locatvit", cell["reference"]))
+    if not ours or not reference:
+        return []
+    difference = {name: ours.get(name, 0.0) - reference.get(name, 0.0) for name in {*ours, *reference}}
+    chosen = sorted(difference, key=lambda name: -abs(difference[name]))[:most]
+    return [[name, *(f"{of.get(name, 0.0):.2f}" for of in (reference, ours, difference))] for name in chosen]
 
 
 def growth(cells: list[dict]) -> list[list[str]]:

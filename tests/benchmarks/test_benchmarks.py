@@ -98,6 +98,17 @@ def test_memory_of_the_formula_is_larger_than_ours():
     assert literal["peak_bytes"] > literal["step_bytes"]
 
 
+def test_the_profile_of_a_goal_names_what_differs_from_the_reference():
+    cell = Cell("tiny", 224, 1, "forward", goal=1.05)
+    records = measure.measure_cell(cell, ["timm-vit", "locatvit", "baseline"], budget=1e-3, with_memory=False)
+    assert "operators" not in records["baseline"]
+    rows = report.operator_rows({**vars(cell), "reference": "timm-vit", "models": records}, most=1000)
+    times = {name: [float(number) for number in numbers] for name, *numbers in rows}
+    reference, ours, difference = times["BlockwiseAttention"]
+    assert reference == 0.0 and ours == difference > 0.0
+    assert report.operator_rows({**vars(TINY), "reference": "timm-vit", "models": {}}) == []
+
+
 def test_suites_put_goals_first():
     cells = measure.cells_of("cpu")
     assert [cell.goal for cell in cells[:5]] == [1.05, 1.10, 1.03, 1.10, 1.20]
