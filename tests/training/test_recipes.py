@@ -78,13 +78,25 @@ DROP_PATH = {"tiny": 0.1, "small": 0.2, "base": 0.4}
 
 def test_every_recipe_belongs_to_a_program():
     for recipe in RECIPES.rglob("*.yaml"):
-        program = recipe.relative_to(RECIPES).parts[0]
-        arguments = getattr(importlib.import_module(f"training.{program}"), f"{program.title()}Arguments")
-        build_arguments(arguments, load_recipe(recipe))
+        build_arguments(arguments_of(recipe), load_recipe(recipe))
     names = {
         str(recipe.relative_to(RECIPES / "pretrain").with_suffix("")) for recipe in RECIPES.rglob("pretrain/**/*.yaml")
     }
     assert names == set(PARAMETERS)
+
+
+def arguments_of(recipe):
+    """The settings of the program that a recipe is for: its folder names it, in `evaluation` its first words do."""
+    program = recipe.relative_to(RECIPES).parts[0]
+    if program == "evaluation":
+        names = [path.stem for path in (RECIPES.parent / program).glob("*.py")]
+        program = f"evaluation.{next(name for name in names if recipe.stem.startswith(name))}"
+    module = importlib.import_module(f"training.{program}")
+    return next(
+        value
+        for name, value in vars(module).items()
+        if name.endswith("Arguments") and value.__module__ == module.__name__
+    )
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
