@@ -582,14 +582,17 @@ class ImageClassificationMixin:
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """
-        pixel_values, and anything else that the encoder takes: as in the family's `…Model`.
+        pixel_values, attention_mask and anything else that the encoder takes: as in the family's `…Model`.
         labels: (batch,) class ids, or (batch, classes) soft labels; `config.problem_type` may say otherwise.
 
         Returns `loss` where there are labels, `logits` (batch, classes), and what else the encoder was asked for.
         """
+        if attention_mask is not None:  # windows and clusters know none
+            kwargs["attention_mask"] = attention_mask
         outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = classification_loss(logits, labels, self.config) if labels is not None else None
@@ -608,22 +611,23 @@ class ProbeSegmentationMixin(FreezableBackboneMixin):
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SemanticSegmenterOutput:
         """
-        pixel_values, and anything else that the encoder takes: as in the family's `…Model`.
+        pixel_values, attention_mask and anything else that the encoder takes: as in the family's `…Model`.
         labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left out.
 
         Returns `loss` where there are labels and `logits` (batch, classes, grid height, grid width) on the last layer's
         grid, whose cells are `config.output_stride` pixels of the padded image; the processor's
         `post_process_semantic_segmentation` cuts the padding off.
         """
-        kwargs["output_hidden_states"] = True
-        outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
+        if attention_mask is not None:  # windows and clusters know none
+            kwargs["attention_mask"] = attention_mask
+        outputs = self.base_model(pixel_values, return_dict=True, **{**kwargs, "output_hidden_states": True})
         grid = patch_grid(pixel_values, self.config.output_stride)
-        logits = self.segmentation_head(
-            patch_feature_map(outputs.hidden_states[-1], grid, self.config.num_prefix_tokens)
-        )
+        features = patch_feature_map(outputs.hidden_states[-1], grid, self.config.num_prefix_tokens)
+        logits = self.segmentation_head(features)
         loss = None
         if labels is not None:
             ignore_index = self.config.semantic_loss_ignore_index

@@ -6,7 +6,7 @@ from torch import nn
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, attention_locat
 from locatvit_hf.attention_locat import BlockwiseAttention, eager_attention_forward, sdpa_attention_forward
-from locatvit_hf.locat import LocAtGaussian
+from locatvit_hf.locat import Gaussian, LocAtGaussian
 
 
 @pytest.fixture
@@ -74,6 +74,16 @@ def test_logits_beyond_the_range_of_exponentials(blocks_of, shift, dtype):
         assert blockwise.isfinite().all()
         tolerance = 1e-3 if dtype == torch.float32 else 1e-9
         torch.testing.assert_close(blockwise, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_large_sums_times_large_values_stay_finite(blocks_of):
+    blocks_of(10**6)
+    states = torch.full((1, 1, 256, 1), 79.0**0.5)
+    gaussian = Gaussian(torch.full((1, 1, 256, 2), 10.0), torch.full((1, 1, 256), 1e-3), (16, 16), 0, 225.0)
+    output, _ = sdpa_attention_forward(
+        nn.Identity(), states, states, torch.full_like(states, 100.0), None, 1.0, gaussian=gaussian
+    )
+    torch.testing.assert_close(output, torch.full((1, 256, 1, 1), 100.0))
 
 
 def test_gradcheck(blocks_of):

@@ -1,6 +1,7 @@
 """How the `locatvit` models behave: back-ends, sizes, masks, losses, heads, backbone, compilers."""
 
 import copy
+import inspect
 import threading
 import warnings
 
@@ -417,6 +418,18 @@ class TestContractOfTimm:
         model = build(LocAtViTModel, position_embedding_type="rope_mixed")
         assert model.no_weight_decay() == {"embeddings.cls_token", "rope.frequencies"}
         assert model.group_matcher()["stem"] == "^(?:embeddings|rope)"
+
+
+@pytest.mark.parametrize("model_class", [LocAtViTForImageClassification, LocAtViTForSemanticSegmentation])
+def test_heads_name_the_mask_that_a_trainer_may_pass_on(model_class):
+    model, pixel_values = build(model_class), torch.randn(2, 3, 32, 32)
+    assert list(inspect.signature(model.forward).parameters)[:3] == ["pixel_values", "labels", "attention_mask"]
+    tokens = model.locatvit(pixel_values).last_hidden_state.shape[1]
+    mask = torch.ones(2, tokens, dtype=torch.bool)
+    mask[:, -1] = False
+    with torch.no_grad():
+        masked, by_name = model(pixel_values, None, mask).logits, model(pixel_values, attention_mask=mask).logits
+        assert masked.equal(by_name) and not masked.equal(model(pixel_values).logits)
 
 
 class TestCompilers:
