@@ -22,10 +22,11 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from locatvit_hf import LocAtViTImageProcessor
 from locatvit_hf.layers_locat import FamilyConfigMixin, FreezableBackboneMixin
+from locatvit_hf.segmentation import InferenceArguments
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import IGNORE_INDEX, LabelReader, SegmentationAugmentation, SegmentationTransform
 from training.data import TrainingSamples, create_evaluation_loader, load_splits
-from training.inference import InferenceArguments, SegmentationCollator, draw_examples, evaluate
+from training.inference import SegmentationCollator, draw_examples, evaluate
 from training.loop import TrainingLoop, create_accelerator
 from training.optimization import create_optimizer
 from training.pretrained import change_config, load_pretrained, read_config

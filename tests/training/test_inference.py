@@ -15,8 +15,9 @@ from locatvit_hf import (
     PaCaViTConfig,
     PaCaViTForSemanticSegmentation,
 )
+from locatvit_hf.segmentation import InferenceArguments, compute_logits, segment_image
 from training.augmentation import LabelArguments, LabelReader
-from training.inference import InferenceArguments, SegmentationCollator, compute_logits, evaluate, segment_image
+from training.inference import SegmentationCollator, evaluate
 
 SIZE = {"shortest_edge": 24, "longest_edge": 96}
 

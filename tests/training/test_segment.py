@@ -32,11 +32,12 @@ from locatvit_hf import (
     PaCaViTConfig,
     PaCaViTForImageClassification,
 )
+from locatvit_hf.segmentation import InferenceArguments, segment_image
 from tests.training.programs import run, start, train
 from training.arguments import build_arguments
 from training.checkpointing import list_checkpoints
 from training.data import load_splits
-from training.inference import InferenceArguments, SegmentationCollator, draw_examples, segment_image
+from training.inference import SegmentationCollator, draw_examples
 from training.optimization import create_optimizer
 from training.segment import LabelReader, SegmentArguments, build_model, build_processor, main
 

@@ -16,11 +16,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
 from locatvit_hf import LocAtViTImageProcessor
+from locatvit_hf.segmentation import InferenceArguments
 from training.arguments import run_program
 from training.augmentation import LabelArguments, LabelReader
 from training.data import create_evaluation_loader
 from training.evaluation.results import EvaluationArguments, Meter, load_validation, start_evaluation, write_result
-from training.inference import InferenceArguments, SegmentationCollator, evaluate
+from training.inference import SegmentationCollator, evaluate
 
 
 @strict
