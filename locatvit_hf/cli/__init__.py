@@ -3,6 +3,7 @@
 import typer
 
 from .convert import convert
+from .segment import segment
 
 app = typer.Typer(
     name="locatvit",
@@ -19,5 +20,6 @@ def _verbs() -> None:
 
 
 app.command()(convert)
+app.command()(segment)
 
 __all__ = ["app"]

@@ -10,9 +10,13 @@ from .inference import (
     scaled_size,
     segment_image,
 )
+from .outputs import OutputFolder
+from .segmenter import Segmenter, upsampled_argmax
 
 __all__ = [
     "InferenceArguments",
+    "OutputFolder",
+    "Segmenter",
     "average_windows",
     "check_inference",
     "compute_logits",
@@ -20,4 +24,5 @@ __all__ = [
     "prepare",
     "scaled_size",
     "segment_image",
+    "upsampled_argmax",
 ]

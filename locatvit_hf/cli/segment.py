@@ -1,0 +1,170 @@
+"""`locatvit segment IMAGE|FOLDER|VIDEO... --model M`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import console, error_console, one_sentence_errors
+
+
+@one_sentence_errors
+def segment(
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Images, videos, and folders of them, which are searched below too.", show_default=False),
+    ] = None,
+    model: Annotated[str, typer.Option(help="A segmentation checkpoint: a folder or a Hub id.")] = ...,
+    output: Annotated[Path, typer.Option(help="The folder to write; the same command continues in it.")] = Path(
+        "segmented"
+    ),
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one size that run through the model at once.")] = 8,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Leave images at their own size and slide a window of so many pixels over them, for large images and "
+            "small things; by default an image is resized to what the checkpoint was made for."
+        ),
+    ] = None,
+    frame_maps: Annotated[bool, typer.Option("--frame-maps", help="Also write a label map of each frame.")] = False,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Segment a data set into parquet: a Hub id or a folder. For many GPUs: "
+            "`accelerate launch -m locatvit_hf.cli segment --dataset ...`."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split of --dataset.")] = "train",
+    column: Annotated[str, typer.Option(help="The column of --dataset that holds the images.")] = "image",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model's Hub repository.")] = None,
+) -> None:
+    """Write label maps and colour overlays of images, folders, videos or a data set."""
+    if bool(inputs) == bool(dataset):
+        raise ValueError("Name images, videos or folders to segment, or a --dataset, and not both.")
+    from PIL import Image
+    from transformers import AutoModelForSemanticSegmentation
+    from transformers.utils import logging
+
+    from ..segmentation import OutputFolder, Segmenter
+    from ..segmentation.files import find_sources
+    from .checkpoints import load_config, load_model, load_processor
+
+    Image.MAX_IMAGE_PIXELS = None  # the user's own images may be as large as they are
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    sources = find_sources(inputs or [])
+    config = load_config(model, revision)
+    architecture = (config.architectures or ["a model without a name"])[0]
+    if "Segmentation" not in architecture:
+        raise ValueError(
+            f"{model} holds {architecture}, which does not segment; training/segment.py gives it a segmentation head."
+        )
+    settings = {"model": _name_of(model), "revision": revision, "window": window}
+    segmenter = Segmenter(
+        load_model(AutoModelForSemanticSegmentation, model, revision), load_processor(model, revision), window
+    )
+    if dataset:
+        _segment_dataset(segmenter, dataset, split, column, output, settings, batch_size)
+    else:
+        _segment_sources(segmenter, sources, OutputFolder(output, segmenter.id2label, settings), batch_size, frame_maps)
+
+
+def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bool) -> None:
+    from ..segmentation.files import is_video, segment_files
+    from ..segmentation.video import count_frames, segment_video
+    from ..visualization.images import CorruptImageError
+
+    images = [source for source in sources if not is_video(source.path)]
+    videos = [source for source in sources if is_video(source.path)]
+    waiting_images = [source for source in images if not output.holds(source.name)]
+    waiting_videos = [source for source in videos if not output.video_path(source.name).exists()]
+    corrupt = 0
+    with _progress() as progress:
+        if waiting_images:
+            task = progress.add_task("images", total=len(waiting_images))
+            for error in segment_files(segmenter, waiting_images, output, batch_size, lambda: progress.advance(task)):
+                corrupt += 1
+                progress.console.print(f"Skipped: {error}", style="yellow", markup=False)
+        for source in waiting_videos:
+            task = progress.add_task(source.path.name, total=count_frames(source.path))
+            try:
+                segment_video(
+                    segmenter,
+                    source.path,
+                    source.name,
+                    output,
+                    batch_size,
+                    frame_maps,
+                    lambda task=task: progress.advance(task),
+                )
+            except CorruptImageError as error:
+                corrupt += 1
+                progress.console.print(f"Skipped: {error}", style="yellow", markup=False)
+    waiting = len(waiting_images) + len(waiting_videos)
+    _summarise(waiting - corrupt, len(sources) - waiting, corrupt, output.folder)
+
+
+def _segment_dataset(segmenter, name, split, column, folder, settings, batch_size: int) -> None:
+    try:
+        from accelerate import PartialState
+
+        from ..segmentation.dataset import open_dataset, segment_dataset
+    except ImportError as error:
+        raise ValueError(f"--dataset needs {error.name}: pip install 'locatvit-hf[training]'") from error
+    from ..segmentation import OutputFolder
+
+    state = PartialState()
+    segmenter.model.to(state.device)
+    settings = {
+        **settings,
+        "dataset": _name_of(name),
+        "split": split,
+        "column": column,
+        "processes": state.num_processes,
+    }
+    with state.main_process_first():
+        rows = open_dataset(name, split, column)
+        output = OutputFolder(folder, segmenter.id2label, settings)
+    corrupt = 0
+    with _progress(disable=not state.is_local_main_process) as progress:
+        share = len(rows) * (state.process_index + 1) // state.num_processes
+        share -= len(rows) * state.process_index // state.num_processes
+        task = progress.add_task("rows", total=share)
+        for error in segment_dataset(
+            segmenter,
+            rows,
+            column,
+            output,
+            batch_size,
+            state.process_index,
+            state.num_processes,
+            lambda number: progress.advance(task, number),
+        ):
+            corrupt += 1
+            error_console.print(f"Skipped: {error}", style="yellow", markup=False)
+    state.wait_for_everyone()
+    console.print(f"{share - corrupt} rows are in {folder}" + (f", {corrupt} could not be read." if corrupt else "."))
+
+
+def _summarise(done: int, before: int, corrupt: int, folder: Path) -> None:
+    parts = [f"[green]{done} segmented[/green]"]
+    parts += [f"{before} were there already"] if before else []
+    parts += [f"[yellow]{corrupt} could not be read[/yellow]"] if corrupt else []
+    console.print(", ".join(parts) + f": [bold]{folder}[/bold]")
+    if corrupt and not done and not before:
+        raise typer.Exit(1)
+
+
+def _name_of(model: str) -> str:
+    """A folder by its full path, so that a run continues from anywhere."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _progress(disable: bool = False):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=error_console, disable=disable)
+
+
+__all__ = ["segment"]

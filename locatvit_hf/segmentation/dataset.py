@@ -1,0 +1,114 @@
+"""The rows of a data set, shared among the processes of `accelerate launch`, as parquet."""
+
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import Image as ImageFeature
+
+from ..visualization.images import CorruptImageError, read_image
+from .outputs import OutputFolder, write_complete
+from .segmenter import Segmenter
+
+FEATURES = Features({"index": Value("int64"), "label_map": ImageFeature()})
+# Rows between two points from which a killed run continues.
+ROWS_AT_ONCE = 64
+
+
+def open_dataset(name: str, split: str, column: str) -> Dataset:
+    """A split of a Hub data set, of a folder that `load_dataset` reads, or of one that `save_to_disk` wrote.
+
+    Its `column` holds images that are not decoded yet. Raises ValueError where there is no such split or column.
+    """
+    if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
+        dataset = load_from_disk(name)
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise ValueError(f"{name} has no split {split!r} but {', '.join(dataset)}.")
+            dataset = dataset[split]
+    else:
+        dataset = load_dataset(name, split=split)
+    if column not in dataset.column_names:
+        raise ValueError(f"{name} has no column {column!r} but {', '.join(dataset.column_names)}.")
+    return dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False))
+
+
+def shard_path(output: OutputFolder, process: int, num_processes: int) -> Path:
+    return output.folder / f"label_maps-{process:05d}-of-{num_processes:05d}.parquet"
+
+
+def segment_dataset(
+    segmenter: Segmenter,
+    dataset: Dataset,
+    column: str,
+    output: OutputFolder,
+    batch_size: int,
+    process: int = 0,
+    num_processes: int = 1,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Iterator[CorruptImageError]:
+    """Segment this process's part of the rows into one parquet file, and yield what could not be read.
+
+    The file has a row for each image: `index` in the split, and `label_map`, a PNG of its class ids, empty where the
+    image cannot be read. Until all rows are there they stand in pieces beside it, with which a killed run continues.
+
+    advance: called with a number of rows when they are done or were found done.
+    """
+    path = shard_path(output, process, num_processes)
+    start, stop = (len(dataset) * (process + end) // num_processes for end in (0, 1))
+    if path.exists():
+        advance(stop - start)
+        return
+    pieces = []
+    for first in range(start, stop, ROWS_AT_ONCE):
+        rows = range(first, min(first + ROWS_AT_ONCE, stop))
+        piece = path.with_suffix(".pieces") / f"{first:09d}.parquet"
+        pieces.append(piece)
+        if not piece.exists():
+            label_maps: dict[int, bytes | None] = {}
+            for at in range(0, len(rows), batch_size):
+                yield from _segment_rows(segmenter, dataset, column, rows[at : at + batch_size], output, label_maps)
+            table = Dataset.from_dict(
+                {"index": list(rows), "label_map": [label_maps[row] for row in rows]}, features=FEATURES
+            )
+            write_complete(piece, table.to_parquet)
+        advance(len(rows))
+    write_complete(path, lambda target: _join(pieces, target))
+    shutil.rmtree(path.with_suffix(".pieces"), ignore_errors=True)
+
+
+def _segment_rows(
+    segmenter: Segmenter,
+    dataset: Dataset,
+    column: str,
+    rows: range,
+    output: OutputFolder,
+    label_maps: dict[int, bytes | None],
+) -> Iterator[CorruptImageError]:
+    images = {}
+    for row in rows:
+        entry = dataset[row][column]
+        try:
+            if not entry:
+                raise CorruptImageError(f"Row {row} holds no image.")
+            source = io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]
+            images[row] = read_image(source, name=f"Row {row}")
+        except (CorruptImageError, OSError) as error:
+            label_maps[row] = None
+            yield CorruptImageError(str(error))
+    for row, class_map in zip(images, segmenter(list(images.values())), strict=True):
+        encoded = io.BytesIO()
+        output.label_picture(class_map).save(encoded, format="png")
+        label_maps[row] = encoded.getvalue()
+
+
+def _join(pieces: list[Path], path: Path) -> None:
+    if not pieces:
+        Dataset.from_dict({"index": [], "label_map": []}, features=FEATURES).to_parquet(path)
+        return
+    with pq.ParquetWriter(path, pq.read_schema(pieces[0])) as writer:
+        for piece in pieces:
+            writer.write_table(pq.read_table(piece))

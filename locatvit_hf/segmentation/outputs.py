@@ -1,0 +1,97 @@
+"""What a segmentation run leaves in its folder: label maps, overlays, a legend, and `labels.json`."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..visualization.segmentation import label_colors, legend_figure, overlay_segmentation
+
+LARGEST_OVERLAY = 2048  # pixels of the longer side; label maps keep the size of their image
+
+
+class OutputFolder:
+    """The folder of one run, which the same command finds again and continues.
+
+    Files appear under their names when they are complete. `labels.json` holds the names and colours of the ids, and
+    the `settings` of the run: what was made with others is not continued.
+
+    Raises ValueError where the folder holds the results of other settings.
+    """
+
+    def __init__(self, folder: Path, id2label: dict[int, str], settings: dict[str, Any]):
+        self.folder = folder
+        # Name 0 as background and it stays as it is: it is no thing of its own.
+        self.background = 0 if id2label.get(0, "").lower() == "background" else None
+        self.colors = label_colors(len(id2label), self.background)
+        described = {
+            "settings": settings,
+            "labels": [
+                {"id": label, "name": name, "color": "#" + bytes(self.colors[label]).hex()}
+                for label, name in id2label.items()
+            ],
+        }
+        path = folder / "labels.json"
+        if path.exists():
+            try:
+                same = json.loads(path.read_text(encoding="utf-8")) == described
+            except ValueError:
+                same = False
+            if not same:
+                raise ValueError(
+                    f"{folder} holds the results of another model or of other options: choose another --output, or "
+                    "delete it."
+                )
+            return
+        legend = legend_figure(id2label, self.colors)
+        write_complete(folder / "legend.png", lambda target: legend.savefig(target, dpi=160, bbox_inches="tight"))
+        text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+        write_complete(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+    def map_path(self, name: Path) -> Path:
+        return self.folder / "maps" / name.with_name(name.name + ".png")
+
+    def overlay_path(self, name: Path) -> Path:
+        return self.folder / "overlays" / name.with_name(name.name + ".jpg")
+
+    def video_path(self, name: Path) -> Path:
+        return self.folder / "overlays" / name.with_name(name.name + ".mp4")
+
+    def holds(self, name: Path) -> bool:
+        """Whether both pictures of an image are there."""
+        return self.map_path(name).exists() and self.overlay_path(name).exists()
+
+    def write(self, name: Path, image: Image.Image, class_map: np.ndarray) -> None:
+        """The label map and the overlay of an image, each under `name`, a relative path without a suffix."""
+        write_complete(self.map_path(name), self.label_picture(class_map).save)
+        write_complete(self.overlay_path(name), lambda path: self.overlay(image, class_map).save(path, quality=90))
+
+    def label_picture(self, class_map: np.ndarray) -> Image.Image:
+        """Class ids as a picture: 8 bits with the colours as its palette, or 16 bits of grey."""
+        picture = Image.fromarray(class_map)
+        if class_map.dtype == np.uint8:
+            picture.putpalette(self.colors.tobytes())
+        return picture
+
+    def overlay(self, image: Image.Image, class_map: np.ndarray) -> Image.Image:
+        """The colours over the image, no larger than `LARGEST_OVERLAY`."""
+        picture = image.copy()
+        picture.thumbnail((LARGEST_OVERLAY, LARGEST_OVERLAY))
+        if picture.size != image.size:
+            class_map = np.asarray(Image.fromarray(class_map).resize(picture.size, Image.Resampling.NEAREST))
+        return overlay_segmentation(picture, class_map, self.colors, background=self.background, ignore_index=None)
+
+
+def write_complete(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, which then gets its name, or is removed where it failed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".partial-{path.name}")  # the suffix tells libraries the format
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

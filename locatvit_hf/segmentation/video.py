@@ -1,0 +1,99 @@
+"""Videos, frame by frame."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import av
+from PIL import Image
+
+from ..visualization.images import CorruptImageError
+from .outputs import OutputFolder, write_complete
+from .segmenter import Segmenter
+
+
+def count_frames(path: Path) -> int | None:
+    """What the file says, or the length times the rate; None where it says neither."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            if stream.frames:
+                return stream.frames
+            if stream.average_rate and container.duration:
+                return max(round(container.duration / av.time_base * stream.average_rate), 1)
+    except (av.FFmpegError, IndexError):
+        pass
+    return None
+
+
+def segment_video(
+    segmenter: Segmenter,
+    path: Path,
+    name: Path,
+    output: OutputFolder,
+    batch_size: int,
+    frame_maps: bool = False,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Write `overlays/NAME.mp4` with the frame rate of a video, and with `frame_maps` `maps/NAME/000000.png`, ….
+
+    A batch of frames is held at a time. advance: called after each frame.
+    Raises CorruptImageError for a file without a video that can be decoded.
+    """
+    if not path.stat().st_size:
+        raise CorruptImageError(f"{path} is empty.")
+    write_complete(
+        output.video_path(name),
+        lambda target: _write_overlays(segmenter, path, name, target, output, batch_size, frame_maps, advance),
+    )
+
+
+def _write_overlays(
+    segmenter: Segmenter,
+    path: Path,
+    name: Path,
+    target: Path,
+    output: OutputFolder,
+    batch_size: int,
+    frame_maps: bool,
+    advance: Callable[[], None],
+) -> None:
+    try:
+        with av.open(str(path)) as source, av.open(str(target), "w", format="mp4") as sink:
+            if not source.streams.video:
+                raise CorruptImageError(f"{path} holds no video.")
+            frames, stream, number = _frames(source), None, 0
+            while batch := list(islice(frames, batch_size)):
+                for image, class_map in zip(batch, segmenter(batch), strict=True):
+                    if frame_maps:
+                        path_of_map = output.map_path(name / f"{number:06d}")
+                        write_complete(path_of_map, output.label_picture(class_map).save)
+                    overlay = output.overlay(image, class_map)
+                    stream = stream or _add_stream(sink, source.streams.video[0].average_rate or 25, overlay.size)
+                    overlay = overlay.crop((0, 0, stream.width, stream.height))
+                    sink.mux(stream.encode(av.VideoFrame.from_image(overlay)))
+                    number += 1
+                    advance()
+            if stream is None:
+                raise CorruptImageError(f"{path} holds no frame that can be decoded.")
+            sink.mux(stream.encode())
+    except av.FFmpegError as error:
+        raise CorruptImageError(f"{path} cannot be decoded: {error.strerror or error}.") from None
+
+
+def _frames(source: av.container.InputContainer) -> Iterator[Image.Image]:
+    """The frames as RGB images, turned as the video says."""
+    for frame in source.decode(video=0):
+        image = frame.to_image()
+        yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+def _add_stream(sink: av.container.OutputContainer, rate, size: tuple[int, int]) -> av.VideoStream:
+    """H.264 where FFmpeg has it, else MPEG-4. Both halve the colour planes, so sides are even."""
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    stream = sink.add_stream(codec, rate=rate)
+    stream.width, stream.height = (max(side // 2 * 2, 2) for side in size)
+    stream.pix_fmt = "yuv420p"
+    if codec == "mpeg4":
+        stream.bit_rate = 8_000_000
+    return stream
