@@ -3,6 +3,7 @@
 import typer
 
 from .convert import convert
+from .look import look
 from .segment import segment
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ def _verbs() -> None:
 
 
 app.command()(convert)
+app.command()(look)
 app.command()(segment)
 
 __all__ = ["app"]

@@ -10,6 +10,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from transformers import PreTrainedModel
 
+FRAME_COLOR = "#35d0ff"
+
 
 @torch.no_grad()
 def read_attentions(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[torch.Tensor]:
@@ -17,7 +19,7 @@ def read_attentions(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[
 
     The model is in evaluation mode and on the "eager" back-end meanwhile, and as before afterwards.
     """
-    with _eager(model):
+    with eager_evaluation(model):
         return list(model(pixel_values=pixel_values, output_attentions=True).attentions)
 
 
@@ -40,28 +42,34 @@ def attention_map(
 
 
 def draw_attention(
-    axes: Axes, image: Image.Image, heat: np.ndarray, query: int | None = None, opacity: float = 0.8
+    axes: Axes,
+    image: Image.Image,
+    heat: np.ndarray,
+    query: int | None = None,
+    opacity: float = 0.8,
+    top: float | None = None,
 ) -> None:
     """Lay an attention map over its image, and frame the patch that looks.
 
     Args:
-        heat: (height, width) over the patches; colours span zero to its maximum.
+        heat: (height, width) over the patches; colours span zero to `top`, by default its maximum.
         query: index of the looking patch in the row-major grid; None for a class token, which has no place.
         opacity: of the map.
     """
     extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
     axes.imshow(image.convert("L"), cmap="gray", extent=extent)
-    axes.imshow(heat, cmap="inferno", vmin=0, alpha=opacity, extent=extent, interpolation="bilinear")
+    axes.imshow(heat, cmap="inferno", vmin=0, vmax=top, alpha=opacity, extent=extent, interpolation="bilinear")
     if query is not None:
         height, width = image.height / heat.shape[0], image.width / heat.shape[1]
         row, column = divmod(query, heat.shape[1])
         corner = (column * width - 0.5, row * height - 0.5)
-        axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="#35d0ff", linewidth=1.8))
+        axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=FRAME_COLOR, linewidth=1.8))
     axes.set_axis_off()
 
 
 @contextlib.contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
+def eager_evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and the "eager" back-end, which alone returns attention maps; afterwards as before."""
     implementation, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("eager")
     model.eval()

@@ -1,0 +1,110 @@
+"""`locatvit look IMAGE... --model M`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import console, one_sentence_errors
+
+
+@one_sentence_errors
+def look(
+    images: Annotated[list[Path], typer.Argument(help="Pictures of any size.", show_default=False)],
+    model: Annotated[str, typer.Option(help="The checkpoint that looks: a folder or a Hub id.")] = ...,
+    baseline: Annotated[str | None, typer.Option(help="A second checkpoint to show beside it, as a plain ViT.")] = None,
+    patch: Annotated[
+        list[str] | None,
+        typer.Option(help="ROW,COLUMN of a patch to ask, from 1; may be repeated. By default three that differ."),
+    ] = None,
+    layer: Annotated[int | None, typer.Option(min=1, help="The layer to ask, from 1; by default a late one.")] = None,
+    output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("look"),
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model's Hub repository.")] = None,
+) -> None:
+    """Draw where a model looks, how far its Gaussians reach and what its features tell apart."""
+    from collections import Counter
+
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    from .. import LocAtViTImageProcessor
+    from ..segmentation.outputs import write_complete
+    from ..visualization import figures
+    from ..visualization.images import read_image
+    from ..visualization.layers import read_layers
+    from ..visualization.page import build_page
+    from .checkpoints import load_config, load_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    twice = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
+    if twice:
+        raise ValueError(f"Several pictures are named {twice[0]}, and would overwrite each other: look at them apart.")
+    pictures = {path.stem: read_image(path) for path in images}
+    chosen = [_parse_patch(text) for text in patch or []]
+
+    models, processors = {}, {}
+    for checkpoint, its_revision in ((model, revision), (baseline, None)):
+        if checkpoint is not None:
+            name = Path(checkpoint).name if Path(checkpoint).name not in models else checkpoint
+            config = load_config(checkpoint, its_revision)
+            processors[name] = LocAtViTImageProcessor.from_model_config(config, segmentation=True)
+            models[name] = load_model(AutoModel, checkpoint, its_revision)
+
+    for stem, picture in pictures.items():
+        layers = {
+            name: read_layers(found, processors[name](picture, return_tensors="pt")["pixel_values"])
+            for name, found in models.items()
+        }
+        ours = next(iter(layers.values()))
+        if layer is not None and layer > len(ours):
+            raise ValueError(f"{model} has {len(ours)} layers; there is no layer {layer}.")
+        index = figures.default_layer(ours) if layer is None else layer - 1
+        grid = ours[index].grid
+        for row, column in chosen:
+            if row >= grid[0] or column >= grid[1]:
+                raise ValueError(
+                    f"Layer {index + 1} sees {stem} as {grid[0]} rows and {grid[1]} columns of patches; there is no "
+                    f"patch {row + 1},{column + 1}."
+                )
+        patches = chosen or figures.default_queries(ours[index])
+        has_class = any(len(found[0].class_features) for found in layers.values())
+        queries = ([None] if has_class else []) + patches
+        drawn = {
+            "similarity": figures.similarity_figure(picture, layers, index, queries),
+            "components": figures.components_figure(picture, layers),
+        }
+        if ours[index].attention is not None:
+            drawn["attention"] = figures.attention_figure(picture, layers, index, queries)
+        else:
+            console.print(f"Layer {index + 1} of {model} has no attention maps, so none are drawn.", markup=False)
+        if ours[0].gaussian is not None:
+            drawn["gaussians"] = figures.gaussians_figure(picture, ours)
+        else:
+            console.print(f"{model} has no Gaussians, so none are drawn.", markup=False)
+        with_class = {name: found for name, found in layers.items() if len(found[0].class_features)}
+        if with_class:
+            drawn["layers"] = figures.class_similarity_figure(with_class)
+        if not len(ours[0].class_features):
+            console.print(f"{model} has no class token: only its patches are asked.", markup=False)
+        if ours[index].assignment is not None:
+            drawn["clusters"] = figures.clusters_figure(picture, ours[index])
+        for name, figure in drawn.items():
+            write_complete(output / f"{stem}-{name}.png", lambda path, figure=figure: figure.savefig(path, dpi=160))
+        page = build_page(stem, picture, layers, index, patches[0])
+        write_complete(output / f"{stem}.html", lambda path, page=page: path.write_text(page, encoding="utf-8"))
+        console.print(f"[bold]{output / stem}.html[/bold], and {len(drawn)} pictures beside it.")
+
+
+def _parse_patch(text: str) -> tuple[int, int]:
+    row, _, column = text.partition(",")
+    try:
+        place = int(row) - 1, int(column) - 1
+    except ValueError:
+        place = (-1, -1)
+    if min(place) < 0:
+        raise ValueError(f"--patch takes ROW,COLUMN, two numbers from 1, as in --patch 3,5; got {text}.")
+    return place
+
+
+__all__ = ["look"]
