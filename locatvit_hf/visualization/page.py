@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import zlib
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from .figures import Models, class_similarity
 from .layers import Layer
 
 LARGEST_PICTURE = 960  # pixels of the longer side
-MOST_DIRECTIONS = 64  # of the features, from which the page takes similarities
-# Characters of attention maps; with the rest a page stays below 5 MB.
-ROOM_FOR_ATTENTION = 3_400_000
+# Of the features, from which the page takes similarities: so many principal directions, fewer for many patches.
+MOST_DIRECTIONS, FEWEST_DIRECTIONS, MOST_FEATURES = 64, 16, 200_000
+LARGEST_PAGE = 4_700_000  # characters, the template's own not counted
 
 
 def build_page(title: str, picture: Image.Image, models: Models, index: int, query: tuple[int, int] | None) -> str:
@@ -30,7 +31,8 @@ def build_page(title: str, picture: Image.Image, models: Models, index: int, que
     page: first the separate heads of early layers, then the maps of early layers.
     """
     packed = {name: [_pack_layer(layer) for layer in layers] for name, layers in models.items()}
-    room = ROOM_FOR_ATTENTION
+    encoded_picture = _pack_picture(picture)
+    room = LARGEST_PAGE - len(encoded_picture) - len(json.dumps(packed))
     for separate in (False, True):
         # From the last layer to the first, all models in turn.
         for depth in range(max(map(len, models.values())), 0, -1):
@@ -45,7 +47,7 @@ def build_page(title: str, picture: Image.Image, models: Models, index: int, que
                         previous.update(attention)
     grid = next(iter(models.values()))[index].grid
     content = {
-        "picture": _pack_picture(picture),
+        "picture": encoded_picture,
         "size": picture.size,
         "colors": _pack((np.array(colormaps["inferno"].resampled(256).colors)[:, :3] * 255).round().astype(np.uint8)),
         "models": [
@@ -73,9 +75,10 @@ def _pack_layer(layer: Layer) -> dict:
     """All but the attention maps of patches."""
     features = F.normalize(layer.features, dim=-1)
     class_features = F.normalize(layer.class_features, dim=-1).mean(dim=0, keepdim=True)[: len(layer.class_features)]
-    if features.shape[1] > MOST_DIRECTIONS:
+    number = min(max(MOST_FEATURES // len(features), FEWEST_DIRECTIONS), MOST_DIRECTIONS)
+    if features.shape[1] > number:
         _, _, directions = torch.linalg.svd(torch.cat([features, class_features]), full_matrices=False)
-        directions = directions[:MOST_DIRECTIONS].T
+        directions = directions[:number].T
         features, class_features = features @ directions, class_features @ directions
     packed = {
         "grid": layer.grid,
