@@ -1,17 +1,26 @@
-"""Pictures of what a model sees: attention maps, Gaussians, segmentations. Needs matplotlib."""
+"""Pictures of what a model sees: attention maps, Gaussians, features, segmentations."""
 
 from .attention import attention_map, draw_attention, read_attentions
 from .gaussians import draw_gaussians, read_gaussians
-from .segmentation import draw_legend, draw_segmentation, label_colors, overlay_segmentation
+from .images import CorruptImageError, read_image
+from .layers import Layer, read_layers
+from .page import build_page
+from .segmentation import draw_legend, draw_segmentation, label_colors, legend_figure, overlay_segmentation
 
 __all__ = [
+    "CorruptImageError",
+    "Layer",
     "attention_map",
+    "build_page",
     "draw_attention",
     "draw_gaussians",
     "draw_legend",
     "draw_segmentation",
     "label_colors",
+    "legend_figure",
     "overlay_segmentation",
     "read_attentions",
     "read_gaussians",
+    "read_image",
+    "read_layers",
 ]

@@ -25,9 +25,10 @@ Models = dict[str, list[Layer]]
 LINE_COLORS = ("#d9480f", "#8a8f98")
 MOST_COLUMNS = 6
 MOST_HEADS = 4
-MOST_ELLIPSES = 80
+MOST_ELLIPSES = 49
 MOST_CLUSTERS = 12
 LONGEST_TITLE = 24
+TITLE_SIZE = 9
 PANEL_WIDTH = 1.9  # inches
 
 
@@ -90,7 +91,7 @@ def components_figure(picture: Image.Image, models: Models) -> Figure:
 
 
 def gaussians_figure(picture: Image.Image, layers: list[Layer]) -> Figure:
-    """Ellipses at one standard deviation, a row for each head and a column for each layer, of up to 80 patches."""
+    """Ellipses at one standard deviation, a row for each head and a column for each layer, of up to 49 patches."""
     found = [(index, layer.gaussian) for index, layer in enumerate(layers) if layer.gaussian is not None]
     if not found:
         raise ValueError("The model has no Gaussians: it was built with use_gaussian=False.")
@@ -105,7 +106,7 @@ def gaussians_figure(picture: Image.Image, layers: list[Layer]) -> Figure:
     for row, head in zip(axes, heads, strict=True):
         for ax, (index, gaussian), patches in zip(row, shown, drawn_patches, strict=True):
             drawn = draw_gaussians(ax, picture, gaussian, head=head, patches=patches, amplitude_range=limits)
-            ax.set_title(f"layer {index + 1}, head {head + 1}")
+            ax.set_title(f"layer {index + 1}, head {head + 1}", fontsize=TITLE_SIZE)
     figure.colorbar(drawn, ax=axes, shrink=0.7, extend="max", label="amplitude α")
     return figure
 
@@ -147,7 +148,7 @@ def clusters_figure(picture: Image.Image, layer: Layer, number: int = MOST_CLUST
         ax.set_axis_off()
     for ax, cluster in zip(axes.flat, chosen, strict=False):
         draw_attention(ax, picture, layer.assignment[cluster].reshape(layer.grid).numpy())
-        ax.set_title(f"cluster {cluster + 1}: {received[cluster]:.0%}")
+        ax.set_title(f"cluster {cluster + 1}: {received[cluster]:.0%}", fontsize=TITLE_SIZE)
     return figure
 
 
@@ -160,7 +161,7 @@ def _query_figure(picture, models: Models, index: int, queries: Sequence[Query],
         _show(row[0], picture, _short(name))
         for ax, query in zip(row[1:], queries, strict=True):
             title = "class token" if query is None else f"row {query[0] + 1}, column {query[1] + 1}"
-            ax.set_title(title)
+            ax.set_title(title, fontsize=TITLE_SIZE)
             patch = patch_at(query, grid, layer.grid)
             try:
                 draw_attention(ax, picture, read(layer, patch), patch, top=top)
@@ -179,8 +180,6 @@ def _panels(picture: Image.Image, rows: int, columns: int, extra_width: float = 
     figure = Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.title.set_fontsize(8)
     return figure, axes
 
 
@@ -189,7 +188,7 @@ def _show(axes: Axes, image: Image.Image, title: str, place: Image.Image | None 
     place = place or image
     extent = (-0.5, place.width - 0.5, place.height - 0.5, -0.5)
     axes.imshow(image, extent=extent, interpolation="nearest" if place is not image else None)
-    axes.set_title(title)
+    axes.set_title(title, fontsize=TITLE_SIZE)
     axes.set_axis_off()
 
 

@@ -27,8 +27,8 @@ def build_page(title: str, picture: Image.Image, models: Models, index: int, que
 
     models: one or two. index, query: the layer and the patch (row, column), or the class token, that it opens with.
 
-    Attention is stored in 255 steps below the maximum of each query. What does not fit is left out and named on the
-    page: first the separate heads of early layers, then the maps of early layers.
+    Attention is stored in 255 steps below the maximum of each query. There is room for about 5 MB: the mean of the
+    heads goes first, then each head, from the last layer to the first; where one is missing the page says so.
     """
     packed = {name: [_pack_layer(layer) for layer in layers] for name, layers in models.items()}
     encoded_picture = _pack_picture(picture)
