@@ -105,15 +105,19 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
 
 
 def _segment_dataset(segmenter, name, split, column, folder, settings, batch_size: int) -> None:
+    import torch
+
     try:
+        import datasets
         from accelerate import PartialState
 
-        from ..segmentation.dataset import open_dataset, segment_dataset
+        from ..segmentation.dataset import count_empty, open_dataset, segment_dataset, shard_path
     except ImportError as error:
         raise ValueError(f"--dataset needs {error.name}: pip install 'locatvit-hf[training]'") from error
     from ..segmentation import OutputFolder
 
-    state = PartialState()
+    datasets.disable_progress_bars()
+    state = PartialState(cpu=not torch.cuda.is_available())  # else processes without GPUs would not know each other
     segmenter.model.to(state.device)
     settings = {
         **settings,
@@ -125,25 +129,20 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
     with state.main_process_first():
         rows = open_dataset(name, split, column)
         output = OutputFolder(folder, segmenter.id2label, settings)
-    corrupt = 0
+    place = state.process_index, state.num_processes
+    share = len(rows) * (place[0] + 1) // place[1] - len(rows) * place[0] // place[1]
     with _progress(disable=not state.is_local_main_process) as progress:
-        share = len(rows) * (state.process_index + 1) // state.num_processes
-        share -= len(rows) * state.process_index // state.num_processes
         task = progress.add_task("rows", total=share)
         for error in segment_dataset(
-            segmenter,
-            rows,
-            column,
-            output,
-            batch_size,
-            state.process_index,
-            state.num_processes,
-            lambda number: progress.advance(task, number),
+            segmenter, rows, column, output, batch_size, *place, lambda number: progress.advance(task, number)
         ):
-            corrupt += 1
-            error_console.print(f"Skipped: {error}", style="yellow", markup=False)
+            progress.console.print(f"Skipped: {error}", style="yellow", markup=False)
     state.wait_for_everyone()
-    console.print(f"{share - corrupt} rows are in {folder}" + (f", {corrupt} could not be read." if corrupt else "."))
+    if state.is_main_process:
+        empty = sum(count_empty(shard_path(output, process, place[1])) for process in range(place[1]))
+        unreadable = f", [yellow]{empty} of them empty because the image could not be read[/yellow]" if empty else ""
+        console.print(f"{len(rows)} rows are in [bold]{folder}[/bold]{unreadable}.")
+    state.destroy_process_group()
 
 
 def _summarise(done: int, before: int, corrupt: int, folder: Path) -> None:

@@ -40,6 +40,14 @@ def shard_path(output: OutputFolder, process: int, num_processes: int) -> Path:
     return output.folder / f"label_maps-{process:05d}-of-{num_processes:05d}.parquet"
 
 
+def count_empty(path: Path) -> int:
+    """How many rows of a finished file have no label map, as its footer says."""
+    footer = pq.read_metadata(path)
+    groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
+    return sum(column.statistics.null_count for column in columns if column.path_in_schema == "label_map.bytes")
+
+
 def segment_dataset(
     segmenter: Segmenter,
     dataset: Dataset,

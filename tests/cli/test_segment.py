@@ -1,0 +1,342 @@
+"""`locatvit segment`: images, folders, videos, data sets, and what may be wrong with them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from datasets import Dataset, Features, load_dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import AutoModelForSemanticSegmentation, pipeline
+from typer.testing import CliRunner
+
+from locatvit_hf import (
+    LocAtViTConfig,
+    LocAtViTForImageClassification,
+    LocAtViTForSemanticSegmentation,
+    LocAtViTImageProcessor,
+)
+from locatvit_hf.cli import app
+from locatvit_hf.cli.checkpoints import load_model, load_processor
+from locatvit_hf.segmentation import OutputFolder, Segmenter, dataset, upsampled_argmax
+from locatvit_hf.segmentation import segmenter as segmenter_module
+
+NAMES = ["background", "road", "sky", "tree", "car"]
+SMALL = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def make_model(num_labels: int = len(NAMES)) -> LocAtViTForSemanticSegmentation:
+    torch.manual_seed(0)
+    names = dict(enumerate(NAMES)) if num_labels == len(NAMES) else {label: str(label) for label in range(num_labels)}
+    config = LocAtViTConfig(**SMALL, segmentation_hidden_size=8, initializer_range=0.5, id2label=names)
+    return LocAtViTForSemanticSegmentation(config)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    make_model().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def segmenter(checkpoint) -> Segmenter:
+    return Segmenter(load_model(AutoModelForSemanticSegmentation, checkpoint), load_processor(checkpoint))
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 6 + 1, width // 6 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Images of several sizes, modes and depths of folders, one that is none, and a file that is no image."""
+    photos = tmp_path / "photos"
+    (photos / "inner").mkdir(parents=True)
+    picture(40, 30, 0).save(photos / "a.png")
+    picture(40, 30, 1).save(photos / "b.jpg")
+    picture(25, 50, 2).convert("L").save(photos / "c.png")
+    picture(33, 33, 3).convert("RGBA").save(photos / "inner" / "a.png")
+    turned = Image.Exif()
+    turned[274] = 6  # a quarter turn
+    picture(40, 24, 4).save(photos / "inner" / "turned.jpg", exif=turned)
+    (photos / "broken.jpg").write_bytes((photos / "b.jpg").read_bytes()[:300])
+    (photos / "notes.txt").write_text("not to be segmented")
+    return photos
+
+
+def run(*arguments) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["segment", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit | KeyboardInterrupt), result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+def read_map(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_a_folder_becomes_maps_overlays_and_a_legend(folder, checkpoint, tmp_path):
+    output = tmp_path / "out"
+    code, said = run(folder, "--model", checkpoint, "--output", output, "--batch-size", 3)
+    assert code == 0 and "5 segmented, 1 could not be read" in said and "broken.jpg cannot be decoded" in said
+    written = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    names = ["a", "b", "c", "inner/a", "inner/turned"]
+    expected = {f"maps/{name}.png" for name in names} | {f"overlays/{name}.jpg" for name in names}
+    assert written == expected | {"labels.json", "legend.png"}
+    segment = pipeline("image-segmentation", checkpoint, device="cpu")
+    labels = json.loads((output / "labels.json").read_text())["labels"]
+    assert [label["name"] for label in labels] == NAMES
+    for name in ("a.png", "b.jpg", "inner/turned.jpg"):
+        with Image.open((output / "maps" / name).with_suffix(".png")) as label_map:
+            assert label_map.mode == "P"
+            ids, colors = np.asarray(label_map), np.asarray(label_map.convert("RGB"))
+        found = {entry["label"]: np.asarray(entry["mask"]) > 0 for entry in segment(str(folder / name))}
+        assert len(found) > 1
+        for label in labels:
+            mask = ids == label["id"]
+            assert np.mean(mask == found.get(label["name"], np.zeros_like(mask))) > 0.999
+            assert (colors[mask] == list(bytes.fromhex(label["color"][1:]))).all()
+    assert read_map(output / "maps" / "inner" / "turned.png").shape == (40, 24)
+    with Image.open(output / "overlays" / "c.jpg") as overlay:
+        assert overlay.size == (25, 50)
+
+
+def test_a_killed_run_continues(folder, checkpoint, tmp_path, monkeypatch):
+    output, seen = tmp_path / "out", []
+    call = Segmenter.__call__
+
+    def die(self, images):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return call(self, images)
+
+    arguments = (folder, "--model", checkpoint, "--output", output, "--batch-size", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Segmenter, "__call__", die)
+        assert run(*arguments)[0] != 0
+    before = {path: path.stat().st_mtime_ns for path in (output / "maps").rglob("*.png")}
+    assert 0 < len(before) < 5
+    (output / "maps" / ".partial-c.png").write_bytes(b"cut off")  # what a kill leaves
+    code, said = run(*arguments)
+    assert code == 0 and f"{5 - len(before)} segmented, {len(before)} were there already" in said
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert len(list((output / "maps").rglob("[!.]*.png"))) == 5
+    code, said = run(*arguments, "--window", 16)
+    assert code == 1 and "holds the results of another model or of other options" in said
+
+
+def test_one_process_from_the_shell(folder, checkpoint, tmp_path):
+    """Also that a loaded checkpoint runs none of its own code: what it carries is broken."""
+    (Path(checkpoint) / "modeling_locatvit.py").write_text("raise SystemExit('this ran')")
+    done = subprocess.run(
+        [sys.executable, "-m", "locatvit_hf.cli", "segment", folder / "a.png", "--model", checkpoint],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "segmented" / "maps" / "a.png").is_file() and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["missing"], "There is no file or folder missing."),
+        ([], "Name images, videos or folders to segment, or a --dataset, and not both."),
+        (["empty"], "holds no images and no videos."),
+        (["a.png", "other/a.png"], "Several inputs are named a"),
+        (["a.png", "--model", "classifier"], "LocAtViTForImageClassification, which does not segment"),
+        (["a.png", "--model", "empty"], "is not a folder with a config.json"),
+        (["a.png", "--model", "nobody/nothing"], "There is no checkpoint nobody/nothing"),
+        (["a.png", "--window", "17"], "a window is a multiple of 4 pixels, not 17"),
+        (["--dataset", "rows", "--column", "picture"], "has no column 'picture' but image."),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(arguments, sentence, checkpoint, tmp_path, monkeypatch, one_process):
+    monkeypatch.chdir(tmp_path)
+    for path in ("empty", "other"):
+        (tmp_path / path).mkdir()
+    for path in ("a.png", "other/a.png"):
+        picture(8, 8).save(path)
+    if "classifier" in arguments:
+        LocAtViTForImageClassification(LocAtViTConfig(**SMALL)).save_pretrained("classifier")
+    if "rows" in arguments:
+        Dataset.from_dict({"image": [None]}, features=Features({"image": ImageFeature()})).save_to_disk("rows")
+    model = [] if "--model" in arguments else ["--model", checkpoint]
+    code, said = run(*arguments, *model)
+    assert code == 1 and sentence in said and "Traceback" not in said
+
+
+def test_an_unreadable_single_image_is_an_error(checkpoint, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no image")
+    code, said = run(tmp_path / "x.png", "--model", checkpoint, "--output", tmp_path / "out")
+    assert (
+        code == 1 and "x.png is no image file of a known format" in said and "0 segmented, 1 could not be read" in said
+    )
+
+
+def test_windows_see_the_image_at_its_own_size(segmenter):
+    image = picture(50, 37)
+    whole = Segmenter(segmenter.model, segmenter.processor, window=64)
+    (found,) = whole([image])
+    with torch.no_grad():
+        outputs = segmenter.model(**segmenter.processor(image, do_resize=False, return_tensors="pt"))
+    expected = segmenter.processor.post_process_semantic_segmentation(
+        outputs, target_sizes=[(37, 50)], do_resize=False
+    )[0]
+    assert found.shape == (37, 50) and np.mean(found == expected.numpy()) > 0.999
+    seen = []
+    hook = segmenter.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"].shape), with_kwargs=True
+    )
+    (found,) = Segmenter(segmenter.model, segmenter.processor, window=16)([image])
+    hook.remove()
+    assert found.shape == (37, 50) and len(seen) > 6 and all(max(shape[-2:]) <= 16 for shape in seen)
+
+
+def test_images_of_many_sizes_do_not_depend_on_their_batch(segmenter):
+    images = [picture(20 + 7 * (index % 3), 24, index) for index in range(6)]
+    together = segmenter(images)
+    for image, found in zip(images, together, strict=True):
+        np.testing.assert_array_equal(segmenter([image])[0], found)
+        assert found.shape == (image.height, image.width)
+
+
+@pytest.mark.parametrize("size", [(9, 31), (64, 5), (4, 6), (1, 1)])
+def test_strips_are_upsampled_as_the_whole(size, monkeypatch):
+    logits = torch.randn(7, 4, 6)
+    expected = torch.nn.functional.interpolate(logits[None], size=size, mode="bilinear")[0].argmax(dim=0)
+    for scores in (1, 1000, 2**26):
+        monkeypatch.setattr(segmenter_module, "SCORES_AT_ONCE", scores)
+        assert (upsampled_argmax(logits, size) == expected).float().mean() > 0.99
+
+
+def test_more_labels_than_a_palette_holds_take_sixteen_bits(tmp_path):
+    model = make_model(300)
+    processor = LocAtViTImageProcessor.from_model_config(model.config, segmentation=True)
+    segmenter = Segmenter(model, processor)
+    image = picture(60, 40)
+    (found,) = segmenter([image])
+    output = OutputFolder(tmp_path, segmenter.id2label, {})
+    output.write(Path("x"), image, found)
+    with Image.open(tmp_path / "maps" / "x.png") as label_map:
+        assert label_map.mode == "I;16"
+        np.testing.assert_array_equal(np.asarray(label_map), found)
+    assert found.max() > 255
+
+
+def write_video(path: Path, frames: int, rate: int, size: tuple[int, int]) -> None:
+    with av.open(str(path), "w") as sink:
+        stream = sink.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for number in range(frames):
+            sink.mux(stream.encode(av.VideoFrame.from_image(picture(*size, number // 4))))
+        sink.mux(stream.encode())
+
+
+def test_a_video_keeps_its_frames_and_its_rate(checkpoint, segmenter, tmp_path):
+    clip, output = tmp_path / "clip.mp4", tmp_path / "out"
+    write_video(clip, frames=11, rate=12, size=(48, 34))
+    (tmp_path / "bad.mp4").write_bytes(b"no video at all")
+    arguments = (clip, tmp_path / "bad.mp4", "--model", checkpoint, "--output", output, "--batch-size", 4)
+    code, said = run(*arguments, "--frame-maps")
+    assert code == 0 and "1 segmented, 1 could not be read" in said and "bad.mp4 cannot be decoded" in said
+    with av.open(str(output / "overlays" / "clip.mp4")) as written, av.open(str(clip)) as source:
+        assert written.streams.video[0].average_rate == 12
+        overlays = [frame.to_image() for frame in written.decode(video=0)]
+        frames = [frame.to_image() for frame in source.decode(video=0)]
+    assert len(overlays) == 11 and overlays[0].size == (48, 34)
+    maps = sorted((output / "maps" / "clip").glob("*.png"))
+    assert len(maps) == 11
+    np.testing.assert_array_equal(read_map(maps[5]), segmenter([frames[5]])[0])
+    drawn = OutputFolder(tmp_path / "other", segmenter.id2label, {}).overlay(frames[5], read_map(maps[5]))
+    assert np.abs(np.asarray(drawn, float) - np.asarray(overlays[5], float)).mean() < 25  # the codec loses some
+    assert not list(output.rglob(".partial-*"))
+    assert "0 segmented, 1 were there already" in run(*arguments)[1]
+
+
+@pytest.fixture
+def one_process():
+    """What accelerate remembers of a process is forgotten after the test."""
+    yield
+    PartialState._reset_state()
+
+
+def make_rows(path: Path, number: int) -> None:
+    images = [{"bytes": None, "path": None}] * number
+    for index in range(number):
+        file = path.parent / f"row{index}.png"
+        picture(20 + index, 24, index).save(file)
+        images[index] = {"bytes": file.read_bytes() if index != 3 else b"no image", "path": None}
+    Dataset.from_dict({"image": images}, features=Features({"image": ImageFeature(decode=False)})).save_to_disk(path)
+
+
+def check_rows(output: Path, segmenter: Segmenter, number: int) -> None:
+    rows = load_dataset("parquet", data_files=str(output / "*.parquet"), split="train", cache_dir=output / "cache")
+    rows = sorted(rows, key=lambda row: row["index"])
+    assert [row["index"] for row in rows] == list(range(number))
+    assert rows[3]["label_map"] is None
+    for index in (0, number - 1):
+        np.testing.assert_array_equal(
+            np.asarray(rows[index]["label_map"]), segmenter([picture(20 + index, 24, index)])[0]
+        )
+
+
+def test_a_data_set_becomes_parquet_and_continues(checkpoint, segmenter, tmp_path, monkeypatch, one_process):
+    make_rows(tmp_path / "rows", 10)
+    monkeypatch.setattr(dataset, "ROWS_AT_ONCE", 4)
+    output, calls = tmp_path / "out", []
+    call = Segmenter.__call__
+
+    def die(self, images):
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return call(self, images)
+
+    arguments = ("--dataset", tmp_path / "rows", "--model", checkpoint, "--output", output, "--batch-size", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Segmenter, "__call__", die)
+        assert run(*arguments)[0] != 0
+    assert not list(output.glob("*.parquet")) and len(list(output.glob("*.pieces/*.parquet"))) == 1
+    calls.clear()
+    code, said = run(*arguments)
+    assert code == 0 and "10 rows are in" in said and "1 of them empty" in said and "Creating" not in said
+    check_rows(output, segmenter, 10)
+    assert not list(output.glob("*.pieces"))
+
+
+def test_what_a_data_set_needs_is_named(checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    code, said = run("--dataset", "rows", "--model", checkpoint)
+    assert code == 1 and "--dataset needs accelerate: pip install 'locatvit-hf[training]'" in said
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_data_set(checkpoint, segmenter, tmp_path):
+    make_rows(tmp_path / "rows", 9)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
+    command += ["locatvit_hf.cli", "segment", "--dataset", "rows", "--model", checkpoint, "--output", "out"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.parquet")) == [
+        "label_maps-00000-of-00002.parquet",
+        "label_maps-00001-of-00002.parquet",
+    ]
+    check_rows(tmp_path / "out", segmenter, 9)
