@@ -5,7 +5,7 @@ Every entry of `ALL_ATTENTION_FUNCTIONS` is written here, and no other is ever u
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +79,8 @@ def sdpa_attention_forward(
             return fused_attention(query, key, value, gaussian, scaling), None
         logger.warning_once(f"The fused kernel is not used: {reason}")
     if gaussian is not None and attention_mask is None and dropout == 0.0 and runs_blockwise(query):
-        rows, columns = gaussian.factors()
-        return BlockwiseAttention.apply(query, key, value, rows, columns, gaussian.num_prefix_tokens, scaling), None
+        scalars = gaussian.inverse_variance, gaussian.amplitude
+        return BlockwiseAttention.apply(query, key, value, *scalars, gaussian, scaling), None
     bias = _additive_bias(query, attention_mask, gaussian)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
@@ -121,11 +121,9 @@ def flex_attention_forward(
 
     def add_bias(score, batch, head, query_index, key_index):
         if gaussian is not None:
-            patch_query = (query_index - prefix).clamp(min=0)
-            patch_key = (key_index - prefix).clamp(min=0)
-            bonus = rows[batch, head, patch_key // width, patch_query]
-            bonus = bonus * columns[batch, head, patch_key % width, patch_query]
-            score = score + torch.where((query_index >= prefix) & (key_index >= prefix), bonus, 0.0).to(score.dtype)
+            patch = (key_index - prefix).clamp(min=0)
+            bonus = rows[batch, head, patch // width, query_index] * columns[batch, head, patch % width, query_index]
+            score = score + torch.where(key_index >= prefix, bonus, 0.0).to(score.dtype)
         if attention_mask is not None:
             score = score + attention_mask[batch, head, query_index, key_index]
         return score
@@ -160,13 +158,13 @@ def fused_attention_forward(
 
 
 # Attention logits that are held at a time; fewer logits than the second number are quicker written out at once.
-BLOCK_LOGITS = 2**19
+BLOCK_LOGITS = 2**20
 FEWEST_BLOCKWISE_LOGITS = 2**16
 
 
 def runs_blockwise(query: torch.Tensor) -> bool:
     """Whether `BlockwiseAttention` serves this query (batch, heads, tokens, head_dim), and pays."""
-    if is_tracing(query) or query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64):
+    if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64) or is_tracing(query):
         return False
     batch, heads, tokens, _ = query.shape
     return batch * heads * tokens**2 >= FEWEST_BLOCKWISE_LOGITS
@@ -181,96 +179,106 @@ class BlockwiseAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, rows, columns, num_prefix_tokens: int, scaling: float) -> torch.Tensor:
-        """query, key, value: (batch, heads, tokens, head_dim). rows, columns: `Gaussian.factors()`.
+    def forward(ctx, query, key, value, inverse_variance, amplitude, gaussian: Gaussian, scaling: float):
+        """query, key, value: (batch, heads, tokens, head_dim). The two tensors of the Gaussian, and the Gaussian.
 
         Returns (batch, tokens, heads, head_dim).
         """
-        output, log_sums = value.new_empty(value.transpose(1, 2).shape), query.new_empty(query.shape[:3])
-        ctx.save_for_backward(query, key, value, rows, columns, output, log_sums)
-        ctx.num_prefix_tokens, ctx.scaling = num_prefix_tokens, scaling
-        of_keys, of_queries = (key, value), (query, output.transpose(1, 2), log_sums)
-        for block in _blocks(of_keys, of_queries, (rows, columns), num_prefix_tokens):
-            key, value, query, attended, log_sums, rows, columns, buffer = block
-            # Taking off the largest logit first would cost two passes. A sum in range proves that no exponential
-            # overflowed, and that what underflowed is nothing beside it; where it is not, do as softmax does.
-            weights = _write_logits(buffer, query, key, rows, columns, scaling).exp_()
-            sums, largest = weights.sum(dim=1), query.new_zeros(())
-            if not _is_in_range(sums):
-                weights = _write_logits(buffer, query, key, rows, columns, scaling)
-                largest = weights.amax(dim=1)
-                sums = weights.sub_(largest[:, None]).exp_().sum(dim=1)
-            torch.div(torch.bmm(weights.transpose(1, 2), value), sums[..., None], out=attended)
-            torch.add(sums.log_(), largest, out=log_sums)
+        rows, columns = gaussian.factors()
+        output, sums = value.new_empty(value.transpose(1, 2).shape), query.new_empty(query.shape[:3])
+        largest, ctx.is_shifted = torch.zeros_like(sums), False
+        ctx.save_for_backward(query, key, value, inverse_variance, amplitude, rows, columns, output, sums, largest)
+        ctx.gaussian, ctx.scaling = gaussian._replace(inverse_variance=None, amplitude=None), scaling
+        maps_at_once, queries_at_once, buffer = _block_of(query)
+        of_maps = (key, value, query, output.transpose(1, 2), sums, largest, rows, columns)
+        for key, value, *of_queries in _by_maps(of_maps, maps_at_once):
+            for block in _by_queries(of_queries[:4], of_queries[4:], queries_at_once):
+                query, attended, sums, largest, rows, columns = block
+                weights = _write_logits(buffer, query, key, rows, columns, scaling).exp_()
+                torch.sum(weights, dim=1, out=sums)
+                # Taking off the largest logit first would cost two passes. A sum in range proves that no exponential
+                # overflowed, and that what underflowed is nothing beside it; where it is not, do as softmax does.
+                if not _is_in_range(sums):
+                    ctx.is_shifted = True
+                    weights = _write_logits(buffer, query, key, rows, columns, scaling)
+                    torch.amax(weights, dim=1, out=largest)
+                    torch.sum(weights.sub_(largest[:, None]).exp_(), dim=1, out=sums)
+                torch.div(torch.bmm(weights.transpose(1, 2), value), sums[..., None], out=attended)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, rows, columns, output, log_sums = ctx.saved_tensors
-        # The gradient of softmax is p * (g - sum(p * g)), and that sum is the product with the output.
-        expected = (grad_output * output).sum(dim=-1).transpose(1, 2)
-        gradients = [torch.zeros_like(tensor) for tensor in (query, key, value, rows, columns)]
-        of_keys = (key, value, gradients[1], gradients[2])
-        of_queries = (query, grad_output.transpose(1, 2), log_sums, expected, gradients[0])
-        for block in _blocks(of_keys, of_queries, (rows, columns, *gradients[3:]), ctx.num_prefix_tokens):
-            key, value, grad_key, grad_value, query, gradient, log_sums, expected, grad_query = block[:9]
-            rows, columns, grad_rows, grad_columns, buffer = block[9:]
-            start = -log_sums[:, None]
-            weights = _write_logits(buffer, query, key, rows, columns, ctx.scaling, start).exp_()
-            grad_value += torch.bmm(weights, gradient)
-            grad_logits = torch.baddbmm(-expected[:, None], value, gradient.transpose(1, 2)).mul_(weights)
-            grad_query.add_(torch.bmm(grad_logits.transpose(1, 2), key), alpha=ctx.scaling)
-            grad_key.add_(torch.bmm(grad_logits, query), alpha=ctx.scaling)
-            # The weights have served: their memory takes the products with a factor before these are summed.
-            grad_bias, products = _biased(grad_logits, rows, columns), _biased(weights, rows, columns)
-            torch.sum(torch.mul(grad_bias, columns[:, None], out=products), dim=2, out=grad_rows)
-            torch.sum(torch.mul(grad_bias, rows[:, :, None], out=products), dim=1, out=grad_columns)
-        return *gradients, None, None
+        query, key, value, *scalars, rows, columns, output, sums, largest = ctx.saved_tensors
+        # With weights w = exp(logits) and p = w / sum(w), the gradient of softmax is p * (g - sum(p * g)): the sum of
+        # weights divides g here instead of every weight, and sum(p * g) is the product with the output.
+        gradient = grad_output.transpose(1, 2) / sums[..., None]
+        expected = (gradient * output.transpose(1, 2)).sum(dim=-1)
+        gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+        grad_rows, grad_columns = torch.empty_like(rows), torch.empty_like(columns)
+        maps_at_once, queries_at_once, buffer = _block_of(query)
+        second_buffer = torch.empty_like(buffer)
+        of_maps = (key, value, *gradients[1:], query, gradient, expected, largest, gradients[0])
+        for block in _by_maps((*of_maps, rows, columns, grad_rows, grad_columns), maps_at_once):
+            key, value, grad_key, grad_value, *of_queries = block
+            for block in _by_queries(of_queries[:5], of_queries[5:], queries_at_once):
+                query, gradient, expected, largest, grad_query, *factors = block
+                weights = _write_logits(buffer, query, key, *factors[:2], ctx.scaling)
+                weights = (weights.sub_(largest[:, None]) if ctx.is_shifted else weights).exp_()
+                grad_value += torch.bmm(weights, gradient)
+                grad_logits = second_buffer[: weights.numel()].view_as(weights)
+                torch.bmm(value, gradient.transpose(1, 2), out=grad_logits).sub_(expected[:, None]).mul_(weights)
+                grad_key.add_(torch.bmm(grad_logits, query), alpha=ctx.scaling)
+                torch.mul(torch.bmm(grad_logits.transpose(1, 2), key), ctx.scaling, out=grad_query)
+                # The weights have served: their memory takes the products with a factor before these are summed.
+                _contract(grad_logits, weights, *factors)
+        gaussian = ctx.gaussian._replace(inverse_variance=scalars[0], amplitude=scalars[1])
+        return *gradients, *gaussian.factor_gradients(rows, columns, grad_rows, grad_columns), None, None
 
 
-def _blocks(of_keys, of_queries, of_patches, num_prefix_tokens: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """All given tensors cut down to a block of maps and its queries, block after block, and memory for its logits.
-
-    of_keys, of_queries: (batch, heads, tokens, ...), of which a block keeps all tokens, or its queries alone.
-    of_patches: (batch, heads, height or width, patches), of which it keeps the patches among its queries.
-    """
-    if of_keys[0].shape[0] > of_keys[0].shape[1]:  # the longer of batch and heads makes the maps of a block
-        transposed = ([t.transpose(0, 1) for t in tensors] for tensors in (of_keys, of_queries, of_patches))
-        of_keys, of_queries, of_patches = transposed
-    num_groups, num_maps, tokens = of_keys[0].shape[:3]
-    num_parts = -(-num_maps * tokens**2 // BLOCK_LOGITS)  # of the logits of a group
-    maps_at_once = -(-num_maps // min(num_parts, num_maps))
-    queries_at_once = -(-tokens // max(num_parts // num_maps, 1))
-    buffer = of_keys[0].new_empty(maps_at_once * tokens * queries_at_once)
-    for group in range(num_groups):
-        for first_map in range(0, num_maps, maps_at_once):
-            maps = slice(first_map, first_map + maps_at_once)
-            for first in range(0, tokens, queries_at_once):
-                queries = slice(first, first + queries_at_once)
-                patches = slice(*(max(end - num_prefix_tokens, 0) for end in (queries.start, queries.stop)))
-                yield (
-                    *(tensor[group, maps] for tensor in of_keys),
-                    *(tensor[group, maps, queries] for tensor in of_queries),
-                    *(tensor[group, maps, :, patches] for tensor in of_patches),
-                    buffer,
-                )
+def _block_of(query: torch.Tensor) -> tuple[int, int, torch.Tensor]:
+    """Maps and queries of a block of this query (batch, heads, tokens, head_dim), and memory for its logits."""
+    batch, heads, tokens, _ = query.shape
+    maps_at_once = min(max(1, BLOCK_LOGITS // tokens**2), max(batch, heads))
+    queries_at_once = -(-tokens // max(1, round(tokens**2 / BLOCK_LOGITS)))
+    return maps_at_once, queries_at_once, query.new_empty(maps_at_once * tokens * queries_at_once)
 
 
-def _write_logits(buffer, query, key, rows, columns, scaling: float, start: torch.Tensor | None = None) -> torch.Tensor:
-    """start + scaling * key @ query + bias into `buffer`, (maps, keys, queries)."""
+def _by_maps(tensors: Sequence[torch.Tensor], size: int) -> Iterator[Sequence[torch.Tensor]]:
+    """Tensors (batch, heads, ...) cut down to `size` maps (maps, ...), map after map: views, nothing is copied."""
+    # Maps lie evenly in memory along the batch or along the heads, not along both.
+    along = 1 if tensors[0].shape[0] >= tensors[0].shape[1] else 0
+    for group in zip(*(tensor.unbind(along) for tensor in tensors), strict=True):
+        yield from [group] if len(group[0]) <= size else zip(*(t.split(size) for t in group), strict=True)
+
+
+def _by_queries(tensors: Sequence, factors: Sequence, size: int) -> Iterator[Sequence[torch.Tensor]]:
+    """Of tensors (maps, tokens, ...) and factors (maps, height or width, tokens), `size` tokens at a time."""
+    if tensors[0].shape[1] <= size:
+        return iter([(*tensors, *factors)])
+    return zip(*(t.split(size, dim=1) for t in tensors), *(f.split(size, dim=2) for f in factors), strict=True)
+
+
+def _write_logits(buffer, query, key, rows, columns, scaling: float) -> torch.Tensor:
+    """scaling * key @ query + bias into `buffer`, (maps, keys, queries)."""
     shape = (key.shape[0], key.shape[1], query.shape[1])
     logits = buffer[: math.prod(shape)].view(shape)
-    add, weight = (logits, 0) if start is None else (start, 1)
-    torch.baddbmm(add, key, query.transpose(1, 2), beta=weight, alpha=scaling, out=logits)
+    torch.baddbmm(logits, key, query.transpose(1, 2), beta=0, alpha=scaling, out=logits)
     _biased(logits, rows, columns).addcmul_(rows[:, :, None], columns[:, None])
     return logits
 
 
+def _contract(grad_logits, products, rows, columns, grad_rows, grad_columns) -> None:
+    """The gradient of each factor: that of the bias times the other factor, summed. `products` is overwritten."""
+    grad_bias, products = _biased(grad_logits, rows, columns), _biased(products, rows, columns)
+    torch.sum(torch.mul(grad_bias, columns[:, None], out=products), dim=2, out=grad_rows)
+    torch.sum(torch.mul(grad_bias, rows[:, :, None], out=products), dim=1, out=grad_columns)
+
+
 def _biased(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The part of (maps, keys, queries) that a bias reaches, as (maps, key rows, key columns, patches)."""
-    height, width, patches = rows.shape[1], *columns.shape[1:]
-    return logits[:, -height * width :, logits.shape[2] - patches :].unflatten(1, (height, width))
+    """The keys of (maps, keys, queries) that a bias reaches, as (maps, key rows, key columns, queries)."""
+    height, width = rows.shape[1], columns.shape[1]
+    return logits[:, -height * width :].unflatten(1, (height, width))
 
 
 def _is_in_range(sums: torch.Tensor) -> bool:

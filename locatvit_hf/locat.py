@@ -41,32 +41,49 @@ class Gaussian(NamedTuple):
     block_size: int = 1
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (batch, heads, height, patches), amplitude included, and columns (batch, heads, width, patches).
+        """Rows (batch, heads, height, tokens), amplitude included, and columns (batch, heads, width, tokens).
 
         The bias of query p and the key in row y, column x is `rows[y, p] * columns[x, p]`: an axis-aligned Gaussian is
-        an outer product, and so is its distance cap, which acts on each axis alone. Queries come last, so that work
-        on all keys of many queries runs along memory.
+        an outer product, and so is its distance cap, which acts on each axis alone. The amplitude of a prefix token is
+        zero. Queries come last, so that work on all keys of many queries runs along memory.
         """
-        height, width = self.grid
-        row_precision, column_precision = (axis.contiguous() for axis in self.inverse_variance.unbind(dim=-1))
-        squared_rows = self._squared_distances(height)[:, :, None].expand(-1, -1, width).flatten(1)
-        squared_columns = self._squared_distances(width)[:, None, :].expand(-1, height, -1).flatten(1)
-        rows = torch.exp((row_precision[:, :, None] * (-0.5 * squared_rows)).clamp(min=LOWEST_EXPONENT))
-        columns = torch.exp((column_precision[:, :, None] * (-0.5 * squared_columns)).clamp(min=LOWEST_EXPONENT))
-        return rows * self.amplitude.contiguous()[:, :, None], columns
+        prefix = (self.num_prefix_tokens, 0)
+        row_exponent, column_exponent = F.pad(self.inverse_variance.movedim(-1, 0) * -0.5, prefix)[:, :, :, None]
+        squared_rows, squared_columns = self._squared_distances()
+        rows = (row_exponent * squared_rows).clamp_(min=LOWEST_EXPONENT).exp_()
+        columns = (column_exponent * squared_columns).clamp_(min=LOWEST_EXPONENT).exp_()
+        return rows * F.pad(self.amplitude, prefix)[:, :, None], columns
+
+    def factor_gradients(self, rows, columns, grad_rows, grad_columns) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of `inverse_variance` and `amplitude` from those of the factors, whose memory is reused."""
+        squared_rows, squared_columns = self._squared_distances()
+        grad_rows, grad_columns = grad_rows.mul_(rows), grad_columns.mul_(columns)  # of the exponents
+        # Rows are a multiple of the amplitude; where that is zero, so is what it was computed from by softplus.
+        amplitude = self.amplitude.clamp(min=torch.finfo(self.amplitude.dtype).tiny)
+        grad_amplitude = grad_rows.sum(dim=2)[..., self.num_prefix_tokens :] / amplitude
+        exponents = (grad_rows.mul_(squared_rows).sum(dim=2), grad_columns.mul_(squared_columns).sum(dim=2))
+        return torch.stack(exponents, dim=-1)[:, :, self.num_prefix_tokens :] * -0.5, grad_amplitude
 
     def bias(self) -> torch.Tensor:
         """The bias added to the attention logits, (batch, heads, tokens, tokens), prefix rows and columns zero."""
         rows, columns = (factor.transpose(-1, -2) for factor in self.factors())
         patches = (rows[..., :, None] * columns[..., None, :]).flatten(-2)
-        return F.pad(patches, (self.num_prefix_tokens, 0, self.num_prefix_tokens, 0))
+        return F.pad(patches, (self.num_prefix_tokens, 0))
 
-    def _squared_distances(self, length: int) -> torch.Tensor:
+    def _squared_distances(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """From each token to each row (height, tokens) and column (width, tokens), capped; zero for prefix tokens."""
+        height, width = self.grid
+        squared_rows = self._squared_axis(height)[:, :, None].expand(-1, -1, width).flatten(1)
+        squared_columns = self._squared_axis(width)[:, None, :].expand(-1, height, -1).flatten(1)
+        return tuple(F.pad(squared, (self.num_prefix_tokens, 0)) for squared in (squared_rows, squared_columns))
+
+    def _squared_axis(self, length: int) -> torch.Tensor:
         """(length, length) capped squared distances along an axis, in patches squared."""
-        positions = torch.arange(length, device=self.inverse_variance.device)
-        positions = positions // self.block_size * self.block_size
-        squared = (positions[:, None] - positions[None, :]).square().to(self.inverse_variance.dtype)
-        return squared.clamp(max=self.distance_cap)
+        like = self.inverse_variance
+        positions = torch.arange(length, device=like.device, dtype=like.dtype)
+        if self.block_size > 1:
+            positions = positions // self.block_size * self.block_size
+        return (positions[:, None] - positions).square().clamp(max=self.distance_cap)
 
 
 class PromotedLinear(nn.Linear):

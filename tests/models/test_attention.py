@@ -89,13 +89,15 @@ def test_large_sums_times_large_values_stay_finite(blocks_of):
 def test_gradcheck(blocks_of):
     blocks_of(30)
     (query, key, value), module = inputs(1, 2, (2, 3), 1, 4)
-    rows, columns = (factor.detach().requires_grad_() for factor in module(query.transpose(1, 2), (2, 3), 1).factors())
+    gaussian = module(query.transpose(1, 2), (2, 3), 1)
+    scalars = [tensor.detach().requires_grad_() for tensor in (gaussian.inverse_variance, gaussian.amplitude)]
 
-    def attend(query, key, value, rows, columns):
+    def attend(query, key, value, *scalars):
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-        return BlockwiseAttention.apply(query, key, value, rows, columns, 1, 0.5)
+        read = gaussian._replace(inverse_variance=scalars[0], amplitude=scalars[1])
+        return BlockwiseAttention.apply(query, key, value, *scalars, read, 0.5)
 
-    assert torch.autograd.gradcheck(attend, (query, key, value, rows, columns))
+    assert torch.autograd.gradcheck(attend, (query, key, value, *scalars))
 
 
 def test_it_is_chosen_where_it_pays_and_leaves_the_model_as_it_is():

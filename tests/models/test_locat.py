@@ -61,8 +61,8 @@ def test_bias_is_the_papers_formula(native_grid, grid, num_prefix_tokens):
     assert bias[:, :, :, :num_prefix_tokens].eq(0).all()
 
     rows, columns = gaussian.factors()
-    assert rows.shape == (1, 2, grid[0], grid[0] * grid[1])
-    assert columns.shape == (1, 2, grid[1], grid[0] * grid[1])
+    assert rows.shape == (1, 2, grid[0], num_prefix_tokens + grid[0] * grid[1])
+    assert columns.shape == (1, 2, grid[1], num_prefix_tokens + grid[0] * grid[1])
 
 
 def test_factors_and_their_products_are_never_subnormal():
