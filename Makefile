@@ -1,5 +1,6 @@
 # make demo       train, export and look: the paper's argument in miniature, into demo_output/
 # make test       ruff and the tests a developer waits for
+# make docs       the site, from docs/ into site/
 # make test-all   everything: also the slow tests, the test-suite of transformers, the lowest supported versions
 PYTHON ?= python3
 # The floor is tested on the lowest Python at hand, because that is where it will be used.
@@ -14,10 +15,13 @@ BIN := $(VENV)/bin
 PARALLEL := -n $(WORKERS) --dist loadfile
 test test-slow test-official test-floor: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-all test-slow test-official test-floor lint clean
+.PHONY: demo docs test test-all test-slow test-official test-floor lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m demo
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict --quiet
 
 test: lint
 	$(BIN)/python -m pytest -q $(PARALLEL)
@@ -51,4 +55,4 @@ $(FLOOR)/.installed: pyproject.toml tests/floor.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(FLOOR) .cache build demo_output
+	rm -rf $(VENV) $(FLOOR) .cache build demo_output site
