@@ -4,6 +4,9 @@ It runs as a process of its own and keeps everything in memory::
 
     python loopback_hub.py            # prints its address on one line, serves until it is terminated
 
+Reading a private repository and all writing need the token `hf_loopback`; `hf_reader` may only read. A test makes
+requests fail through `/loopback/failures`, and sees through `/loopback/requests` which ones came.
+
 A client finds it through its environment, read when huggingface_hub is imported: `HF_ENDPOINT` is the address, and
 `HF_HUB_DISABLE_XET=1` makes it upload by the plain LFS protocol, because xet is a binary service.
 """
@@ -19,6 +22,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 USER = "tester"
+WRITER, READER = "hf_loopback", "hf_reader"
 LFS_SUFFIXES = (".safetensors", ".bin", ".onnx", ".pt", ".png")
 
 
@@ -32,25 +36,26 @@ class Commit:
 
 @dataclass
 class Repository:
-    """The commits of one model repository, oldest first, and the names that point at some of them."""
+    """The commits of one model repository, and the branches (also `refs/pr/1`) and tags that point at some of them."""
 
+    private: bool
     commits: list[Commit]
-    refs: dict[str, str] = field(default_factory=dict)
+    branches: dict[str, str]
+    tags: dict[str, str] = field(default_factory=dict)
 
     def at(self, revision: str | None) -> Commit | None:
-        """The commit of a branch, a tag or a hash; the newest for `main` and None."""
-        if revision in (None, "main"):
-            return self.commits[-1]
-        sha = self.refs.get(revision, revision)
+        """The commit of a branch, a tag or a hash; that of `main` for None."""
+        revision = revision or "main"
+        sha = self.branches.get(revision) or self.tags.get(revision) or revision
         return next((commit for commit in self.commits if commit.sha == sha), None)
 
 
-class NotFoundError(Exception):
-    """What was asked for is not here. `code` is the Hub's word for it; the client turns it into its own exception."""
+class RefusalError(Exception):
+    """A request that is answered with an error. `code` is the Hub's word for it, of which clients make exceptions."""
 
-    def __init__(self, code: str) -> None:
-        super().__init__(code)
-        self.code = code
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
 
 
 class Hub:
@@ -60,43 +65,51 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.contents: dict[str, bytes] = {}
         self.lfs_objects: set[str] = set()
+        self.requests: list[str] = []
+        self.failures: list[dict[str, Any]] = []
 
-    def create(self, repo_id: str) -> bool:
+    def create(self, repo_id: str, private: bool) -> bool:
         """Make an empty repository; False where there is one."""
         if repo_id in self.repositories:
             return False
-        self.repositories[repo_id] = Repository([Commit(_sha1(repo_id.encode()), {})])
+        first = Commit(_sha1(repo_id.encode()), {})
+        self.repositories[repo_id] = Repository(private, [first], {"main": first.sha})
         return True
 
     def repository(self, repo_id: str) -> Repository:
-        """The repository of that id, or NotFoundError."""
+        """The repository of that id, or RefusalError."""
         if repo_id not in self.repositories:
-            raise NotFoundError("RepoNotFound")
+            raise RefusalError(404, "Repository not found", "RepoNotFound")
         return self.repositories[repo_id]
 
     def commit_at(self, repo_id: str, revision: str | None) -> Commit:
-        """A commit by branch, tag or hash, or NotFoundError."""
+        """A commit by branch, tag or hash, or RefusalError."""
         commit = self.repository(repo_id).at(revision)
         if commit is None:
-            raise NotFoundError("RevisionNotFound")
+            raise RefusalError(404, "Invalid rev id", "RevisionNotFound")
         return commit
 
-    def commit(self, repo_id: str, operations: list[dict[str, Any]]) -> Commit:
-        """Apply the operations of a commit request: a header, files, LFS files and deletions."""
-        repository = self.repository(repo_id)
-        files = dict(repository.commits[-1].files)
+    def commit(self, repo_id: str, branch: str, operations: list[dict[str, Any]], to_branch: str) -> Commit:
+        """Apply the operations of a commit request, a header, files, LFS files and deletions, to those of `branch`."""
+        repository, parent = self.repository(repo_id), self.commit_at(repo_id, branch)
+        files = dict(parent.files)
         for operation in operations:
             kind, value = operation["key"], operation["value"]
-            if kind == "file":
+            if kind == "header" and value.get("parentCommit") not in (None, parent.sha):
+                raise RefusalError(412, "A commit has happened since. Please refresh and try again.")
+            elif kind == "file":
                 content = base64.b64decode(value["content"])
                 files[value["path"]] = _sha1(b"blob %d\0" % len(content) + content)
                 self.contents[files[value["path"]]] = content
             elif kind == "lfsFile":
+                if value["oid"] not in self.lfs_objects:
+                    raise RefusalError(400, f"LFS object {value['oid']} was not uploaded")
                 files[value["path"]] = value["oid"]
             elif kind == "deletedFile":
                 files.pop(value["path"], None)
         commit = Commit(_sha1(json.dumps([files, len(repository.commits), repo_id]).encode()), files)
         repository.commits.append(commit)
+        repository.branches[to_branch] = commit.sha
         return commit
 
 
@@ -130,17 +143,52 @@ class Endpoint(BaseHTTPRequestHandler):
         return self.server.hub
 
     def handle_any(self) -> None:
-        """Find the method for this request, and turn what is missing into the Hub's 404."""
-        request = f"{self.command} {unquote(urlsplit(self.path).path)}"
+        """Find the method for this request, unless it is to fail, and turn a refusal into the Hub's answer."""
+        request = f"{self.command} {urlsplit(self.path).path}"
+        self.hub.requests.append(request)
         body = self._read_body()
-        for pattern, answer in ROUTES:
-            if match := pattern.fullmatch(request):
-                try:
-                    answer(self, body, **match.groupdict())
-                except NotFoundError as error:
-                    self._reply({"error": error.code}, status=404, headers={"X-Error-Code": error.code})
+        try:
+            if self._hangs_up(request):
                 return
-        self._reply({"error": f"{request} is not served here"}, status=404)
+            for pattern, answer in ROUTES:
+                if match := pattern.fullmatch(request):
+                    groups = {name: value and unquote(value) for name, value in match.groupdict().items()}
+                    self._check_token(groups.get("repo"))
+                    answer(self, body, **groups)
+                    return
+            raise RefusalError(404, f"{request} is not served here")
+        except RefusalError as error:
+            headers = {"X-Error-Code": error.code} if error.code else {}
+            self._reply({"error": str(error)}, status=error.status, headers=headers | {"X-Error-Message": str(error)})
+
+    def _check_token(self, repo: str | None) -> None:
+        """As the Hub does: without a token what is private looks like what is not there."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        known = self.hub.repositories.get(repo)
+        if token not in (WRITER, READER) and (self.command == "POST" or (known is not None and known.private)):
+            raise RefusalError(401, "Invalid username or password.")
+        if token == READER and self.command == "POST":
+            raise RefusalError(403, "Forbidden: you may only read this repository.")
+
+    def _hangs_up(self, request: str) -> bool:
+        """Fail as `set_failures` was asked to: answer with an error, or leave the client without an answer."""
+        failure = next((f for f in self.hub.failures if f["times"] > 0 and re.fullmatch(f["request"], request)), None)
+        if failure is None:
+            return False
+        failure["times"] -= 1
+        if failure["status"] is not None:
+            raise RefusalError(failure["status"], "Asked to fail")
+        self.connection.recv(1)  # returns when the client is gone
+        self.close_connection = True
+        return True
+
+    def set_failures(self, body: bytes) -> None:
+        """A list of `request` (a pattern of method and path), `times` and `status`: null keeps the client waiting."""
+        self.hub.failures = json.loads(body)
+        self._reply({})
+
+    def list_requests(self, body: bytes) -> None:
+        self._reply(self.hub.requests)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
@@ -154,7 +202,7 @@ class Endpoint(BaseHTTPRequestHandler):
     def create_repository(self, body: bytes) -> None:
         request = json.loads(body)
         repo_id = f"{request.get('organization') or USER}/{request['name']}"
-        created = self.hub.create(repo_id)
+        created = self.hub.create(repo_id, bool(request.get("private")))
         address = f"{self.server.address}/{repo_id}"
         self._reply({"url": address, "id": repo_id, "name": repo_id}, status=200 if created else 409)
 
@@ -180,38 +228,66 @@ class Endpoint(BaseHTTPRequestHandler):
         self._reply({"transfer": "basic", "objects": objects}, content_type="application/vnd.git-lfs+json")
 
     def lfs_upload(self, body: bytes, oid: str) -> None:
+        if hashlib.sha256(body).hexdigest() != oid:
+            raise RefusalError(400, "The object is not complete")
         self.hub.contents[oid] = body
         self.hub.lfs_objects.add(oid)
         self._reply({})
 
     def make_commit(self, body: bytes, repo: str, revision: str) -> None:
-        commit = self.hub.commit(repo, [json.loads(line) for line in body.splitlines() if line])
+        """A commit to a branch, or, with `create_pr`, to a new pull request."""
+        operations = [json.loads(line) for line in body.splitlines() if line]
+        branch, answer = revision, {}
+        if "create_pr=1" in urlsplit(self.path).query:
+            number = 1 + sum(name.startswith("refs/pr/") for name in self.hub.repository(repo).branches)
+            branch = f"refs/pr/{number}"
+            answer = {"pullRequestUrl": f"{self.server.address}/{repo}/discussions/{number}"}
+        commit = self.hub.commit(repo, revision, operations, branch)
         address = f"{self.server.address}/{repo}/commit/{commit.sha}"
-        self._reply({"success": True, "commitOid": commit.sha, "commitUrl": address, "hookOutput": ""})
+        self._reply({"success": True, "commitOid": commit.sha, "commitUrl": address, "hookOutput": ""} | answer)
 
-    def make_ref(self, body: bytes, repo: str, revision: str) -> None:
-        """A branch is named in the address, a tag in the request."""
-        request = json.loads(body or b"{}")
-        name, start = (request["tag"], revision) if "tag" in request else (revision, request.get("startingPoint"))
-        self.hub.repository(repo).refs[name] = self.hub.commit_at(repo, start).sha
+    def make_branch(self, body: bytes, repo: str, revision: str) -> None:
+        start = json.loads(body or b"{}").get("startingPoint")
+        self._point(self.hub.repository(repo).branches, revision, self.hub.commit_at(repo, start))
+
+    def make_tag(self, body: bytes, repo: str, revision: str) -> None:
+        tag = json.loads(body)["tag"]
+        self._point(self.hub.repository(repo).tags, tag, self.hub.commit_at(repo, revision))
+
+    def _point(self, names: dict[str, str], name: str, commit: Commit) -> None:
+        if name in names:
+            raise RefusalError(409, f"Reference {name} exists already")
+        names[name] = commit.sha
         self._reply({})
+
+    def list_refs(self, body: bytes, repo: str) -> None:
+        repository = self.hub.repository(repo)
+        refs = {
+            kind: [{"name": name, "ref": f"refs/{where}/{name}", "targetCommit": sha} for name, sha in names.items()]
+            for kind, where, names in (("branches", "heads", repository.branches), ("tags", "tags", repository.tags))
+        }
+        self._reply(refs | {"converts": []})
 
     def model_info(self, body: bytes, repo: str, revision: str | None) -> None:
         commit = self.hub.commit_at(repo, revision)
-        siblings = [{"rfilename": path} for path in commit.files]
+        siblings = [
+            {"rfilename": path, "blobId": oid} | self._size_of(oid, "sha256") for path, oid in commit.files.items()
+        ]
         names = {"id": repo, "modelId": repo, "sha": commit.sha, "siblings": siblings}
-        self._reply(
-            names | {"private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
-        )
+        names["private"] = self.hub.repository(repo).private
+        self._reply(names | {"gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0})
 
     def list_tree(self, body: bytes, repo: str, revision: str) -> None:
-        commit = self.hub.commit_at(repo, revision)
-        entries = []
-        for path, oid in commit.files.items():
-            size = len(self.hub.contents[oid])
-            lfs = {"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if oid in self.hub.lfs_objects else {}
-            entries.append({"type": "file", "path": path, "size": size, "oid": oid} | lfs)
-        self._reply(entries)
+        files = self.hub.commit_at(repo, revision).files
+        self._reply(
+            [{"type": "file", "path": path, "oid": oid} | self._size_of(oid, "oid") for path, oid in files.items()]
+        )
+
+    def _size_of(self, oid: str, name: str) -> dict[str, Any]:
+        """The size of a file, and for LFS its hash under `name`."""
+        size = len(self.hub.contents[oid])
+        lfs = {"lfs": {name: oid, "size": size, "pointerSize": 130}} if oid in self.hub.lfs_objects else {}
+        return {"size": size} | lfs
 
     def download(self, body: bytes, repo: str, revision: str, path: str) -> None:
         commit = self.hub.commit_at(repo, revision)
@@ -221,8 +297,11 @@ class Endpoint(BaseHTTPRequestHandler):
             self._reply({"error": "Entry not found"}, status=404, headers=headers)
             return
         oid = commit.files[path]
-        content = self.hub.contents[oid]
-        self._reply(content, content_type="application/octet-stream", headers=headers | {"ETag": f'"{oid}"'})
+        content, status = self.hub.contents[oid], 200
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            content, status = content[int(wanted[1]) : int(wanted[2]) + 1], 206
+        headers["ETag"] = f'"{oid}"'
+        self._reply(content, status=status, content_type="application/octet-stream", headers=headers)
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -258,6 +337,8 @@ REVISION = r"(?P<revision>[^/]+)"
 ROUTES: list[tuple[re.Pattern[str], Callable[..., None]]] = [
     (re.compile(pattern), answer)
     for pattern, answer in (
+        (r"PUT /loopback/failures", Endpoint.set_failures),
+        (r"GET /loopback/requests", Endpoint.list_requests),
         (r"GET /api/whoami-v2", Endpoint.who_am_i),
         (r"POST /api/repos/create", Endpoint.create_repository),
         (r"POST /api/validate-yaml", Endpoint.validate_yaml),
@@ -265,7 +346,9 @@ ROUTES: list[tuple[re.Pattern[str], Callable[..., None]]] = [
         (rf"POST /{REPO}\.git/info/lfs/objects/batch", Endpoint.lfs_batch),
         (r"PUT /lfs/(?P<oid>[0-9a-f]+)", Endpoint.lfs_upload),
         (rf"POST /api/models/{REPO}/commit/{REVISION}", Endpoint.make_commit),
-        (rf"POST /api/models/{REPO}/(?:branch|tag)/{REVISION}", Endpoint.make_ref),
+        (rf"POST /api/models/{REPO}/branch/{REVISION}", Endpoint.make_branch),
+        (rf"POST /api/models/{REPO}/tag/{REVISION}", Endpoint.make_tag),
+        (rf"GET /api/models/{REPO}/refs", Endpoint.list_refs),
         (rf"GET /api/models/{REPO}/tree/{REVISION}(?:/.*)?", Endpoint.list_tree),
         (rf"(?:GET|HEAD) /api/models/{REPO}(?:/revision/{REVISION})?", Endpoint.model_info),
         (rf"(?:GET|HEAD) /{REPO}/resolve/{REVISION}/(?P<path>.+)", Endpoint.download),
