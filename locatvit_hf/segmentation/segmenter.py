@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from ..image_processing_locatvit import LocAtViTImageProcessor
 from .inference import average_windows
 
-# Scores (classes, rows, columns) that exist at once at the size of an image: 256 MiB in float32.
-SCORES_AT_ONCE = 2**26
+# Scores (classes, rows, columns) that exist at once at the size of an image: 64 MiB in float32.
+SCORES_AT_ONCE = 2**24
 
 
 class Segmenter:
@@ -71,8 +71,12 @@ class Segmenter:
 
 
 def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The most likely class (height, width) of logits (classes, cells, cells), upsampled bilinearly strip by strip."""
+    """The most likely class of logits (classes, cells, cells), upsampled bilinearly strip by strip.
+
+    Returns (height, width) as uint8, or int32 for more than 256 classes: int64 would be most of the memory.
+    """
     (num_classes, cells, _), (height, width) = logits.shape, size
+    dtype = torch.uint8 if num_classes <= 256 else torch.int32
     strips = []
     for rows in torch.arange(height, device=logits.device).split(max(SCORES_AT_ONCE // (num_classes * width), 1)):
         position = ((rows + 0.5) * (cells / height) - 0.5).clamp(min=0)
@@ -80,5 +84,5 @@ def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tenso
         below = (above + 1).clamp(max=cells - 1)
         strip = torch.lerp(logits[:, above], logits[:, below], (position - above)[:, None])
         strip = F.interpolate(strip[None], size=(len(rows), width), mode="bilinear", align_corners=False)
-        strips.append(strip[0].argmax(dim=0))
+        strips.append(strip[0].argmax(dim=0).to(dtype))
     return torch.cat(strips)
