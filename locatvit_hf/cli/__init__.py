@@ -5,6 +5,7 @@ import typer
 from .convert import convert
 from .look import look
 from .segment import segment
+from .serve import serve
 
 app = typer.Typer(
     name="locatvit",
@@ -23,5 +24,6 @@ def _verbs() -> None:
 app.command()(convert)
 app.command()(look)
 app.command()(segment)
+app.command()(serve)
 
 __all__ = ["app"]

@@ -1,0 +1,44 @@
+"""`locatvit serve --model M`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import console, one_sentence_errors
+
+
+@one_sentence_errors
+def serve(
+    model: Annotated[
+        list[str], typer.Option(help="A checkpoint: a folder or a Hub id. Twice, and they stand side by side.")
+    ] = ...,
+    examples: Annotated[Path | None, typer.Option(help="A folder of pictures to begin with.")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="By default the first free one from 7860.")] = None,
+    share: Annotated[bool, typer.Option(help="Open a public link through gradio's servers.")] = False,
+    space: Annotated[Path | None, typer.Option(help="Write the files of a Hub Space here instead of serving.")] = None,
+) -> None:
+    """Open a page that classifies and segments pictures and shows where each patch looks."""
+    from transformers.utils import logging
+
+    try:
+        from ..serving import serve as serve_page
+        from ..serving import write_space
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "gradio":
+            raise
+        raise ValueError("The page needs gradio: pip install 'locatvit-hf[serve]'") from error
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if space is not None:
+        write_space(space, model)
+        console.print(f"Upload [bold]{space}[/bold] to a Space: hf upload --repo-type space YOU/NAME {space}")
+        return
+    page, address, public = serve_page(model, examples, host, port, share, prevent_thread_lock=True)
+    console.print(f"Open [bold]{public or address}[/bold] in a browser; Ctrl+C ends it.")
+    page.block_thread()
+
+
+__all__ = ["serve"]

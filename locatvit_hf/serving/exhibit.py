@@ -1,0 +1,80 @@
+"""What one checkpoint says about one picture, ready to be shown."""
+
+import html
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSemanticSegmentation
+
+from ..cli.checkpoints import load_config, load_model, load_processor
+from ..image_processing_locatvit import LocAtViTImageProcessor
+from ..segmentation import Segmenter
+from ..visualization import build_page, label_colors, overlay_segmentation, read_layers
+from ..visualization.figures import default_layer, default_queries
+
+LARGEST_SIDE = 1600  # pixels; a telephone takes pictures of three times that, which no model here looks at
+# Classes with the most pixels that a legend names.
+LONGEST_LEGEND = 12
+# Tells the page around the frame how tall this one is; it is barred from everything else.
+REPORT_HEIGHT = """<script>
+new ResizeObserver(() => parent.postMessage({locatvitHeight: document.documentElement.offsetHeight}, "*"))
+  .observe(document.documentElement);
+</script>"""
+
+
+class Exhibit:
+    """A checkpoint, loaded once with the installed classes: none of its own code runs.
+
+    name: a folder or a Hub id. Raises ValueError or OSError where it is no checkpoint of this package.
+    """
+
+    def __init__(self, name: str):
+        self.name = Path(name).name if Path(name).exists() else name
+        config = load_config(name)
+        architecture = (config.architectures or [""])[0]
+        self.classifies = architecture.endswith("ForImageClassification")
+        self.segmenter = None
+        if architecture.endswith("ForSemanticSegmentation"):
+            self.model = load_model(AutoModelForSemanticSegmentation, name)
+            self.segmenter = Segmenter(self.model, load_processor(name))
+        else:
+            self.model = load_model(AutoModelForImageClassification if self.classifies else AutoModel, name)
+        self.processor = load_processor(name)
+        # Layers are looked at on the whole picture, also where the classifier crops it.
+        self.whole_picture = LocAtViTImageProcessor.from_model_config(config, segmentation=True)
+
+    @torch.inference_mode()
+    def classify(self, picture: Image.Image) -> dict[str, float]:
+        """Probability by class name, of all classes."""
+        pixels = self.processor(picture, return_tensors="pt")["pixel_values"].to(self.model.device)
+        probabilities = self.model(pixel_values=pixels).logits[0].float().softmax(dim=-1)
+        return {self.model.config.id2label[label]: share for label, share in enumerate(probabilities.tolist())}
+
+    def segment(self, picture: Image.Image) -> tuple[Image.Image, str]:
+        """The picture with its classes in colour, and a legend in HTML: colour, name and share of the pixels."""
+        label_map = self.segmenter([picture])[0]
+        names = self.segmenter.id2label
+        colors = label_colors(len(names))
+        shares = {label: float((label_map == label).mean()) for label in names}
+        largest = sorted((label for label in names if shares[label]), key=lambda label: -shares[label])
+        rows = "".join(
+            f'<li><span style="background: rgb{tuple(map(int, colors[label]))}"></span>'
+            f"{html.escape(names[label])}<b>{shares[label]:.0%}</b></li>"
+            for label in largest[:LONGEST_LEGEND]
+        )
+        more = len(largest) - LONGEST_LEGEND
+        legend = f'<ul class="legend">{rows}</ul>' + (f"<p>and {more} smaller ones</p>" if more > 0 else "")
+        return overlay_segmentation(picture, label_map, colors, ignore_index=None), legend
+
+    def look(self, picture: Image.Image) -> str:
+        """A frame in which pointing at a patch shows what it attends to; it needs no further answer from here."""
+        layers = read_layers(self.model.base_model, self.whole_picture(picture, return_tensors="pt")["pixel_values"])
+        index = default_layer(layers)
+        page = build_page(self.name, picture, {self.name: layers}, index, default_queries(layers[index])[0])
+        page = html.escape(page.replace("</body>", f"{REPORT_HEIGHT}</body>"))
+        title = f"Where {html.escape(self.name)} looks"
+        return f'<iframe class="look" title="{title}" sandbox="allow-scripts" srcdoc="{page}"></iframe>'
+
+
+__all__ = ["LARGEST_SIDE", "Exhibit"]

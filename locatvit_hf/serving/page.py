@@ -1,0 +1,157 @@
+"""The page: a picture on one side, what one or two models make of it on the other."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+from PIL import Image
+
+from ..visualization import CorruptImageError, read_image
+from .examples import draw_examples
+from .exhibit import LARGEST_SIDE, Exhibit
+
+NOBODY = "nobody"
+LARGEST_FILE = "20mb"
+FONTS = ["system-ui", "sans-serif"]  # of the reader's own machine: nothing is fetched from elsewhere
+THEME = gr.themes.Base(primary_hue="teal", font=FONTS, font_mono=["ui-monospace", "monospace"])
+CSS = """
+.legend { list-style: none; margin: 0; padding: 0; display: grid; gap: 0.3rem 1.2rem;
+          grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
+.legend li { display: flex; align-items: center; gap: 0.5rem; }
+.legend span { width: 1em; height: 1em; border-radius: 3px; flex: none; }
+.legend b { margin-left: auto; font-weight: 500; opacity: 0.7; }
+iframe.look { width: 100%; height: 40rem; border: 0; border-radius: 8px; background: white; }
+"""
+# Each frame reports its height; a message from elsewhere finds no frame that sent it.
+HEAD = """<script>
+addEventListener("message", event => {
+  for (const frame of document.querySelectorAll("iframe.look"))
+    if (event.source === frame.contentWindow && event.data.locatvitHeight > 0)
+      frame.style.height = event.data.locatvitHeight + "px";
+});
+</script>"""
+
+
+def build_page(models: list[str], examples: Path | None = None) -> gr.Blocks:
+    """The page as Blocks; `serve` launches it with its style.
+
+    models: folders or Hub ids; the first answers, and the second, where there is one, beside it.
+    examples: a folder of pictures to begin with; by default a few drawings.
+    Raises ValueError or OSError for a model that is no checkpoint of this package, and for a folder without pictures.
+    """
+    if not models:
+        raise ValueError("Name at least one checkpoint to serve.")
+    exhibits = {}
+    for model in dict.fromkeys(models):
+        exhibit = Exhibit(model)
+        if exhibit.name in exhibits:
+            exhibit.name = model
+        exhibits[exhibit.name] = exhibit
+    names = list(exhibits)
+
+    def show(path: str | None, first: str, second: str) -> list:
+        """Updates for both columns."""
+        shown = [first, second if second != first else NOBODY]
+        if path is None:
+            return [update for _ in shown for update in _answers(None, None)]
+        try:
+            picture = read_image(path, name="This file")
+        except (CorruptImageError, OSError) as error:
+            raise gr.Error(str(error), title="No picture", print_exception=False) from error
+        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        return [update for name in shown for update in _answers(exhibits.get(name), picture)]
+
+    # Uploads are deleted after an hour or two.
+    with gr.Blocks(title="locatvit", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page:
+        gr.Markdown("## What is in a picture, and where\nPoint at a patch, or tap it, to see what it attends to.")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                picture = gr.Image(label="Picture", sources=["upload", "clipboard", "webcam"], height=300)
+                # The file as it was uploaded: reading it, and saying why that fails, is `show`'s.
+                picture.preprocess = lambda payload: payload and payload.path
+                several = len(names) > 1
+                first = gr.Dropdown(names, value=names[0], label="Model", visible=several, interactive=True)
+                second = gr.Dropdown(
+                    [NOBODY, *names],
+                    value=names[1] if several else NOBODY,
+                    label="Beside it",
+                    visible=several,
+                    interactive=True,
+                )
+                gr.Examples([[str(path)] for path in _examples(examples)], picture, label="Examples")
+            with gr.Column(scale=3, min_width=300), gr.Row():
+                columns = [_build_column() for _ in range(2)]
+        inputs, outputs = [picture, first, second], [part for column in columns for part in column]
+        for event in (picture.change, first.input, second.input):
+            event(show, inputs, outputs, show_progress="minimal", concurrency_limit=1, concurrency_id="models")
+    return page
+
+
+def _build_column() -> list[gr.blocks.Block]:
+    with gr.Column(min_width=300, visible=False) as column:
+        heading = gr.Markdown()
+        classes = gr.Label(num_top_classes=5, show_label=False, visible=False)
+        overlay = gr.Image(show_label=False, interactive=False, visible=False, buttons=["download", "fullscreen"])
+        legend = gr.HTML(visible=False)
+        look = gr.HTML(visible=False)
+    return [column, heading, classes, overlay, legend, look]
+
+
+def _answers(exhibit: Exhibit | None, picture: Image.Image | None) -> list:
+    """Updates for the parts of a column, in the order of `_build_column`."""
+    if exhibit is None or picture is None:
+        return [gr.update(visible=False)] + [gr.update(value=None)] * 5
+    hidden = gr.update(value=None, visible=False)
+    classes, overlay, legend = hidden, hidden, hidden
+    if exhibit.classifies:
+        classes = gr.update(value=exhibit.classify(picture), visible=True)
+    if exhibit.segmenter is not None:
+        colored, names = exhibit.segment(picture)
+        overlay, legend = gr.update(value=colored, visible=True), gr.update(value=names, visible=True)
+    look = gr.update(value=exhibit.look(picture), visible=True)
+    return [gr.update(visible=True), gr.update(value=f"### {exhibit.name}"), classes, overlay, legend, look]
+
+
+def _examples(folder: Path | None) -> list[Path]:
+    if folder is None:
+        return draw_examples(Path(tempfile.mkdtemp(prefix="locatvit-examples-")))
+    from ..visualization.images import SUFFIXES
+
+    found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(f"{folder} holds no pictures to begin with.")
+    return found
+
+
+def serve(
+    models: list[str],
+    examples: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+    **options,
+) -> tuple[gr.Blocks, str, str | None]:
+    """Builds the page and serves it: the page, its address, and its public link if it is shared.
+
+    options: of `gradio.Blocks.launch`. Raises what `build_page` raises, and OSError where the port is taken.
+    """
+    page = build_page(models, examples)
+    _, address, public = page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        theme=THEME,
+        css=CSS,
+        head=HEAD,
+        max_file_size=LARGEST_FILE,
+        footer_links=[],
+        quiet=True,
+        **options,
+    )
+    return page, address, public
+
+
+__all__ = ["build_page", "serve"]
