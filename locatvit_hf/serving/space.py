@@ -1,0 +1,52 @@
+"""The page as a Space of the Hub: three files."""
+
+from pathlib import Path
+
+import gradio
+
+from .. import __version__
+from ..segmentation.outputs import write_complete
+
+APP = """from locatvit_hf.serving import serve
+
+page, _, _ = serve({models!r}, host="0.0.0.0", port=7860, prevent_thread_lock=True)
+page.block_thread()
+"""
+README = """---
+title: {title}
+sdk: gradio
+sdk_version: {gradio}
+app_file: app.py
+models: {models}
+---
+
+# {title}
+
+What {named} see, and where they look. Served by [locatvit-hf](https://pypi.org/project/locatvit-hf/).
+"""
+
+
+def write_space(folder: Path, models: list[str]) -> None:
+    """Writes `app.py`, `requirements.txt` and `README.md`; upload the folder to a Space and it runs.
+
+    models: Hub ids, which the Space downloads. Raises ValueError for a folder of this machine, which it cannot reach.
+    """
+    for model in models:
+        if Path(model).exists() or model.count("/") != 1:
+            raise ValueError(f"A Space downloads its models from the Hub: {model} is no Hub id. Push it there first.")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "app.py": APP.format(models=models),
+        "requirements.txt": f"locatvit-hf[serve]=={__version__}\n",
+        "README.md": README.format(
+            title="Where models look",
+            gradio=gradio.__version__,
+            models=models,
+            named=" and ".join(model.split("/")[1] for model in models),
+        ),
+    }
+    for name, text in files.items():
+        write_complete(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+
+
+__all__ = ["write_space"]
