@@ -64,6 +64,7 @@ def test_what_does_not_fit_is_left_out(models, pixel_values, picture, monkeypatc
     assert (0, 0, 1) in seen and (1, 1, 1) in seen
 
 
+@pytest.mark.browser
 @pytest.mark.slow
 def test_a_browser_shows_the_numbers_of_the_model(models, pixel_values, picture, tmp_path):
     """In Chromium at the widths of a desktop and a phone: hover, keys, every view, and no error."""
