@@ -3,7 +3,9 @@
 import typer
 
 from .convert import convert
+from .info import info
 from .look import look
+from .push import push
 from .segment import segment
 from .serve import serve
 
@@ -22,7 +24,9 @@ def _verbs() -> None:
 
 
 app.command()(convert)
+app.command()(info)
 app.command()(look)
+app.command()(push)
 app.command()(segment)
 app.command()(serve)
 

@@ -4,7 +4,7 @@ It runs as a process of its own and keeps everything in memory::
 
     python loopback_hub.py            # prints its address on one line, serves until it is terminated
 
-Reading a private repository and all writing need the token `hf_loopback`; `hf_reader` may only read. A test makes
+Reading a private repository and all writing need a token, and `hf_reader` is one that may only read. A test makes
 requests fail through `/loopback/failures`, and sees through `/loopback/requests` which ones came.
 
 A client finds it through its environment, read when huggingface_hub is imported: `HF_ENDPOINT` is the address, and
@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 USER = "tester"
-WRITER, READER = "hf_loopback", "hf_reader"
+READER = "hf_reader"
 LFS_SUFFIXES = (".safetensors", ".bin", ".onnx", ".pt", ".png")
 
 
@@ -165,7 +165,7 @@ class Endpoint(BaseHTTPRequestHandler):
         """As the Hub does: without a token what is private looks like what is not there."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         known = self.hub.repositories.get(repo)
-        if token not in (WRITER, READER) and (self.command == "POST" or (known is not None and known.private)):
+        if not token and (self.command == "POST" or (known is not None and known.private)):
             raise RefusalError(401, "Invalid username or password.")
         if token == READER and self.command == "POST":
             raise RefusalError(403, "Forbidden: you may only read this repository.")

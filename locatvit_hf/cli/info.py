@@ -1,0 +1,104 @@
+"""`locatvit info PATH_OR_ID`."""
+
+from typing import Annotated
+
+import typer
+
+from .console import console, error_console, one_sentence_errors
+
+
+@one_sentence_errors
+def info(
+    checkpoint: Annotated[str, typer.Argument(help="A folder or a Hub id.", show_default=False)],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what is in a checkpoint without running any of it; exit with 1 where something is alarming."""
+    import dataclasses
+    import json
+
+    from transformers.utils import logging
+
+    from ..hub.inspection import inspect
+
+    logging.set_verbosity_error()
+    found = inspect(checkpoint, revision, lambda line: error_console.print(line, style="yellow", markup=False))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        _print_model(found)
+        _print_files(found)
+        _print_diffs(found)
+        _print_advice(found)
+    if found.alarms:
+        raise typer.Exit(1)
+
+
+def _print_model(found) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=_text(found.name), title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False)
+    dtypes = ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items())
+    rows = {
+        "model": f"{found.architecture} ({found.family})",
+        "image, patch": f"{found.image_size}, {found.patch_size or '-'} pixels",
+        "classes": found.labels,
+        "parameters": f"{found.parameters:,}",
+        "dtypes": dtypes or "-",
+        "GMACs": f"{found.gmacs:.3f}",
+        "commit": found.commit,
+    }
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, _text(value))
+    console.print(table, soft_wrap=False)
+
+
+def _print_files(found) -> None:
+    from rich import box
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("file", overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("what it is", overflow="fold")
+    styles = {"fine": "", "note": "yellow", "alarm": "bold red"}
+    for file in found.files:
+        table.add_row(_text(file.path), decimal(file.size), _text(file.verdict), style=styles[file.level])
+    console.print(table, soft_wrap=False)
+
+
+def _print_diffs(found) -> None:
+    styles = {"+": "green", "-": "red", "@": "cyan"}
+    for diff in found.diffs.values():
+        for line in diff.split("\n"):
+            console.print(_text(line), style=styles.get(line[:1], ""))
+        console.print()
+
+
+def _print_advice(found) -> None:
+    for note in found.notes:
+        console.print(_text(note), style="yellow")
+    if found.alarms:
+        console.print("[bold white on red] Do not run this code before you have read it. [/]")
+        for alarm in found.alarms:
+            console.print(_text(f"- {alarm}"), style="bold red")
+    else:
+        console.print(f"[green]All its code is that of locatvit-hf {found.release}.[/green]")
+    if found.commit:
+        console.print(_text(f'To load exactly this:\n  revision="{found.commit}",\n  code_revision="{found.commit}",'))
+
+
+def _text(value: object):
+    """Text of a stranger for the terminal: what would steer it, or be invisible, is written out."""
+    from rich.text import Text
+
+    shown = (
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in str(value)
+    )
+    return Text("".join(shown))
+
+
+__all__ = ["info"]

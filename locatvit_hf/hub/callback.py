@@ -1,0 +1,81 @@
+"""Our card from the Trainer of transformers."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .. import __version__
+from ..conversion.export import licence_text
+from .card import PIPELINES, Card, Result, Training, write_card
+
+# What Trainer reports of an evaluation besides its metrics.
+NO_METRICS = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
+
+
+class CardCallback(TrainerCallback):
+    """Writes our card and the licence into the output folder before each push, in place of Trainer's own card::
+
+        trainer = Trainer(...)
+        trainer.add_callback(CardCallback(trainer, dataset="me/photos", weights_license="mit"))
+        trainer.train()
+        trainer.push_to_hub()
+
+    Args:
+        trainer: that pushes.
+        dataset: what the weights learn from and are evaluated on, a Hub name where it has one.
+        split: of the data that Trainer evaluates on.
+        facts: further fields of the card, as `base_model`; see `card.Card`.
+    """
+
+    def __init__(self, trainer: Trainer, dataset: str, split: str = "validation", **facts: Any):
+        self.trainer, self.dataset, self.split, self.facts = trainer, dataset, split, facts
+        trainer.create_model_card = lambda *args, **kwargs: None  # it would overwrite ours
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(folder)
+            (folder / "LICENSE").write_text(licence_text(), encoding="utf-8")
+            write_card(folder, self._card(args, state, type(model).__name__))
+
+    def _card(self, args: TrainingArguments, state: TrainerState, architecture: str) -> Card:
+        repository = self.trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).name
+        task = next(pipeline for ending, pipeline in PIPELINES.items() if architecture.endswith(ending))
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        evaluations = [row for row in state.log_history if any(name.startswith("eval_") for name in row)]
+        last = evaluations[-1] if evaluations else {}
+        metrics = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+        fields = {
+            "title": repository.split("/")[-1],
+            "repository": repository,
+            "revision": args.hub_revision or "main",
+            "datasets": [self.dataset],
+            "training": Training(
+                program="Trainer",
+                version=__version__,
+                updates=state.max_steps,
+                step=state.global_step,
+                batch_size=batch_size,
+                processes=args.world_size,
+                start=self.facts.get("base_model"),
+            ),
+            "results": [
+                Result(
+                    task=task,
+                    dataset=self.dataset,
+                    split=self.split,
+                    metric=name,
+                    value=round(value, 5),
+                    protocol=f"by Trainer, at update {last['step']}",
+                )
+                for name, value in metrics.items()
+                if name not in NO_METRICS and isinstance(value, int | float)
+            ],
+        }
+        return Card(**fields | self.facts)
+
+
+__all__ = ["CardCallback"]

@@ -1,0 +1,287 @@
+"""`locatvit info`: what is in a checkpoint, found by reading. Nothing of it is imported, unpickled or run."""
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import huggingface_hub
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
+
+import locatvit_hf
+
+from ..layers_locat import FamilyConfigMixin
+from .card import CARD_FILE
+from .remote import HubError, ask, read_snapshot, sha256_of
+from .repository import (
+    CHECKSUMS,
+    IMPLEMENTATIONS,
+    INDEX,
+    PICKLES,
+    PROCESSOR_MAP,
+    WEIGHTS,
+    RepositoryError,
+    build_config,
+    complete_auto_map,
+    family_config,
+    model_class,
+    read_checksums,
+    read_json,
+)
+
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+EXPECTED = {CONFIG, PROCESSOR, INDEX, CHECKSUMS, CARD_FILE, "README.md", "LICENSE", ".gitattributes"}
+# Suffixes of what people look at or read.
+HARMLESS = (".md", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".yaml", ".yml", ".txt", ".json")
+# Folders that git and huggingface_hub keep beside a download.
+OTHERS = {".git", ".cache"}
+# Settings that make transformers fetch code from elsewhere.
+FOREIGN = ("custom_pipelines", *IMPLEMENTATIONS)
+# Larger files than these are not text that a person would read.
+LARGEST_TEXT = 4 << 20
+LARGEST_HEADER = 100 << 20
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A file: its size in bytes, its SHA-256 where known, and what it is, in a few words.
+
+    level: "fine", "note" for a file that is not expected, or "alarm" where running or loading it may do something else
+    than what this package does.
+    """
+
+    path: str
+    size: int
+    sha256: str | None
+    verdict: str
+    level: str = "fine"
+
+
+@dataclass
+class Inspection:
+    """What a checkpoint holds. `alarms` are the sentences that a person must read before its code runs."""
+
+    name: str
+    release: str
+    commit: str | None = None
+    family: str | None = None
+    architecture: str | None = None
+    image_size: Any = None
+    patch_size: Any = None
+    labels: int | None = None
+    parameters: int | None = None
+    expected_parameters: int | None = None
+    gmacs: float | None = None
+    dtypes: dict[str, int] = field(default_factory=dict)
+    files: list[CheckpointFile] = field(default_factory=list)
+    diffs: dict[str, str] = field(default_factory=dict)
+    alarms: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Folder:
+    """A checkpoint here."""
+
+    commit = None
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        self.sizes = {
+            name.as_posix(): path.stat().st_size for name, path in paths.items() if name.parts[0] not in OTHERS
+        }
+
+    def path(self, name: str) -> Path:
+        """Where the content of a file is."""
+        return self.folder / name
+
+    def sha256(self, name: str) -> str | None:
+        return sha256_of(self.path(name))
+
+    def header(self, name: str) -> dict[str, Any]:
+        """The header of a safetensors file, of its tensors nothing. Raises ValueError where it is none."""
+        with self.path(name).open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > min(LARGEST_HEADER, self.sizes[name]):
+                raise ValueError("no header")
+            return json.loads(stream.read(length))
+
+
+class Remote:
+    """A checkpoint on the Hub, of which the text is downloaded into the cache, and the weights are not."""
+
+    def __init__(self, repository: str, revision: str | None, report: Callable[[str], None]):
+        self.snapshot = read_snapshot(repository, revision, report)
+        self.report = report
+        self.commit = self.snapshot.commit
+        self.sizes = {name: file.size for name, file in sorted(self.snapshot.files.items())}
+
+    def path(self, name: str) -> Path:
+        repository = self.snapshot.repository
+        return Path(
+            ask(
+                lambda: huggingface_hub.hf_hub_download(repository, name, revision=self.commit), repository, self.report
+            )
+        )
+
+    def sha256(self, name: str) -> str | None:
+        """The Hub knows it of a large file; what is small is downloaded for it."""
+        file = self.snapshot.files[name]
+        return file.sha256 or (sha256_of(self.path(name)) if file.size <= LARGEST_TEXT else None)
+
+    def header(self, name: str) -> dict[str, Any]:
+        repository = self.snapshot.repository
+        found = ask(
+            lambda: huggingface_hub.HfApi().parse_safetensors_file_metadata(repository, name, revision=self.commit),
+            repository,
+            self.report,
+        )
+        return {name: {"dtype": tensor.dtype, "shape": tensor.shape} for name, tensor in found.tensors.items()}
+
+
+def inspect(name: str, revision: str | None = None, report: Callable[[str], None] = lambda line: None) -> Inspection:
+    """Reads a folder, or a Hub repository at a branch, tag or commit, and compares it with the installed release.
+
+    report: called with a line before each wait for the Hub. Raises RepositoryError where there is no checkpoint of this
+    package, HubError where the Hub refuses.
+    """
+    folder = Path(name)
+    if folder.exists() and not (folder / CONFIG).is_file():
+        raise RepositoryError(f"{name} is no checkpoint: it is not a folder with a {CONFIG}.")
+    source = Folder(folder) if folder.exists() else Remote(name, revision, report)
+    if CONFIG not in source.sizes:
+        raise RepositoryError(f"{name} is no checkpoint: it has no {CONFIG}.")
+    content = read_json(source.path(CONFIG))
+    found = Inspection(name, locatvit_hf.__version__, commit=source.commit)
+    config = build_config(content, name)
+    _describe_model(found, config, name)
+    _check_maps(found, source, content, config)
+    _read_weights(found, source)
+    _compare_files(found, source)
+    if found.parameters and found.parameters != found.expected_parameters:
+        found.notes.append(
+            f"The weights hold {found.parameters:,} numbers, and the model needs {found.expected_parameters:,}."
+        )
+    return found
+
+
+def _describe_model(found: Inspection, config: PreTrainedConfig, name: str) -> None:
+    """What the configuration says, by the installed class, built without memory."""
+    ours, built = family_config(config), model_class(config, name)
+    found.family, found.architecture, found.labels = ours.model_type, built.__name__, config.num_labels
+    found.image_size, found.patch_size = ours.image_size, getattr(ours, "patch_size", None)
+    with torch.device("meta"), torch.no_grad():
+        model = built(config).eval()
+    # Buffers of a batch norm are saved too.
+    found.expected_parameters = sum(tensor.numel() for tensor in model.state_dict().values())
+    height, width = (ours.image_size,) * 2 if isinstance(ours.image_size, int) else ours.image_size
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, ours.num_channels, height, width, device="meta"))
+    found.gmacs = counter.get_total_flops() / 2e9
+
+
+def _check_maps(found: Inspection, source: Folder | Remote, content: dict[str, Any], config: PreTrainedConfig) -> None:
+    """What `trust_remote_code=True` would import: classes by another name than ours are an alarm."""
+    expected = complete_auto_map(config) if isinstance(config, FamilyConfigMixin) else {}
+    maps = {CONFIG: (content, expected)}
+    if PROCESSOR in source.sizes:
+        maps[PROCESSOR] = (read_json(source.path(PROCESSOR)), PROCESSOR_MAP)
+    for file, (settings, known) in maps.items():
+        auto_map = settings.get("auto_map") or {}
+        for auto_class, target in auto_map.items() if isinstance(auto_map, dict) else [("auto_map", auto_map)]:
+            if known.get(auto_class) != target:
+                found.alarms.append(f"{file} makes {auto_class} load {target}, which is not a class of this package.")
+            elif f"{target.partition('.')[0]}.py" not in source.sizes:
+                found.notes.append(f"{file} makes {auto_class} load {target}, whose file is missing.")
+        for part in (settings, settings.get("backbone_config")):
+            for key in FOREIGN if isinstance(part, dict) else ():
+                if part.get(key):
+                    found.alarms.append(f"{file} sets {key}, which can make transformers run code from elsewhere.")
+
+
+def _read_weights(found: Inspection, source: Folder | Remote) -> None:
+    """Parameters and dtypes, from the headers alone."""
+    dtypes: Counter[str] = Counter()
+    for name in source.sizes:
+        if name.endswith(".safetensors") and "/" not in name:
+            try:
+                header = source.header(name)
+                tensors = [tensor for key, tensor in header.items() if key != "__metadata__"]
+                for tensor in tensors:
+                    dtypes[tensor["dtype"]] += prod(tensor["shape"])
+            except HubError:
+                raise
+            except Exception as error:  # whatever a damaged header leads to
+                raise RepositoryError(f"{name} of {found.name} is damaged: it has no header.") from error
+    found.dtypes, found.parameters = dict(dtypes), sum(dtypes.values())
+    if not dtypes:
+        found.notes.append(f"There are no weights in safetensors ({WEIGHTS}).")
+
+
+def _compare_files(found: Inspection, source: Folder | Remote) -> None:
+    """A verdict on each file: code is compared with the installed release, the rest with the recorded checksums."""
+    recorded = {}
+    if CHECKSUMS in source.sizes and source.sizes[CHECKSUMS] <= LARGEST_TEXT:
+        recorded = read_checksums(source.path(CHECKSUMS).read_text(encoding="utf-8", errors="replace"))
+    else:
+        found.notes.append(f"It has no {CHECKSUMS}, so nothing says whether its weights are those that were published.")
+    for name, size in source.sizes.items():
+        digest = source.sha256(name)
+        verdict, level = _judge(found, source, name, size)
+        if name in recorded and digest is not None and digest != recorded[name]:
+            verdict, level = f"{verdict}; NOT WHAT {CHECKSUMS} RECORDS", "alarm"
+            found.alarms.append(f"{name} is not what was published: its SHA-256 differs from {CHECKSUMS}.")
+        elif verdict == "weights" and name in recorded:
+            verdict = "weights, as recorded"
+        elif verdict == "weights" and recorded:
+            verdict, level = f"weights that {CHECKSUMS} DOES NOT RECORD", "alarm"
+            found.alarms.append(f"{name} is not among the files that {CHECKSUMS} records.")
+        found.files.append(CheckpointFile(name, size, digest, verdict, level))
+    gone = sorted(set(recorded) - set(source.sizes))
+    found.alarms += [f"{name} is recorded in {CHECKSUMS} and is not there." for name in gone]
+
+
+def _judge(found: Inspection, source: Folder | Remote, name: str, size: int) -> tuple[str, str]:
+    """What a file is, and how bad that is; see CheckpointFile."""
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix == ".py":
+        return _judge_code(found, source, name, size)
+    if suffix in PICKLES:
+        found.alarms.append(f"{name} is a pickle, which can run code when it is loaded.")
+        return "PICKLE: loading it can run code", "alarm"
+    if suffix == ".safetensors" and "/" not in name:
+        return "weights", "fine"
+    if name in EXPECTED or name.startswith(".eval_results/"):
+        return "expected", "fine"
+    if suffix in HARMLESS:
+        return "not needed by the model", "fine"
+    found.notes.append(f"{name} is a file that nobody expects in a checkpoint.")
+    return "unexpected", "note"
+
+
+def _judge_code(found: Inspection, source: Folder | Remote, name: str, size: int) -> tuple[str, str]:
+    release = f"locatvit-hf {found.release}"
+    installed = Path(locatvit_hf.__file__).with_name(name)
+    if "/" in name or name == "__init__.py" or not installed.is_file():
+        found.alarms.append(f"{name} is code that is not of this package.")
+        return "UNKNOWN CODE", "alarm"
+    if size > LARGEST_TEXT:
+        found.alarms.append(f"{name} is not that of {release}, and much larger.")
+        return f"CHANGED against {release}", "alarm"
+    ours, theirs = installed.read_bytes(), source.path(name).read_bytes()
+    if ours == theirs:
+        return f"identical to {release}", "fine"
+    found.alarms.append(f"{name} differs from that of {release}.")
+    before, after = (text.decode("utf-8", errors="backslashreplace").splitlines() for text in (ours, theirs))
+    lines = difflib.unified_diff(before, after, f"{release}/{name}", f"{found.name}/{name}", lineterm="")
+    found.diffs[name] = "\n".join(lines)
+    return f"CHANGED against {release}", "alarm"
+
+
+__all__ = ["CheckpointFile", "Inspection", "inspect"]

@@ -1,0 +1,159 @@
+"""`locatvit push`: a checkpoint goes to the Hub in one commit, checked before and complete or not at all."""
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+from .card import read_card, write_card
+from .remote import HubError, NotThereError, Snapshot, ask, read_snapshot, require_token
+from .repository import CHECKSUMS, INDEX, PICKLES, build_repository, verify_repository, write_checksums
+
+# Files of an earlier upload that would contradict the new ones; whatever else is there, such as pictures, stays.
+REPLACED = ("*.py", "*.safetensors", INDEX, CHECKSUMS, ".eval_results/*", *(f"*{suffix}" for suffix in PICKLES))
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Paths of an upload by what becomes of them, and for changed text (lines added, lines removed)."""
+
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+    unchanged: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.changed or self.removed)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What an upload did: the commit that now holds the files, and the address to open."""
+
+    commit: str
+    url: str
+    changes: Changes
+
+
+def compare(folder: Path, snapshot: Snapshot | None) -> Changes:
+    """What uploading a folder would change in a repository; None is one that does not exist yet."""
+    there = {} if snapshot is None else snapshot.files
+    here = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    same = {name for name, path in here.items() if name in there and there[name].equals(path)}
+    stale = [name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in REPLACED)]
+    return Changes(
+        added=[name for name in here if name not in there],
+        changed=[name for name in here if name in there and name not in same],
+        removed=sorted(name for name in stale if name not in here),
+        unchanged=sorted(same),
+    )
+
+
+def count_lines(folder: Path, snapshot: Snapshot, name: str) -> tuple[int, int] | None:
+    """(lines added, lines removed) of a changed file; None where it is no text."""
+    there = huggingface_hub.hf_hub_download(snapshot.repository, name, revision=snapshot.commit)
+    try:
+        before, after = (path.read_text(encoding="utf-8").splitlines() for path in (Path(there), folder / name))
+    except UnicodeDecodeError:
+        return None
+    lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
+    return sum(line.startswith("+") for line in lines), sum(line.startswith("-") for line in lines)
+
+
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    pull_request: bool = False,
+    tag: str | None = None,
+    message: str = "Upload model",
+    report: Callable[[str], None] = lambda line: None,
+) -> Upload:
+    """Makes a repository hold the files of `folder`, in one commit; code and weights of an earlier upload go.
+
+    private: of a repository that is created. revision: the branch to commit to, created where it is missing.
+    pull_request: propose the commit instead of making it. tag: name the commit. report: called with lines to show.
+    Where it fails, the repository is as it was, and the same call can be repeated. Raises HubError.
+    """
+    require_token()
+    snapshot = find_snapshot(repository, revision, report)
+    if pull_request and snapshot is None:
+        raise NotThereError(f"There is no repository {repository} that a pull request could change, or it is private.")
+    if private and snapshot is not None and not snapshot.private:
+        raise HubError(f"{repository} exists and is public: make it private on the Hub first, or choose another name.")
+    tagged = None if snapshot is None else _commit_of_tag(repository, tag, report)
+    if tagged is not None and (tagged != snapshot.commit or compare(folder, snapshot)):
+        raise HubError(f"{repository} has a tag {tag} already, at {tagged[:7]}: choose another tag.")
+
+    if snapshot is None:
+        ask(lambda: huggingface_hub.create_repo(repository, private=private, exist_ok=True), repository, report)
+    if revision is not None:
+        ask(lambda: huggingface_hub.create_branch(repository, branch=revision, exist_ok=True), repository, report)
+
+    def commit() -> Upload:
+        # Read again each time: an earlier attempt may have arrived although its answer was lost.
+        now = read_snapshot(repository, revision, report)
+        changes = compare(folder, now)
+        if not changes:
+            return Upload(now.commit, f"{huggingface_hub.constants.ENDPOINT}/{repository}/commit/{now.commit}", changes)
+        info = huggingface_hub.create_commit(
+            repository,
+            [
+                *(CommitOperationAdd(name, folder / name) for name in (*changes.added, *changes.changed)),
+                *(CommitOperationDelete(name) for name in changes.removed),
+            ],
+            commit_message=message,
+            revision=revision,
+            create_pr=pull_request,
+            parent_commit=now.commit,
+        )
+        return Upload(info.oid, info.pr_url or info.commit_url, changes)
+
+    done = ask(commit, repository, report)
+    if tag is not None and tagged is None:
+        try:
+            ask(lambda: huggingface_hub.create_tag(repository, tag=tag, revision=done.commit), repository, report)
+        except HubError as error:
+            raise HubError(f"{repository} has the files, but not the tag; repeat the command: {error}") from error
+    return done
+
+
+def find_snapshot(repository: str, revision: str | None, report: Callable[[str], None]) -> Snapshot | None:
+    """What an upload is compared with: the branch, or `main` where the branch is new, or None. Raises HubError."""
+    for name in dict.fromkeys((revision, None)):
+        try:
+            return read_snapshot(repository, name, report)
+        except NotThereError:
+            continue
+    return None
+
+
+def _commit_of_tag(repository: str, tag: str | None, report: Callable[[str], None]) -> str | None:
+    if tag is None:
+        return None
+    refs = ask(lambda: huggingface_hub.list_repo_refs(repository), repository, report)
+    return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+
+
+def prepare(folder: Path, destination: Path, repository: str, revision: str = "main") -> float:
+    """Fills `destination` with the repository of a checkpoint, complete and checked.
+
+    revision: what the snippets of the card pin. Returns the largest difference between its output in a clean process
+    and that of this package. Raises RepositoryError or CardError where the folder cannot be published.
+    """
+    build_repository(folder, destination)
+    card = read_card(folder)
+    title = card.title or repository.split("/")[-1]
+    write_card(destination, dataclasses.replace(card, title=title, repository=repository, revision=revision))
+    write_checksums(destination)
+    return verify_repository(destination)
+
+
+__all__ = ["Changes", "Upload", "compare", "count_lines", "find_snapshot", "prepare", "upload"]

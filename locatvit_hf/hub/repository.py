@@ -1,0 +1,258 @@
+"""A checkpoint folder becomes a repository: only what belongs there, and loaded once as its users will load it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
+
+import locatvit_hf
+
+from ..conversion.export import licence_text
+from ..image_processing_locatvit import LocAtViTImageProcessor
+from ..layers_locat import FamilyConfigMixin
+from .card import CARD_FILE, code_files
+from .families import FAMILIES
+from .remote import sha256_of
+
+WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json", "CHECKSUMS.sha256"
+# Suffixes of files that are pickles: whoever loads one runs what it says.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+# Settings that can name a kernel on the Hub, which building a model would then fetch and run.
+IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_locatvit.LocAtViTImageProcessor"}
+# What the card says changes without the model: it has no checksum.
+WITHOUT_CHECKSUM = ("README.md", CARD_FILE, ".eval_results", CHECKSUMS)
+# Float32 adds up in another order where another number of threads runs.
+LARGEST_DIFFERENCE = 1e-5
+
+
+class RepositoryError(ValueError):
+    """A folder that cannot be published: one sentence that says what is wrong with it."""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises RepositoryError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RepositoryError(f"{file} is not valid JSON.") from error
+    if not isinstance(content, dict):
+        raise RepositoryError(f"{file} is not a JSON object.")
+    return content
+
+
+def build_config(content: Mapping[str, Any], name: str) -> PreTrainedConfig:
+    """The configuration that a config.json describes, of the installed classes. Raises RepositoryError.
+
+    name: of the checkpoint, for the message.
+    """
+    backbone = content.get("backbone_config")
+    kinds = [part.get("model_type") for part in (content, backbone) if isinstance(part, Mapping)]
+    if not set(kinds) & set(FAMILIES):
+        raise RepositoryError(f"{name} is a {kinds[0]}, not one of {', '.join(FAMILIES)}.")
+    try:
+        return AutoConfig.for_model(**_without_code(content))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = _one_line(error.__cause__ or error)
+        raise RepositoryError(f"The config.json of {name} is not valid: {reason}") from error
+
+
+def _without_code(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what names code."""
+    kept = {name: value for name, value in content.items() if name not in ("auto_map", *IMPLEMENTATIONS)}
+    return {name: _without_code(value) if name == "backbone_config" else value for name, value in kept.items()}
+
+
+def family_config(config: PreTrainedConfig) -> FamilyConfigMixin:
+    """The part of a configuration that is ours: of a whole model, or of the backbone inside one of transformers."""
+    return config if isinstance(config, FamilyConfigMixin) else config.backbone_config
+
+
+def model_class(config: PreTrainedConfig, name: str) -> type[transformers.PreTrainedModel]:
+    """The installed class of a checkpoint. Raises RepositoryError where its config.json names none that exists."""
+    architecture = (config.architectures or ["none"])[0]
+    found = getattr(locatvit_hf, architecture, None) or getattr(transformers, architecture, None)
+    if found is None or not issubclass(found, transformers.PreTrainedModel):
+        raise RepositoryError(f"The config.json of {name} names no known model class, but {architecture}.")
+    return found
+
+
+def complete_auto_map(config: FamilyConfigMixin) -> dict[str, str]:
+    """Every Auto class of a family, and the class that it loads."""
+    return type(config)().auto_map
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, their headers read. Raises RepositoryError, also for pickles."""
+    if (folder / WEIGHTS).is_file():
+        files = [folder / WEIGHTS]
+    elif (folder / INDEX).is_file():
+        files = [folder / name for name in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))]
+    else:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            raise RepositoryError(
+                f"The weights of {folder} are a pickle, {pickles[0]}, which can run code on the machine that loads it: "
+                "load it where you trust it, and save it again with `save_pretrained`."
+            )
+        raise RepositoryError(f"{folder} holds no weights: there is no {WEIGHTS}.")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise RepositoryError(f"{file} is missing, damaged or incomplete.") from error
+    return files
+
+
+def build_repository(folder: Path, destination: Path) -> PreTrainedConfig:
+    """Fills the empty folder `destination` with what a repository of the checkpoint `folder` holds, but for the card.
+
+    Returns the configuration. Raises RepositoryError where `folder` is no complete checkpoint of this package.
+    """
+    if not (folder / "config.json").is_file():
+        raise RepositoryError(f"{folder} is no checkpoint: it is not a folder with a config.json.")
+    content = read_json(folder / "config.json")
+    config = build_config(content, str(folder))
+    architecture = model_class(config, str(folder)).__name__
+    for file in weight_files(folder):
+        _link(file, destination / file.name)
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        shutil.copyfile(folder / INDEX, destination / INDEX)
+
+    processor = folder / "preprocessor_config.json"
+    if not processor.is_file():
+        segments = architecture.endswith("ForSemanticSegmentation")
+        fresh = LocAtViTImageProcessor.from_model_config(family_config(config), segmentation=segments)
+        fresh.save_pretrained(destination)
+        processor = destination / processor.name
+    settings = read_json(processor)
+    if isinstance(config, FamilyConfigMixin):
+        content["auto_map"], settings["auto_map"] = complete_auto_map(config), PROCESSOR_MAP
+        for name in code_files(config):
+            shutil.copyfile(Path(locatvit_hf.__file__).with_name(name), destination / name)
+    _write_json(destination / "config.json", content)
+    _write_json(destination / processor.name, settings)
+    (destination / "LICENSE").write_text(licence_text(), encoding="utf-8")
+    return config
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes the SHA-256 of every file that decides what the model computes, as `sha256sum --check` reads it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    lines = [
+        f"{sha256_of(path)}  {name}\n"
+        for path, name in zip(files, names, strict=True)
+        if name.split("/")[0] not in WITHOUT_CHECKSUM
+    ]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def read_checksums(text: str) -> dict[str, str]:
+    """The SHA-256 of each path that CHECKSUMS.sha256 lists; lines of another form are left out."""
+    lines = (line.split(maxsplit=1) for line in text.splitlines())
+    return {words[1].lstrip("*"): words[0].lower() for words in lines if len(words) == 2}
+
+
+@torch.no_grad()
+def verify_repository(folder: Path) -> float:
+    """Loads a repository where this package is missing, and returns the largest difference from the package's output.
+
+    Raises RepositoryError where it does not load, lacks weights, or differs.
+    """
+    config = build_config(read_json(folder / "config.json"), str(folder))
+    ours, alone = family_config(config), isinstance(config, FamilyConfigMixin)
+    name = model_class(config, str(folder)).__name__
+    if alone:
+        auto_names = {path.partition(".")[2]: auto_name for auto_name, path in complete_auto_map(config).items()}
+        # AutoBackbone takes no folders.
+        name = auto_names[name].replace("AutoBackbone", "AutoModel")
+    model, loading = getattr(transformers, name).from_pretrained(
+        folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise RepositoryError(f"The weights lack {len(missing)} tensors of the model, such as {missing[0]}.")
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+
+    height, width = (ours.image_size,) * 2 if isinstance(ours.image_size, int) else ours.image_size
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = torch.randn(1, ours.num_channels, height, width, generator=generator)
+    pixels = np.random.default_rng(0).integers(0, 256, (height + 16, width + 8, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as machine:
+        image, inputs, outputs = (Path(machine) / name for name in ("image.png", "in.safetensors", "out.safetensors"))
+        Image.fromarray(pixels).save(image)
+        save_file({"pixel_values": pixel_values}, inputs)
+        program = Path(__file__).with_name("clean_load.py")
+        command = [sys.executable, "-I", program, folder, name, image, inputs, outputs]
+        command += [] if alone else ["--with-package"]
+        run = subprocess.run(command, cwd=machine, env=_clean_environment(machine), capture_output=True, text=True)
+        if run.returncode != 0:
+            reason = (run.stderr.strip().splitlines() or ["it was killed"])[-1]
+            raise RepositoryError(f"The repository does not load in a clean process: {reason}")
+        found = load_file(outputs)
+    expected = {
+        "output": model.eval()(pixel_values)[0],
+        "pixel_values": processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"],
+    }
+    largest = 0.0
+    for what, tensor in expected.items():
+        same_shape = found[what].shape == tensor.shape
+        difference = (found[what] - tensor).abs().max().item() if same_shape else float("inf")
+        if not difference <= LARGEST_DIFFERENCE * max(1.0, tensor.abs().max().item()):
+            raise RepositoryError(
+                f"The repository does not compute what this package computes: its {what} differs by {difference:.3g}."
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def _clean_environment(machine: str) -> dict[str, str]:
+    """Ours without what Python and the libraries of Hugging Face read from it; offline, with empty caches."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+    caches = {"HF_HOME": f"{machine}/hf", "HF_MODULES_CACHE": f"{machine}/modules"}
+    return inherited | caches | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def _link(file: Path, destination: Path) -> None:
+    """A link where the system allows it: weights are large."""
+    try:
+        destination.symlink_to(file.resolve())
+    except OSError:
+        shutil.copyfile(file, destination)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") + "."
+
+
+__all__ = [
+    "RepositoryError",
+    "build_config",
+    "build_repository",
+    "family_config",
+    "model_class",
+    "read_checksums",
+    "verify_repository",
+    "weight_files",
+    "write_checksums",
+]
