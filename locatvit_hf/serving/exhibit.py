@@ -71,7 +71,7 @@ class Exhibit:
         """A frame in which pointing at a patch shows what it attends to; it needs no further answer from here."""
         layers = read_layers(self.model.base_model, self.whole_picture(picture, return_tensors="pt")["pixel_values"])
         index = default_layer(layers)
-        page = build_page(self.name, picture, {self.name: layers}, index, default_queries(layers[index])[0])
+        page = build_page("Where it looks", picture, {self.name: layers}, index, default_queries(layers[index])[0])
         page = html.escape(page.replace("</body>", f"{REPORT_HEIGHT}</body>"))
         title = f"Where {html.escape(self.name)} looks"
         return f'<iframe class="look" title="{title}" sandbox="allow-scripts" srcdoc="{page}"></iframe>'

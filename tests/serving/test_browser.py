@@ -1,0 +1,143 @@
+"""The page in Chromium, at the width of a desk and of a telephone."""
+
+import json
+import shutil
+import time
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
+FLAGS = (
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
+
+
+@pytest.fixture
+def open_browser(tmp_path):
+    browsers = []
+    binary, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not binary or not driver:
+        pytest.fail("These tests drive Chromium: apt-get install chromium chromium-driver.", pytrace=False)
+
+    def start(width, height):
+        options = webdriver.ChromeOptions()
+        options.binary_location = binary
+        for flag in (*FLAGS, f"--user-data-dir={tmp_path / str(len(browsers))}", f"--window-size={width},{height}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        browser = webdriver.Chrome(options=options, service=Service(driver))
+        browsers.append(browser)
+        if width < 600:
+            metrics = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": True}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+        return browser
+
+    yield start
+    for browser in browsers:
+        browser.quit()
+
+
+def wait(browser, condition, seconds=90):
+    return WebDriverWait(browser, seconds).until(condition)
+
+
+def visible(browser, selector):
+    return [element for element in browser.find_elements(By.CSS_SELECTOR, selector) if element.is_displayed()]
+
+
+def open_page(browser, address):
+    browser.get(address)
+    wait(browser, lambda found: found.find_elements(By.CSS_SELECTOR, "input[type=file]"))
+
+
+def upload(browser, path):
+    if clear := visible(browser, "button[aria-label=Clear], button[title=Clear]"):
+        clear[0].click()
+        wait(browser, lambda found: found.find_elements(By.CSS_SELECTOR, "input[type=file]"))
+    browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(path))
+
+
+def headings(browser):
+    return [element.text for element in visible(browser, "h3")]
+
+
+@pytest.mark.parametrize("width", list(WIDTHS))
+def test_a_visit(address, pictures, open_browser, width):
+    browser = open_browser(*WIDTHS[width])
+    open_page(browser, address)
+    upload(browser, pictures / "wide.png")
+    wait(browser, lambda found: headings(found) == ["classifier", "segmenter"])
+    wait(browser, lambda found: len(visible(found, "iframe.look")) == 2)
+
+    # Classify: five bars or fewer, the shares of the classes. Segment: a legend that adds up.
+    answer = visible(browser, "[data-testid=label], .label-wrap, .output-class, h2.output-class")
+    assert any("road" in element.text or "tree" in element.text or "sky <b>" in element.text for element in answer)
+    shares = [int(element.text.rstrip("%")) for element in visible(browser, ".legend b")]
+    assert shares and abs(sum(shares) - 100) <= 2
+    assert "sky <b>" in browser.find_element(By.TAG_NAME, "body").text
+
+    # Nothing is wider than the screen, and the frames are as tall as what they hold.
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= WIDTHS[width][0]
+    frames = visible(browser, "iframe.look")
+    wait(browser, lambda _: all(frame.size["height"] != 640 for frame in frames))
+
+    # Pointing at a patch, or tapping it, says where it looks.
+    browser.switch_to.frame(frames[0])
+    body = browser.find_element(By.TAG_NAME, "body")
+    before = body.text
+    canvas = browser.find_element(By.CSS_SELECTOR, "canvas")
+    assert browser.execute_script("return document.documentElement.scrollHeight <= innerHeight + 1")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    pointer = webdriver.ActionChains(browser).move_to_element_with_offset(
+        canvas, canvas.size["width"] // 2 - 4, canvas.size["height"] // 2 - 4
+    )
+    pointer.click().perform() if width == "phone" else pointer.perform()
+    wait(browser, lambda _: body.text != before)
+    assert "row 4, column 4" in body.text
+    browser.switch_to.default_content()
+
+    # Another model in the second place, then nobody.
+    choose(browser, "Beside it", "nobody")
+    wait(browser, lambda found: headings(found) == ["classifier"])
+    choose(browser, "Model", "segmenter")
+    wait(browser, lambda found: headings(found) == ["segmenter"])
+
+    # A broken picture is named, and the page lives.
+    upload(browser, pictures / "broken.jpg")
+    wait(browser, lambda found: "This file" in found.find_element(By.TAG_NAME, "body").text)
+    upload(browser, pictures / "tall.jpg")
+    wait(browser, lambda found: headings(found) == ["segmenter"])
+    wait(browser, lambda found: len(visible(found, "iframe.look")) == 1)
+
+    requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [r["params"]["request"]["url"] for r in requests if r["method"] == "Network.requestWillBeSent"]
+    assert [url for url in urls if not url.startswith((address, "data:", "blob:", "about:"))] == []
+
+
+def choose(browser, label, value):
+    box = browser.find_element(By.CSS_SELECTOR, f"input[aria-label='{label}']")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
+    box.click()
+    time.sleep(0.3)
+    option = wait(browser, lambda found: visible(found, f"[role=option][aria-label='{value}']"))
+    option[0].click()
+
+
+def test_two_visitors_at_once(address, pictures, open_browser):
+    visitors = [open_browser(*WIDTHS["desk"]), open_browser(*WIDTHS["phone"])]
+    for browser in visitors:
+        open_page(browser, address)
+    for browser, name in zip(visitors, ("wide.png", "tall.jpg"), strict=True):
+        upload(browser, pictures / name)
+    for browser, wide in zip(visitors, (True, False), strict=True):
+        wait(browser, lambda found: len(visible(found, "iframe.look")) == 2)
+        browser.switch_to.frame(visible(browser, "iframe.look")[0])
+        canvas = browser.find_element(By.CSS_SELECTOR, "canvas")
+        assert (canvas.size["width"] > canvas.size["height"]) == wide

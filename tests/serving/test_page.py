@@ -1,0 +1,109 @@
+"""The page without a browser: what it answers, and what it refuses in one sentence."""
+
+import re
+
+import gradio as gr
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from PIL import Image
+from typer.testing import CliRunner
+
+from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor
+from locatvit_hf.cli import app
+from locatvit_hf.serving import build_page, write_space
+from locatvit_hf.serving.examples import draw_examples
+from locatvit_hf.serving.exhibit import Exhibit
+from locatvit_hf.visualization import label_colors
+
+
+def test_exhibit_says_what_the_model_says(checkpoints, pictures):
+    picture = Image.open(pictures / "wide.png")
+    model = LocAtViTForImageClassification.from_pretrained(checkpoints / "classifier").eval()
+    processor = LocAtViTImageProcessor.from_pretrained(checkpoints / "classifier")
+    expected = model(**processor(picture, return_tensors="pt")).logits[0].softmax(dim=-1)
+    exhibit = Exhibit(str(checkpoints / "classifier"))
+    assert exhibit.classify(picture) == pytest.approx(dict(zip(NAMES, expected.tolist(), strict=True)), abs=1e-6)
+    frame = exhibit.look(picture)
+    assert 'sandbox="allow-scripts"' in frame
+    assert "locatvitHeight" in frame
+
+
+NAMES = ("road", "sky <b>", "tree")
+
+
+def test_segmentation_colours_the_picture_and_names_the_shares(checkpoints, pictures):
+    picture = Image.open(pictures / "tall.jpg")
+    exhibit = Exhibit(str(checkpoints / "segmenter"))
+    overlay, legend = exhibit.segment(picture)
+    assert overlay.size == picture.size
+    label_map = exhibit.segmenter([picture])[0]
+    for label, name in enumerate(NAMES):
+        share = (label_map == label).mean()
+        shown = name.replace("<", "&lt;").replace(">", "&gt;")
+        assert (f"{shown}<b>{share:.0%}</b>" in legend) == (share > 0)
+    colors = label_colors(3)
+    painted = np.asarray(overlay, np.float64) - 0.25 * 0.6 * np.asarray(picture, np.float64)
+    np.testing.assert_allclose(painted, 0.75 * colors[label_map], atol=2)
+
+
+def test_every_family_can_be_looked_at(checkpoints, pictures):
+    assert "srcdoc" in Exhibit(str(checkpoints / "clusters")).look(Image.open(pictures / "wide.png"))
+
+
+def test_page_answers_over_http(checkpoints, pictures):
+    page = build_page([str(checkpoints / "classifier"), str(checkpoints / "segmenter")])
+    page.launch(prevent_thread_lock=True, quiet=True)
+    try:
+        client = Client(page.local_url, verbose=False)
+        both = client.predict(handle_file(pictures / "wide.png"), "classifier", "segmenter", api_name="/show")
+        visible = [part for part in both if not isinstance(part, dict) or part.get("visible", True)]
+        text = str(visible)
+        assert "### classifier" in text and "### segmenter" in text
+        assert text.count("<iframe") == 2
+        alone = str(client.predict(handle_file(pictures / "wide.png"), "segmenter", "nobody", api_name="/show"))
+        assert "### classifier" not in alone and alone.count("<iframe") == 1
+        with pytest.raises(Exception, match=r"This file (is no image file|cannot be decoded)"):
+            client.predict(handle_file(pictures / "broken.jpg"), "classifier", "nobody", api_name="/show")
+        again = str(client.predict(handle_file(pictures / "tall.jpg"), "classifier", "nobody", api_name="/show"))
+        assert "### classifier" in again
+    finally:
+        page.close()
+
+
+def test_two_checkpoints_of_one_name_are_told_apart(checkpoints, tmp_path):
+    twin = tmp_path / "classifier"
+    twin.symlink_to(checkpoints / "classifier")
+    page = build_page([str(checkpoints / "classifier"), str(twin)])
+    models = next(block for block in page.blocks.values() if isinstance(block, gr.Dropdown) and block.label == "Model")
+    assert [choice for choice, _ in models.choices] == ["classifier", str(twin)]
+
+
+def test_examples_are_drawn_or_taken_from_a_folder(checkpoints, pictures, tmp_path):
+    drawn = draw_examples(tmp_path)
+    assert len(drawn) == 3
+    assert all(Image.open(path).size == (480, 360) and path.stat().st_size < 50_000 for path in drawn)
+    with pytest.raises(ValueError, match="holds no pictures"):
+        build_page([str(checkpoints / "classifier")], checkpoints)
+
+
+def test_space_names_its_models_and_this_version(tmp_path, checkpoints):
+    write_space(tmp_path / "space", ["me/locatvit", "me/vit"])
+    assert sorted(path.name for path in (tmp_path / "space").iterdir()) == ["README.md", "app.py", "requirements.txt"]
+    app_text = (tmp_path / "space" / "app.py").read_text()
+    compile(app_text, "app.py", "exec")
+    assert "['me/locatvit', 'me/vit']" in app_text
+    assert re.search(r"^locatvit-hf\[serve\]==\d", (tmp_path / "space" / "requirements.txt").read_text())
+    with pytest.raises(ValueError, match="Push it there first"):
+        write_space(tmp_path / "space", [str(checkpoints / "classifier")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [(["--model", "/nowhere/at/all"], "no checkpoint"), (["--model", "{checkpoints}", "--port", "1"], "no checkpoint")],
+)
+def test_command_refuses_in_one_sentence(arguments, sentence, checkpoints):
+    arguments = [argument.format(checkpoints=checkpoints) for argument in arguments]
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == 1
+    assert sentence in result.output and "Traceback" not in result.output
