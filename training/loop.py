@@ -317,8 +317,7 @@ class TrainingLoop:
         }
         if self.accelerator.is_main_process:
             folder, repository = self.output / "model", self.arguments.push_to_hub
-            module = self._evaluated_module()
-            write_card(folder, module, self.arguments, state.exported, state.exported_step, results)
+            write_card(folder, self.arguments, results)
             write_json(self.output / "all_results.json", results)
             self.print(f"Model in {folder}, results in {self.output / 'all_results.json'}.")
             if repository is not None:

@@ -3,7 +3,7 @@
 sources    finds a checkpoint and reads it, without running anything in it
 families   which architectures can be converted; one module a family (`locatvit`) says how
 keys       tables of tensor names
-convert    the conversion itself, `export` and `card` what it writes
+convert    the conversion itself, `export` the folder that it writes
 vit        `from_vit`: starting from a ViT of transformers or timm
 """
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
 from .. import __version__
+from ..hub.card import UNKNOWN, Card, Conversion, public_name, write_card
 from ..image_processing_locatvit import LocAtViTImageProcessor
-from .card import write_card
 from .errors import ConversionError
 from .export import check_destination, complete_or_absent, licence_text
 from .families import Family, family_of
@@ -26,7 +26,7 @@ LARGEST_LOGIT_DIFFERENCE = 1e-6
 
 
 @dataclass(frozen=True)
-class Conversion:
+class Converted:
     """What `convert` did: the folder, the model's class and configuration, and how many tensors it mapped."""
 
     folder: Path
@@ -43,7 +43,7 @@ def convert(
     overwrite: bool = False,
     revision: str | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> Conversion:
+) -> Converted:
     """Converts the checkpoint `source`, a local path or a Hub id, into the folder `folder`, complete or absent.
 
     ema: take the moving average that a training run kept, instead of the weights.
@@ -66,12 +66,39 @@ def convert(
     with complete_or_absent(folder, overwrite) as unfinished:
         build_processor(reference, config, segments).save_pretrained(unfinished)
         model.save_pretrained(unfinished)
-        write_card(unfinished, reference, model, where, tensors, _sha256(reference.weights_file), __version__)
         (unfinished / "LICENSE").write_text(licence_text(), encoding="utf-8")
-        verify(model, unfinished)
+        difference = verify(model, unfinished)
+        write_card(unfinished, describe(reference, folder.name, where, tensors, difference))
     report(f"Wrote {folder}; reloaded, it gives the same output.")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Conversion(folder, type(model).__name__, config, len(state), num_parameters)
+    return Converted(folder, type(model).__name__, config, len(state), num_parameters)
+
+
+def describe(reference: Reference, name: str, where: str, tensors: str, difference: float) -> Card:
+    """The card of a converted checkpoint: what `reference` says, and nothing that it does not.
+
+    name: of the folder. where: which of its weights were taken. tensors: what became of them, a sentence.
+    difference: the largest that `verify` found.
+    """
+    source = public_name(reference.source.removeprefix("hf-hub:").removeprefix("hf_hub:"))
+    local = Path(reference.source).expanduser().exists()
+    return Card(
+        title=reference.architecture or name,
+        repository=name,
+        datasets=[UNKNOWN],
+        weights_license=UNKNOWN,
+        base_model=None if local else source,
+        conversion=Conversion(
+            source=source,
+            layout=reference.layout,
+            part=where,
+            file=reference.weights_file.name,
+            sha256=_sha256(reference.weights_file),
+            tensors=tensors,
+            difference=difference,
+            version=__version__,
+        ),
+    )
 
 
 def configure(family: Family, reference: Reference, **fields: Any) -> PreTrainedConfig:
@@ -146,8 +173,8 @@ def build_processor(reference: Reference, config: PreTrainedConfig, segmentation
 
 
 @torch.no_grad()
-def verify(model: PreTrainedModel, folder: Path) -> None:
-    """Loads `folder` and compares its output with that of `model` on a fixed random image.
+def verify(model: PreTrainedModel, folder: Path) -> float:
+    """Loads `folder` and returns the largest difference of its output from that of `model`, on a fixed random image.
 
     Raises ConversionError where they differ.
     """
@@ -161,6 +188,7 @@ def verify(model: PreTrainedModel, folder: Path) -> None:
     difference = (ours - theirs).abs().max().item()
     if not difference <= LARGEST_LOGIT_DIFFERENCE * max(1.0, ours.abs().max().item()):
         raise ConversionError(f"The written folder does not give the output of its source: it differs by {difference}.")
+    return difference
 
 
 def _sha256(file: Path) -> str:
@@ -171,4 +199,4 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["Conversion", "build_model", "build_processor", "configure", "convert", "verify"]
+__all__ = ["Converted", "build_model", "build_processor", "configure", "convert", "describe", "verify"]

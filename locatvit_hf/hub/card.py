@@ -7,6 +7,8 @@ is known before its weights are: see `read_source`.
 
 import contextlib
 import dataclasses
+import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -280,8 +282,8 @@ def load_card(path: Path) -> Card:
 def read_source(path: Path) -> tuple[PreTrainedConfig, Card]:
     """A file of `model_cards/`: the configuration of the checkpoint, and what its card says before it has weights.
 
-    Beside the fields of a card it holds `family` and `preset`, which name a size of the paper, `architecture`, the class
-    of the model, and `model`, further fields of the configuration.
+    Beside the fields of a card it holds `family` and `preset`, which name a size of the paper, `architecture`, the
+    class of the model, and `model`, further fields of the configuration.
     """
     path = Path(path)
     content = _read_yaml(path)
@@ -303,34 +305,62 @@ def read_source(path: Path) -> tuple[PreTrainedConfig, Card]:
 
 
 def results_from(record: dict[str, Any]) -> list[Result]:
-    """The numbers of a result file: what a program of `training/evaluation/` wrote, or `all_results.json` of a run."""
-    if "task" in record:
-        settings, kind, metrics = record, record["task"], record["metrics"]
-        protocol = kind.replace("_", " ").replace("knn", "k-NN")
-        split = record["split"]
-    else:
-        settings, kind, metrics = record["arguments"], record["program"], record["exported"]["metrics"]
-        protocol = "at the end of training" if kind != "dino" else "k-NN at the end of training"
-        split = settings.get("validation_split", "validation")
-    return [
-        Result(
-            task=HUB_TASKS[kind],
-            dataset=public_name(settings["dataset"]),
-            split=split,
-            metric=metric,
-            value=round(value, 5),
-            protocol=protocol,
-            date=record.get("date"),
-            code=_versions(record.get("versions")),
-        )
-        for metric, value in metrics.items()
-        if isinstance(value, int | float)
-    ]
+    """The numbers of a result file: what a program of `training/evaluation/` wrote, or `all_results.json` of a run.
+
+    Only shares (accuracies, IoU, average precision) are results; losses and the like are not. Raises CardError where
+    the record is neither.
+    """
+    try:
+        if "task" in record:
+            settings, kind, metrics, split = record, record["task"], record["metrics"], record["split"]
+            protocol = kind.replace("_", " ").replace("knn", "k-NN")
+            if record.get("num_images"):
+                protocol += f", {record['num_images']:,} images"
+        else:
+            settings, kind, metrics = record["arguments"], record["program"], record["exported"]["metrics"]
+            protocol = f"{'k-NN ' if kind == 'dino' else ''}while training, at update {record['exported']['step']:,}"
+            split = settings.get("validation_split") or "validation"
+        return [
+            Result(
+                task=HUB_TASKS[kind],
+                dataset=public_name(settings["dataset"]),
+                split=split,
+                metric=metric,
+                value=round(value, 5),
+                protocol=protocol,
+                date=record.get("date"),
+                code=_versions(record.get("versions")),
+            )
+            for metric, value in metrics.items()
+            if isinstance(value, int | float) and math.isfinite(value) and _is_share(metric)
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CardError(f"The record is no result of a program in training/: {error!r}.") from None
+
+
+def _is_share(metric: str) -> bool:
+    return any(part in metric for part in ("accuracy", "iou", "_ap", "_ar"))
+
+
+def family_of(folder: Path) -> str | None:
+    """The model type of a checkpoint folder of one of our families, also below a UPerNet; None for other models.
+
+    Raises CardError where its config.json cannot be read.
+    """
+    try:
+        content = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CardError(f"Cannot read the config.json of {folder}: {error}.") from None
+    types = (content.get("model_type"), (content.get("backbone_config") or {}).get("model_type"))
+    return next((name for name in types if name in FAMILIES), None)
 
 
 def public_name(name: str) -> str:
     """A data set or model as a reader may see it: of a path of this machine only the last part."""
-    return Path(name).name if Path(name).exists() else name
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
 
 
 def code_files(config: PreTrainedConfig) -> list[str]:
@@ -556,6 +586,7 @@ __all__ = [
     "code_files",
     "count_parameters",
     "dump_card",
+    "family_of",
     "load_card",
     "public_name",
     "read_card",

@@ -106,12 +106,13 @@ FAMILIES = {
 # Words in the name of the training data -> what to know about a model that learned from it.
 DATA = {
     ("imagenet",): (
-        "ImageNet shows what its classes were chosen to show: more than a hundred breeds of dogs, few people, one object, "
-        "mostly in the middle of the picture. Its photographs come from the web, [most of them from North America and "
-        "Europe](https://arxiv.org/abs/1711.08536), and models are right less often about [the household objects of "
-        "poorer places](https://arxiv.org/abs/1906.02659). They lean on [texture](https://arxiv.org/abs/1811.12231) "
-        "and background. Its [labels are partly wrong](https://arxiv.org/abs/2006.07159), and the [people in its "
-        "pictures were not asked](https://arxiv.org/abs/2006.16923)."
+        "ImageNet shows what its classes were chosen to show: more than a hundred breeds of dogs, few people, one "
+        "object, mostly in the middle of the picture. Its photographs come from the web, [most of them from North "
+        "America and Europe](https://arxiv.org/abs/1711.08536), and models are right less often about [the household "
+        "objects of poorer places](https://arxiv.org/abs/1906.02659). They lean on "
+        "[texture](https://arxiv.org/abs/1811.12231) and background. Its [labels are partly "
+        "wrong](https://arxiv.org/abs/2006.07159), and the [people in its pictures were not "
+        "asked](https://arxiv.org/abs/2006.16923)."
     ),
     ("ade20k", "adechallenge", "scene_parse_150"): (
         "ADE20K shows indoor and street scenes, and its 150 classes cover nothing else; rare classes are much worse "

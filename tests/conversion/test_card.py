@@ -1,8 +1,11 @@
 """The README.md of a converted checkpoint says what it is, and nothing that is not so."""
 
+import hashlib
+
 import pytest
 import yaml
 
+from locatvit_hf.hub.card import UNKNOWN, read_card
 from tests.conversion.layouts import write_run
 from tests.golden import load_case
 
@@ -37,7 +40,7 @@ def card_of(tmp_path, locatvit):
 )
 def test_card_of_every_family(card_of, name, tag, kind, papers):
     front, text = card_of(name)
-    assert front["tags"] == [tag, "vision"] and front["pipeline_tag"] == "image-classification"
+    assert front["tags"] == ["custom_code", "vision", tag] and front["pipeline_tag"] == "image-classification"
     assert kind in text
     assert {paper for paper in (VIT, SWIN, JUMBO, LOCAT, PACA) if paper in text} == papers
     assert ("| Gaussian-augmented attention | yes |" in text) == (LOCAT in papers)
@@ -45,3 +48,13 @@ def test_card_of_every_family(card_of, name, tag, kind, papers):
     assert ("in the model but 12 copies, constants" in text) == copies
     assert ("Every tensor has its place in the model." in text) != copies
     assert "No accuracy was measured here" in text
+    assert "difference of its logits from those of the converted model was 0.0" in text
+
+
+def test_what_the_source_does_not_say_is_unknown(card_of, tmp_path):
+    front, text = card_of("locatvit")
+    card = read_card(tmp_path / "out")
+    assert card.datasets == [UNKNOWN] and card.training is None and "datasets" not in front
+    assert front["license"] == "unknown" and "No licence of the weights is known" in text
+    weights = (tmp_path / "run" / "model_best.pth.tar").read_bytes()
+    assert card.conversion.sha256 == hashlib.sha256(weights).hexdigest()

@@ -89,7 +89,7 @@ def test_classifiers_of_every_variant(convert, variant):
     assert processor["size"]["shortest_edge"] == 248
     assert processor["image_mean"] == [0.485, 0.456, 0.406]
     card = (folder / "README.md").read_text()
-    assert "PaCa-ViT" in card and "AutoModelForImageClassification" in card and "- pacavit" in card
+    assert "PaCa-ViT" in card and 'pipeline("image-classification"' in card and "- pacavit" in card
     assert "arXiv 2203.11987" in card and "LocAt" not in card and "Gaussian" not in card
 
 
