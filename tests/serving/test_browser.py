@@ -6,6 +6,7 @@ import time
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -45,7 +46,7 @@ def open_browser(tmp_path):
 
 
 def wait(browser, condition, seconds=90):
-    return WebDriverWait(browser, seconds).until(condition)
+    return WebDriverWait(browser, seconds, ignored_exceptions=[StaleElementReferenceException]).until(condition)
 
 
 def visible(browser, selector):
@@ -59,7 +60,7 @@ def open_page(browser, address):
 
 def upload(browser, path):
     if clear := visible(browser, "button[aria-label=Clear], button[title=Clear]"):
-        clear[0].click()
+        browser.execute_script("arguments[0].click()", clear[0])  # a message may still lie over it
         wait(browser, lambda found: found.find_elements(By.CSS_SELECTOR, "input[type=file]"))
     browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(path))
 
@@ -83,24 +84,25 @@ def test_a_visit(address, pictures, open_browser, width):
     assert shares and abs(sum(shares) - 100) <= 2
     assert "sky <b>" in browser.find_element(By.TAG_NAME, "body").text
 
-    # Nothing is wider than the screen, and the frames are as tall as what they hold.
+    # Nothing is wider than the screen, and each frame becomes as tall as what it holds once it is looked at.
     assert browser.execute_script("return document.documentElement.scrollWidth") <= WIDTHS[width][0]
     frames = visible(browser, "iframe.look")
-    wait(browser, lambda _: all(frame.size["height"] != 640 for frame in frames))
+    for frame in reversed(frames):
+        browser.execute_script("arguments[0].scrollIntoView()", frame)
+        wait(browser, lambda _, frame=frame: frame.size["height"] != 640)
 
     # Pointing at a patch, or tapping it, says where it looks.
     browser.switch_to.frame(frames[0])
-    body = browser.find_element(By.TAG_NAME, "body")
-    before = body.text
-    canvas = browser.find_element(By.CSS_SELECTOR, "canvas")
     assert browser.execute_script("return document.documentElement.scrollHeight <= innerHeight + 1")
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
-    pointer = webdriver.ActionChains(browser).move_to_element_with_offset(
-        canvas, canvas.size["width"] // 2 - 4, canvas.size["height"] // 2 - 4
-    )
-    pointer.click().perform() if width == "phone" else pointer.perform()
-    wait(browser, lambda _: body.text != before)
-    assert "row 4, column 4" in body.text
+    canvas = browser.find_element(By.CSS_SELECTOR, "canvas")
+    for corner, place in ((-1, "Patch at row 1, column 1"), (1, "Patch at row")):
+        pointer = webdriver.ActionChains(browser).move_to_element_with_offset(
+            canvas, corner * (canvas.size["width"] // 2 - 4), corner * (canvas.size["height"] // 2 - 4)
+        )
+        before = browser.find_element(By.TAG_NAME, "body").text
+        pointer.click().perform() if width == "phone" else pointer.perform()
+        wait(browser, lambda found, place=place: place in found.find_element(By.TAG_NAME, "body").text)
+    assert browser.find_element(By.TAG_NAME, "body").text != before
     browser.switch_to.default_content()
 
     # Another model in the second place, then nobody.
@@ -140,4 +142,4 @@ def test_two_visitors_at_once(address, pictures, open_browser):
         wait(browser, lambda found: len(visible(found, "iframe.look")) == 2)
         browser.switch_to.frame(visible(browser, "iframe.look")[0])
         canvas = browser.find_element(By.CSS_SELECTOR, "canvas")
-        assert (canvas.size["width"] > canvas.size["height"]) == wide
+        assert (canvas.get_property("width") > canvas.get_property("height")) == wide
