@@ -2,6 +2,7 @@
 
 import typer
 
+from .card import card
 from .convert import convert
 from .info import info
 from .look import look
@@ -23,6 +24,7 @@ def _verbs() -> None:
     """Keeps `locatvit` a command of verbs while it has a single one."""
 
 
+app.command()(card)
 app.command()(convert)
 app.command()(info)
 app.command()(look)

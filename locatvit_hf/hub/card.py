@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import locatvit_hf
 
-from .families import FAMILIES, describe_family, limits_of_data
+from .families import DINO, FAMILIES, describe_family, limits_of_data
 
 CARD_FILE = "card.yaml"
+MINIMUM_TRANSFORMERS = "5.14"
 UNKNOWN = "unknown"
 """Where nobody says: the card says so in a sentence. A field that was forgotten is refused instead."""
 
@@ -162,8 +164,14 @@ class Card:
     conversion: Conversion | None = None
 
     def filled_from(self, source: "Card") -> "Card":
-        """This card with what `source` says, which wins wherever it says anything."""
+        """This card with what `source` says, which wins wherever it says anything.
+
+        Except of weights that were trained here: what they learned from, and under which licence they are, is up to
+        whoever trained them.
+        """
         said = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if getattr(source, f.name)}
+        if self.conversion is None:
+            said = {name: value for name, value in said.items() if name not in ("datasets", "weights_license")}
         return dataclasses.replace(self, **said)
 
 
@@ -188,14 +196,17 @@ def render_card(config: PreTrainedConfig, card: Card) -> str:
     check_card(card)
     inner = _inner_config(config)
     architecture = _architecture(config)
+    pipeline = _pipeline(architecture)
     description, papers, facts = describe_family(inner)
+    if card.training is not None and card.training.program == "dino":
+        papers = [*papers, DINO]
     if config is not inner:
         description = f"{description} It is the backbone of a UPerNet for semantic segmentation."
     facts = {
         "Parameters": f"{count_parameters(config):,}",
         "Image size": inner.image_size,
         "Patch size": getattr(inner, "patch_size", "-"),
-        "Classes": config.num_labels or "none",
+        **({} if pipeline == "image-feature-extraction" else {"Classes": config.num_labels}),
         **facts,
         "Normalisation": f"mean {list(inner.image_mean)}, std {list(inner.image_std)}",
     }
@@ -205,7 +216,7 @@ def render_card(config: PreTrainedConfig, card: Card) -> str:
         .render(
             card=card,
             description=description,
-            pipeline=_pipeline(architecture),
+            pipeline=pipeline,
             architecture=architecture,
             upernet=config is not inner,
             backbone_class=inner.auto_map["AutoBackbone"],
@@ -216,7 +227,8 @@ def render_card(config: PreTrainedConfig, card: Card) -> str:
             files=code_files(inner),
             papers=papers,
             unknown=UNKNOWN,
-            percent=_percent,
+            minimum_transformers=MINIMUM_TRANSFORMERS,
+            shown=_shown,
         )
     )
     metadata = yaml.safe_dump(_metadata(config, card), sort_keys=False, allow_unicode=True)
@@ -283,7 +295,8 @@ def read_source(path: Path) -> tuple[PreTrainedConfig, Card]:
     """A file of `model_cards/`: the configuration of the checkpoint, and what its card says before it has weights.
 
     Beside the fields of a card it holds `family` and `preset`, which name a size of the paper, `architecture`, the
-    class of the model, and `model`, further fields of the configuration.
+    class of the model, and `model`, further fields of the configuration. Its numbers are by the names of
+    protocols.yaml beside it: each one in percent, or several by metric.
     """
     path = Path(path)
     content = _read_yaml(path)
@@ -301,7 +314,63 @@ def read_source(path: Path) -> tuple[PreTrainedConfig, Card]:
             backbone_config=config, auxiliary_in_channels=config.hidden_sizes[2], num_labels=fields["num_labels"]
         )
     config.architectures = [architecture]
+    protocols, published = _read_yaml(path.with_name("protocols.yaml")), content.pop("published", {})
+    if unknown := published.keys() - protocols.keys():
+        raise CardError(f"{path.name}: protocols.yaml beside it has no {sorted(unknown)[0]}.")
+    content["published"] = [
+        {**protocols[name], "metric": metric, "percent": percent}
+        for name, numbers in published.items()
+        for metric, percent in (numbers if isinstance(numbers, dict) else {protocols[name]["metric"]: numbers}).items()
+    ]
     return config, _build_card(content, path.name)
+
+
+def update_card(folder: Path, source: Path | None = None, results: Sequence[Path] = (), **facts: Any) -> Card:
+    """Renders the card of a checkpoint folder anew, and returns it.
+
+    source: a file of `model_cards/` about this checkpoint. results: result files, see `results_from`; a number that
+    was measured again replaces the earlier one. facts: further fields of the card.
+    Raises CardError where one of them is wrong, or a field is unfilled; nothing is written then.
+    """
+    card = read_card(folder)
+    if source is not None:
+        expected, said = read_source(source)
+        _check_same(_read_config(Path(folder)), expected, f"{folder} is no {said.title}, which {source} is about")
+        card = card.filled_from(said)
+    rows = {_measurement(row): row for row in card.results}
+    for path in results:
+        rows |= {_measurement(row): row for row in results_from(_read_record(Path(path)))}
+    card = dataclasses.replace(card, results=list(rows.values()), **facts)
+    write_card(folder, card)
+    return card
+
+
+def _measurement(result: Result) -> tuple[str, ...]:
+    return result.task, result.dataset, result.split, result.metric, result.protocol
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CardError(f"Cannot read the result {path}: {error}.") from None
+
+
+def _check_same(config: PreTrainedConfig, expected: PreTrainedConfig, message: str) -> None:
+    """Raises CardError, with what differs, unless both describe models of one class with the same weights."""
+    inner, other = _inner_config(config), _inner_config(expected)
+    # What decides the function without deciding the shape of a weight.
+    switches = ("use_refinement", "num_attention_heads", "num_heads", "pooling")
+    checks = {
+        "its family": (inner.model_type, other.model_type),
+        "its class": (_architecture(config), _architecture(expected)),
+        **{name: (getattr(inner, name, None), getattr(other, name, None)) for name in switches},
+    }
+    wrong = next((f"{name} is {ours}, not {theirs}" for name, (ours, theirs) in checks.items() if ours != theirs), None)
+    if wrong is None and _shapes(config) != _shapes(expected):
+        wrong = "its weights have other names or shapes"
+    if wrong is not None:
+        raise CardError(f"{message}: {wrong}.")
 
 
 def results_from(record: dict[str, Any]) -> list[Result]:
@@ -376,10 +445,20 @@ def code_files(config: PreTrainedConfig) -> list[str]:
 
 def count_parameters(config: PreTrainedConfig) -> int:
     """Of the model that `config.architectures` names."""
+    return sum(parameter.numel() for parameter in _empty_model(config).parameters())
+
+
+def _shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in _empty_model(config).named_parameters()}
+
+
+def _empty_model(config: PreTrainedConfig) -> transformers.PreTrainedModel:
     name = _architecture(config)
-    model_class = getattr(locatvit_hf, name, None) or getattr(transformers, name)
+    model_class = getattr(locatvit_hf, name, None) or getattr(transformers, name, None)
+    if model_class is None:
+        raise CardError(f"config.json names the class {name}, which is none of locatvit_hf or transformers.")
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in model_class(config).parameters())
+        return model_class(config)
 
 
 def _metadata(config: PreTrainedConfig, card: Card) -> dict[str, Any]:
@@ -400,8 +479,14 @@ def _metadata(config: PreTrainedConfig, card: Card) -> dict[str, Any]:
         base_model=card.base_model,
     ).to_dict()
     groups: dict[Any, list[EvalResult]] = {}
+    measured = {}
+    if "/" in card.repository:
+        measured = {
+            "source_name": "measured with these weights",
+            "source_url": f"https://huggingface.co/{card.repository}",
+        }
     for result in card.results:
-        groups.setdefault(None, []).append(_eval_result(result, result.value))
+        groups.setdefault(None, []).append(_eval_result(result, result.value, **measured))
     if card.conversion is not None:
         for result in card.published:
             row = _eval_result(result, _share(result), source_name=result.source, source_url=result.url)
@@ -450,8 +535,9 @@ def _share(result: Published) -> float:
     return round(result.percent / 100, 6)
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}"
+def _shown(result: Result) -> str:
+    """The value of a result; in percent where it is a share."""
+    return f"{100 * result.value:.2f} %" if _is_share(result.metric) else f"{result.value:.4g}"
 
 
 def _versions(versions: dict[str, str] | None) -> str | None:
@@ -575,6 +661,7 @@ def _templates() -> jinja2.Environment:
 
 __all__ = [
     "CARD_FILE",
+    "MINIMUM_TRANSFORMERS",
     "UNKNOWN",
     "Card",
     "CardError",
@@ -594,5 +681,6 @@ __all__ = [
     "render_card",
     "render_results",
     "results_from",
+    "update_card",
     "write_card",
 ]

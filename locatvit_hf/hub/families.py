@@ -94,6 +94,14 @@ JUMBO = Paper(
     2025,
     "2502.15021",
 )
+DINO = Paper(
+    "caron2021dino",
+    "Emerging Properties in Self-Supervised Vision Transformers",
+    "Caron, Mathilde and others",
+    "ICCV",
+    2021,
+    "2104.14294",
+)
 
 # Model type -> what it is, without LocAt; where that was published.
 FAMILIES = {
@@ -157,4 +165,4 @@ def limits_of_data(names: list[str]) -> list[str]:
     return [text for words, text in DATA.items() if any(word in name for word in words for name in names)]
 
 
-__all__ = ["FAMILIES", "LOCAT", "PACA", "Paper", "describe_family", "limits_of_data"]
+__all__ = ["DINO", "FAMILIES", "LOCAT", "PACA", "Paper", "describe_family", "limits_of_data"]
