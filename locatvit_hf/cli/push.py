@@ -40,7 +40,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="locatvit-") as place:
         built = Path(place)
         with error_console.status("Building the repository and loading it without this package"):
-            difference = prepare(folder, built, repository, tag or revision or "main")
+            difference = prepare(folder, built, repository, tag or revision or "main", _report)
         console.print(f"The repository loads without this package; largest difference of its output: {difference:.2g}.")
         if dry_run:
             _print_changes(built, find_snapshot(repository, revision, _report), repository)
@@ -80,7 +80,7 @@ def _print_changes(built: Path, snapshot, repository: str) -> None:
     for name in changes.added:
         table.add_row("added", name, decimal((built / name).stat().st_size), "", style="green")
     for name in changes.changed:
-        lines = None if name.endswith(".safetensors") else count_lines(built, snapshot, name)
+        lines = None if name.endswith(".safetensors") else count_lines(built, snapshot, name, _report)
         counted = "+{} -{}".format(*lines) if lines else ""
         table.add_row("changed", name, decimal((built / name).stat().st_size), counted, style="yellow")
     for name in changes.removed:

@@ -278,7 +278,7 @@ def _judge_code(found: Inspection, source: Folder | Remote, name: str, size: int
     if ours == theirs:
         return f"identical to {release}", "fine"
     found.alarms.append(f"{name} differs from that of {release}.")
-    before, after = (text.decode("utf-8", errors="backslashreplace").splitlines() for text in (ours, theirs))
+    before, after = (text.decode("utf-8", errors="backslashreplace").split("\n") for text in (ours, theirs))
     lines = difflib.unified_diff(before, after, f"{release}/{name}", f"{found.name}/{name}", lineterm="")
     found.diffs[name] = "\n".join(lines)
     return f"CHANGED against {release}", "alarm"

@@ -54,9 +54,10 @@ def compare(folder: Path, snapshot: Snapshot | None) -> Changes:
     )
 
 
-def count_lines(folder: Path, snapshot: Snapshot, name: str) -> tuple[int, int] | None:
-    """(lines added, lines removed) of a changed file; None where it is no text."""
-    there = huggingface_hub.hf_hub_download(snapshot.repository, name, revision=snapshot.commit)
+def count_lines(folder: Path, snapshot: Snapshot, name: str, report: Callable[[str], None]) -> tuple[int, int] | None:
+    """(lines added, lines removed) of a changed file; None where it is no text. Raises HubError."""
+    repository = snapshot.repository
+    there = ask(lambda: huggingface_hub.hf_hub_download(repository, name, revision=snapshot.commit), repository, report)
     try:
         before, after = (path.read_text(encoding="utf-8").splitlines() for path in (Path(there), folder / name))
     except UnicodeDecodeError:
@@ -93,7 +94,7 @@ def upload(
         raise HubError(f"{repository} has a tag {tag} already, at {tagged[:7]}: choose another tag.")
 
     if snapshot is None:
-        ask(lambda: huggingface_hub.create_repo(repository, private=private, exist_ok=True), repository, report)
+        create_repository(repository, private, report)
     if revision is not None:
         ask(lambda: huggingface_hub.create_branch(repository, branch=revision, exist_ok=True), repository, report)
 
@@ -125,6 +126,14 @@ def upload(
     return done
 
 
+def create_repository(
+    repository: str, private: bool = False, report: Callable[[str], None] = lambda line: None
+) -> None:
+    """Makes an empty repository where there is none. Raises HubError where it may not be written."""
+    require_token()
+    ask(lambda: huggingface_hub.create_repo(repository, private=private or None, exist_ok=True), repository, report)
+
+
 def find_snapshot(repository: str, revision: str | None, report: Callable[[str], None]) -> Snapshot | None:
     """What an upload is compared with: the branch, or `main` where the branch is new, or None. Raises HubError."""
     for name in dict.fromkeys((revision, None)):
@@ -142,13 +151,22 @@ def _commit_of_tag(repository: str, tag: str | None, report: Callable[[str], Non
     return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
 
 
-def prepare(folder: Path, destination: Path, repository: str, revision: str = "main") -> float:
+def prepare(
+    folder: Path,
+    destination: Path,
+    repository: str,
+    revision: str = "main",
+    report: Callable[[str], None] = lambda line: None,
+) -> float:
     """Fills `destination` with the repository of a checkpoint, complete and checked.
 
     revision: what the snippets of the card pin. Returns the largest difference between its output in a clean process
     and that of this package. Raises RepositoryError or CardError where the folder cannot be published.
     """
     build_repository(folder, destination)
+    for name in [path.name for path in destination.glob("*.py") if (folder / path.name).is_file()]:
+        if (folder / name).read_bytes() != (destination / name).read_bytes():
+            report(f"{name} of {folder} is not that of the installed package, which is taken instead.")
     card = read_card(folder)
     title = card.title or repository.split("/")[-1]
     write_card(destination, dataclasses.replace(card, title=title, repository=repository, revision=revision))
@@ -156,4 +174,4 @@ def prepare(folder: Path, destination: Path, repository: str, revision: str = "m
     return verify_repository(destination)
 
 
-__all__ = ["Changes", "Upload", "compare", "count_lines", "find_snapshot", "prepare", "upload"]
+__all__ = ["Changes", "Upload", "compare", "count_lines", "create_repository", "find_snapshot", "prepare", "upload"]
