@@ -317,8 +317,8 @@ class TrainingLoop:
         }
         if self.accelerator.is_main_process:
             folder, repository = self.output / "model", self.arguments.push_to_hub
-            write_card(folder, self.arguments, results)
             write_json(self.output / "all_results.json", results)
+            write_card(folder, self.arguments, results)
             self.print(f"Model in {folder}, results in {self.output / 'all_results.json'}.")
             if repository is not None:
                 self.print(f"Pushed to {push(folder, repository)}")

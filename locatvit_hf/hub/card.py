@@ -184,7 +184,10 @@ def check_card(card: Card) -> None:
         raise _unfilled("revision")
     if card.training is None and card.conversion is None:
         raise CardError("The card is incomplete: neither training nor conversion says where the weights come from.")
-    _check_filled(dataclasses.asdict(card), "")
+    facts = dataclasses.asdict(card)
+    if card.training is not None:
+        del facts["training"]["options"]  # an option may be empty
+    _check_filled(facts, "")
 
 
 def render_card(config: PreTrainedConfig, card: Card) -> str:
@@ -391,7 +394,7 @@ def results_from(record: dict[str, Any]) -> list[Result]:
             split = settings.get("validation_split") or "validation"
         return [
             Result(
-                task=HUB_TASKS[kind],
+                task=HUB_TASKS.get(kind, kind),
                 dataset=public_name(settings["dataset"]),
                 split=split,
                 metric=metric,
