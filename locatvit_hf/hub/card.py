@@ -470,13 +470,14 @@ def _metadata(config: PreTrainedConfig, card: Card) -> dict[str, Any]:
     Results of one source are one entry of the `model-index`; published ones stand there only for the weights of their
     authors, not for weights trained anew.
     """
+    inner = _inner_config(config)
     metrics = list(dict.fromkeys(result.metric for result in card.results))
     on_hub = [name for name in card.datasets if "/" in name]
     data = ModelCardData(
         license=card.weights_license,
         library_name="transformers",
         pipeline_tag=_pipeline(_architecture(config)),
-        tags=["custom_code", "vision", _inner_config(config).model_type],
+        tags=[*(["custom_code"] if config is inner else []), "vision", inner.model_type],
         datasets=on_hub or None,
         metrics=metrics or None,
         base_model=card.base_model,

@@ -14,9 +14,15 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
+from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from typer.testing import CliRunner
 
-from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViTForSemanticSegmentation
+from locatvit_hf import (
+    LocAtViTConfig,
+    LocAtViTForImageClassification,
+    LocAtViTForSemanticSegmentation,
+    PaCaViTConfig,
+)
 from locatvit_hf.cli import app
 from locatvit_hf.hub.card import (
     MINIMUM_TRANSFORMERS,
@@ -410,3 +416,30 @@ def test_snippets_run_where_the_package_is_missing(checkpoints, tmp_path):
     assert features == "torch.Size([1, 32]) torch.Size([1, 17, 32])\n"
     assert maps == "[(1, 32, 4, 4), (1, 32, 4, 4)]\n" and segment == ""
     assert list(tmp_path.glob("LABEL_*.png"))
+
+
+def test_the_snippet_of_a_upernet_runs_where_the_package_is(tmp_path, monkeypatch, capsys):
+    backbone = PaCaViTConfig(
+        image_size=32,
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 1, 2, 2],
+        num_clusters=[4, 4, 4, 0],
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    sizes = {"hidden_size": 16, "auxiliary_in_channels": 16, "auxiliary_channels": 8, "num_labels": 3}
+    UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **sizes)).save_pretrained(
+        tmp_path / "upernet"
+    )
+    processor = LocAtViTImageProcessor.from_model_config(backbone, segmentation=True)
+    processor.save_pretrained(tmp_path / "upernet")
+    write_card(tmp_path / "upernet", dataclasses.replace(FILLED, repository="upernet", revision=None))
+    text = (tmp_path / "upernet" / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "It is the backbone of a UPerNet" in text and "trust_remote_code" not in text
+    assert "custom_code" not in text
+    assert not list((tmp_path / "upernet").glob("modeling_*.py"))
+    Image.new("RGB", (40, 48)).save(tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    assert capsys.readouterr().out.startswith("torch.Size([48, 40]) {")
