@@ -176,13 +176,15 @@ def _describe_model(found: Inspection, config: PreTrainedConfig, name: str) -> N
     ours, built = family_config(config), model_class(config, name)
     found.family, found.architecture, found.labels = ours.model_type, built.__name__, config.num_labels
     found.image_size, found.patch_size = ours.image_size, getattr(ours, "patch_size", None)
-    with torch.device("meta"), torch.no_grad():
-        model = built(config).eval()
+    height, width = (ours.image_size,) * 2 if isinstance(ours.image_size, int) else ours.image_size
+    try:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model = built(config).eval()
+            model(torch.empty(1, ours.num_channels, height, width))
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise RepositoryError(f"The config.json of {name} describes no model that can be built.") from error
     # Buffers of a batch norm are saved too.
     found.expected_parameters = sum(tensor.numel() for tensor in model.state_dict().values())
-    height, width = (ours.image_size,) * 2 if isinstance(ours.image_size, int) else ours.image_size
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, ours.num_channels, height, width, device="meta"))
     found.gmacs = counter.get_total_flops() / 2e9
 
 

@@ -31,6 +31,8 @@ from .remote import sha256_of
 WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json", "CHECKSUMS.sha256"
 # Suffixes of files that are pickles: whoever loads one runs what it says.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+# Pickles that Trainer leaves, and that hold no weights.
+TRAINING_STATE = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 # Settings that can name a kernel on the Hub, which building a model would then fetch and run.
 IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_locatvit.LocAtViTImageProcessor"}
@@ -86,8 +88,9 @@ def model_class(config: PreTrainedConfig, name: str) -> type[transformers.PreTra
     """The installed class of a checkpoint. Raises RepositoryError where its config.json names none that exists."""
     architecture = (config.architectures or ["none"])[0]
     found = getattr(locatvit_hf, architecture, None) or getattr(transformers, architecture, None)
-    if found is None or not issubclass(found, transformers.PreTrainedModel):
-        raise RepositoryError(f"The config.json of {name} names no known model class, but {architecture}.")
+    fits = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if not fits or not isinstance(config, found.config_class or ()):
+        raise RepositoryError(f"The config.json of {name} names no model class for its settings, but {architecture}.")
     return found
 
 
@@ -103,7 +106,8 @@ def weight_files(folder: Path) -> list[Path]:
     elif (folder / INDEX).is_file():
         files = [folder / name for name in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))]
     else:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        found = (path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        pickles = sorted(name for name in found if name not in TRAINING_STATE)
         if pickles:
             raise RepositoryError(
                 f"The weights of {folder} are a pickle, {pickles[0]}, which can run code on the machine that loads it: "
@@ -141,10 +145,12 @@ def build_repository(folder: Path, destination: Path) -> PreTrainedConfig:
         fresh.save_pretrained(destination)
         processor = destination / processor.name
     settings = read_json(processor)
+    settings["auto_map"] = PROCESSOR_MAP
+    code = ["image_processing_locatvit.py"]  # all that can travel with a model of transformers around our backbone
     if isinstance(config, FamilyConfigMixin):
-        content["auto_map"], settings["auto_map"] = complete_auto_map(config), PROCESSOR_MAP
-        for name in code_files(config):
-            shutil.copyfile(Path(locatvit_hf.__file__).with_name(name), destination / name)
+        content["auto_map"], code = complete_auto_map(config), code_files(config)
+    for name in code:
+        shutil.copyfile(Path(locatvit_hf.__file__).with_name(name), destination / name)
     _write_json(destination / "config.json", content)
     _write_json(destination / processor.name, settings)
     (destination / "LICENSE").write_text(licence_text(), encoding="utf-8")

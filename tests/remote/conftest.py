@@ -103,7 +103,8 @@ def expected(exported: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def ask_stranger(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> AskStranger:
-    """`ask_stranger(checks, models, target=None, push=None, hub=None)`: answers of a new person on a clean machine."""
+    """`ask_stranger(checks, models, target=None, push=None, hub=None, revision=None)`: answers of a new person on a
+    clean machine."""
 
     def ask(
         checks: list[str],
@@ -111,10 +112,11 @@ def ask_stranger(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> As
         target: Path | None = None,
         push: str | None = None,
         hub: str | None = None,
+        revision: str | None = None,
     ) -> Answers:
         machine = tmp_path_factory.mktemp("machine")
         request = {"checks": checks, "models": models, "image": str(exported / "photo.png"), "push": push}
-        request["target"] = str(target or machine / "saved")
+        request |= {"target": str(target or machine / "saved"), "revision": revision}
         (machine / "request.json").write_text(json.dumps(request))
         command = [sys.executable, "-I", HERE / "stranger.py", "request.json", "answer.json"]
         start(command, machine, hub)
@@ -140,19 +142,24 @@ def hub() -> Iterator[str]:
         yield address
 
 
-def start(command: list[str | Path], machine: Path, hub: str | None) -> None:
-    """Run a program as on another machine: its own working and home directory, empty caches, our environment unknown.
+def environment_of(machine: Path, hub: str | None) -> dict[str, str]:
+    """That of another machine: a home of its own, empty caches, our environment unknown.
 
-    With `hub` it talks to that Hub and nobody else, without it is offline. Fails the test where the program fails.
+    With `hub` it talks to that Hub and nobody else, without it is offline.
     """
     environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     environment |= {"HOME": str(machine), "HF_HOME": str(machine / "hf"), "HF_MODULES_CACHE": str(machine / "modules")}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
     if hub is None:
-        environment["HF_HUB_OFFLINE"] = "1"
-    else:
-        environment |= {"HF_ENDPOINT": hub, "HF_TOKEN": "hf_loopback", "HF_HUB_DISABLE_XET": "1"}
-    run = subprocess.run(command, cwd=machine, env=environment, capture_output=True, text=True, timeout=300)
+        return environment | {"HF_HUB_OFFLINE": "1"}
+    return environment | {"HF_ENDPOINT": hub, "HF_TOKEN": "hf_loopback", "HF_HUB_DISABLE_XET": "1"}
+
+
+def start(command: list[str | Path], machine: Path, hub: str | None) -> None:
+    """Run a program as on another machine, in its own working directory. Fails the test where the program fails."""
+    run = subprocess.run(
+        command, cwd=machine, env=environment_of(machine, hub), capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stdout + run.stderr
 
 

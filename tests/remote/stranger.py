@@ -5,7 +5,8 @@ Started in a process of its own, never imported::
     python -I stranger.py request.json answer.json
 
 The request holds `models` (what to load: `classifier` and `segmenter`, each a folder or a Hub id), `image` and `target`
-(a picture and the directory for what is saved), `checks` (names from `CHECKS`) and optionally `push` (a Hub id). The
+(a picture and the directory for what is saved), `checks` (names from `CHECKS`) and optionally `push` (a Hub id) and
+`revision` (what to load of a Hub id). The
 answer holds for each check either its value or, under `error`, the traceback. Values are plain numbers, lists and
 strings, to be compared with what the package computes.
 """
@@ -40,8 +41,8 @@ from transformers import (
     pipeline,
 )
 
-REMOTE = {"trust_remote_code": True}
 REQUEST = json.loads(Path(sys.argv[1]).read_text())
+REMOTE = {"trust_remote_code": True, "revision": REQUEST.get("revision")}
 CLASSIFIER, SEGMENTER = REQUEST["models"]["classifier"], REQUEST["models"]["segmenter"]
 
 
