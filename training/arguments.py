@@ -55,8 +55,12 @@ class DataArguments:
         default=None,
         metadata={"help": "Names of the classes in order, or a JSON file {id: name}; by default those of the dataset."},
     )
-    max_train_samples: int | None = None
-    max_validation_samples: int | None = None
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use so many images only, evenly spread over the split."}
+    )
+    max_validation_samples: int | None = field(
+        default=None, metadata={"help": "As `max_train_samples`, of the validation split."}
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read shards while training instead of copying them first."}
     )

@@ -4,9 +4,10 @@ import json
 import re
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import PIL.Image
 
 from training.arguments import DataArguments
@@ -53,8 +54,8 @@ def load_split(
 
     split: name, or pattern of the files in the data set; patterns may hold ranges as {000..099}.
     images: the columns that are images.
-    limit: keep the first rows only.
-    Raises ValueError for what is not there, and for an empty split.
+    limit: keep no more rows, see `spread`.
+    Raises ValueError for what is not there, for images that are none, and for an empty split.
     """
     paired = _pair_folders(arguments, split, columns) if images == columns else None
     rows = paired if paired is not None else _load_split(arguments, split)
@@ -66,6 +67,12 @@ def load_split(
                 f"The split {split!r} of {arguments.dataset} has no column {column!r}, only "
                 f"{', '.join(map(repr, rows.column_names))}; see --image_column and --label_column."
             )
+    for column in images:
+        if not _may_hold_images(rows.features[column]):
+            raise ValueError(
+                f"The column {column!r} of the split {split!r} of {arguments.dataset} must hold images, but it holds "
+                f"{_describe(rows.features[column])}; see --image_column and --label_column."
+            )
     if isinstance(rows, StreamedRows):
         rows.features = datasets.Features(rows.features | dict.fromkeys(images, datasets.Image(decode=False)))
         if limit is not None:
@@ -75,7 +82,27 @@ def load_split(
     for column in images:
         if not isinstance(rows.features[column], datasets.Image):
             rows = rows.cast_column(column, datasets.Image())
-    return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
+    return spread(rows, limit)
+
+
+def spread(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    """As many rows as `limit` says, evenly spread: of rows that are sorted by class, each class gives its share."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.select(np.arange(limit) * len(rows) // limit)
+
+
+def _may_hold_images(feature: Any) -> bool:
+    """Whether `datasets.Image` can read a column: image files, their names, or pixels."""
+    if isinstance(feature, datasets.Value):
+        return feature.dtype.removeprefix("large_") in ("string", "binary")
+    return not isinstance(feature, datasets.ClassLabel) and (not isinstance(feature, dict) or "bytes" in feature)
+
+
+def _describe(feature: Any) -> str:
+    if isinstance(feature, datasets.ClassLabel):
+        return "class labels"
+    return f"values of type {feature.dtype}" if isinstance(feature, datasets.Value) else "something else"
 
 
 def _pair_folders(arguments: DataArguments, split: str, columns: list[str]) -> datasets.Dataset | None:
@@ -115,10 +142,7 @@ def _divide(whole: Split, arguments: DataArguments) -> tuple[datasets.Dataset, d
         raise ValueError(f"validation_share={arguments.validation_share} leaves nothing of {len(whole)} images.")
     parts = whole.train_test_split(test_size=float(arguments.validation_share), seed=0)
     limits = arguments.max_train_samples, arguments.max_validation_samples
-    return tuple(
-        part.select(range(min(limit, len(part)))) if limit is not None else part
-        for part, limit in zip((parts["train"], parts["test"]), limits, strict=True)
-    )
+    return spread(parts["train"], limits[0]), spread(parts["test"], limits[1])
 
 
 def _load_split(arguments: DataArguments, split: str) -> Split:

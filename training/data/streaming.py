@@ -114,9 +114,9 @@ class StreamedRows:
         return list(self.features)
 
     def limit(self, num_rows: int) -> None:
-        """Keep the first rows only."""
-        ends = np.minimum(np.cumsum(self.lengths), num_rows)
-        self.lengths = np.diff(ends, prepend=0)
+        """Keep no more rows: of every shard its first ones, in proportion to its length."""
+        ends = np.cumsum(self.lengths)
+        self.lengths = np.diff(ends * min(num_rows, len(self)) // ends[-1], prepend=0)
 
     def unique(self, column: str) -> set:
         """The values of a column, which takes a pass over the data."""

@@ -2,9 +2,21 @@
 
 accelerate launch training/evaluation/hummingbird.py --pretrained FOLDER --dataset FOLDER --output_dir runs/results
 
-The protocol of Balažević et al., "Towards In-Context Scene Understanding", NeurIPS 2023. Two details of the evaluation
-in common use are not kept: classes are not matched anew by the Hungarian method, because the memory names them, and
-pixels without a class do not count as class 0. Scores are taken at the size of the labels.
+The protocol of Balažević et al., "Towards In-Context Scene Understanding", NeurIPS 2023, as used for LocAtViT:
+
+1. The features are those of the last layer (Swin: of the third stage), before the norm and without the refinement.
+2. Training images and their labels are resized to the model's size, or a random crop of them is; with probability 0.5
+   each, brightness, contrast, saturation and hue change by up to 0.1. Crops are half of the area or more: our choice,
+   where the evaluation also draws areas larger than the image.
+3. The memory holds unit features with the share of each class in the pixels of their patch. It is unbounded there; here
+   `memory_size` bounds it, which is our choice, and so is what is left out: every image gives an equal number of
+   patches, those of rare classes with preference, see `sample_patches`. A memory that holds all patches samples none.
+4. A patch of a validation image, whole and resized, gets the shares of its k = 30 neighbours by cosine, weighted by
+   softmax(cosine / 0.02); the map of shares is upsampled bilinearly, and the largest share is the class.
+
+Also our choice: classes keep the names that the memory gives them, where the evaluation matches them anew by the
+Hungarian method; pixels without a class are left out, where it counts them as class 0 in the memory; and scores are
+taken at the size of the labels.
 """
 
 import sys
@@ -229,8 +241,9 @@ def count_classes(labels: torch.Tensor, grid: tuple[int, int], num_labels: int) 
 def sample_patches(counts: torch.Tensor, quota: int, key: tuple[int, ...]) -> torch.Tensor:
     """Indices, ascending, of at most `quota` patches that have a label, patches of rare classes with preference.
 
-    counts: (patches, classes) on CPU. As in the protocol, those are taken for which a random number in [0, 1), times
-    the number of patches that hold each of the patch's classes, is lowest. `key` determines the random numbers.
+    counts: (patches, classes) on CPU. Our choice: those are taken for which a random number in [0, 1), times the sum of
+    the numbers of patches in the image that hold each of the patch's classes, is lowest: a class that few patches hold
+    gives a low score. `key` determines the random numbers.
     """
     present = counts > 0
     labelled = present.any(dim=1).nonzero()[:, 0]
