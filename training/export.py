@@ -78,7 +78,7 @@ def write_card(folder: Path, arguments: RunArguments, results: dict[str, Any]) -
             start=card.public_name(start) if start else None,
             options=options,
         ),
-        results=card.results_from(results),
+        results=card.results_from(results | {"versions": {"locatvit-hf": locatvit_hf.__version__}}),
     )
     card.write_card(folder, facts)
 

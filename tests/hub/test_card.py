@@ -271,7 +271,7 @@ def test_measured_and_published_numbers_are_told_apart():
     assert measured.source_name == "measured with these weights"
     assert measured.source_url == "https://huggingface.co/someone/a-model"
     assert (published.source_name, published.source_url) == ("main results", PAPER.url)
-    before, after = card.text.split("Published by the authors")
+    before, after = card.text.split("Published by the authors of these weights")
     assert "| 73.81 % | classification, 50,000 images |" in before and "73.94" not in before
     assert "| 73.94 % | one centre crop | [main results](https://arxiv.org/abs/2603.04892) |" in after
     assert "largest difference of its logits from those of the converted model was 2.5e-07" in card.text
