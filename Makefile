@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m demo
 
 docs: $(VENV)/.installed
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: lint
 	$(BIN)/python -m pytest -q $(PARALLEL)

@@ -1,0 +1,80 @@
+"""Every code block of the documentation runs, its links lead somewhere, and the site builds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViTForSemanticSegmentation
+
+from .snippets import ROOT, read_blocks, run_blocks
+
+DOCS = ROOT / "docs"
+# Those that start many processes or compile.
+SLOW = {"train.md", "export.md", "look.md", "recipes.md", "convert.md", "publish.md"}
+PAGES = sorted(path.name for path in DOCS.glob("*.md") if read_blocks(path))
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Path:
+    """A folder as a reader has it after `make demo`: untrained models of their names, a photo and two data sets."""
+    models = tmp_path / "demo_output" / "models"
+    for name, options in (("locatvit", {}), ("vit", {"use_gaussian": False, "use_refinement": False})):
+        config = LocAtViTConfig(
+            image_size=64,
+            patch_size=8,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_labels=3,
+            initializer_range=0.3,
+            **options,
+        )
+        torch.manual_seed(0)
+        LocAtViTForImageClassification(config).save_pretrained(models / f"{name}-classification")
+        LocAtViTForSemanticSegmentation(config).save_pretrained(models / f"{name}-segmentation")
+    random = np.random.default_rng(0)
+
+    def save(path: Path, *shape: int, top: int = 256) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, top, shape, dtype=np.uint8)).save(path)
+
+    save(tmp_path / "photo.jpg", 90, 120, 3)
+    for label in ("cat", "dog"):
+        for number in range(8):
+            save(tmp_path / "photos" / label / f"{number}.jpg", 70, 80, 3)
+    for number in range(8):
+        save(tmp_path / "streets" / "images" / f"{number}.jpg", 64, 96, 3)
+        save(tmp_path / "streets" / "masks" / f"{number}.png", 64, 96, top=3)
+    (tmp_path / "names.json").write_text(json.dumps(["road", "car", "tree"]))
+    (tmp_path / "training").symlink_to(ROOT / "training")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in PAGES])
+def test_blocks_run(page: str, reader: Path) -> None:
+    blocks = read_blocks(DOCS / page)
+    printed = run_blocks(blocks, reader)
+    assert f"block {len(blocks)} " in printed
+    assert " ERROR " not in printed.replace("is not supported for image-segmentation", "")
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert all(path.name in navigation for path in DOCS.glob("*.md"))
+
+
+def test_site_builds_without_a_warning_and_asks_no_other_server(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
+    start = (tmp_path / "site" / "index.html").read_text()
+    assert "fonts.g" not in start
+    assert 'src="http' not in start
