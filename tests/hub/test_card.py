@@ -21,6 +21,7 @@ from locatvit_hf import (
     LocAtViTConfig,
     LocAtViTForImageClassification,
     LocAtViTForSemanticSegmentation,
+    LocAtViTModel,
     PaCaViTConfig,
 )
 from locatvit_hf.cli import app
@@ -110,11 +111,12 @@ def tiny_config(architecture="LocAtViTForImageClassification"):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A folder with a tiny classifier and a tiny segmenter, each with a card."""
+    """A folder with a tiny classifier, segmenter and encoder, each with a card."""
     place = tmp_path_factory.mktemp("checkpoints")
     for name, model_class in {
         "classifier": LocAtViTForImageClassification,
         "segmenter": LocAtViTForSemanticSegmentation,
+        "encoder": LocAtViTModel,
     }.items():
         model = model_class(LocAtViTConfig(**TINY, num_labels=3))
         model.save_pretrained(place / name)
@@ -398,12 +400,12 @@ def test_snippets_pin_the_revision_of_a_repository():
 
 
 def test_snippets_run_where_the_package_is_missing(checkpoints, tmp_path):
-    """All snippets of both cards, in one process, as a reader runs them beside the folders."""
+    """All snippets of three cards, in one process, as a reader runs them beside the folders."""
     shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.jpg")
     program = ["import sys", "sys.modules['locatvit_hf'] = None  # an import of it fails"]
-    for name in ("classifier", "segmenter"):
+    for name in ("classifier", "segmenter", "encoder"):
         snippets = re.findall(r"```python\n(.*?)```", (tmp_path / name / "README.md").read_text(), re.DOTALL)
         assert len(snippets) == 3
         program += [f"print('snippet')\n{snippet}" for snippet in snippets]
@@ -411,10 +413,11 @@ def test_snippets_run_where_the_package_is_missing(checkpoints, tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    _, classify, features, maps, segment, *_ = run.stdout.split("snippet\n")
+    _, classify, features, maps, segment, *rest = run.stdout.split("snippet\n")
     assert len(classify.splitlines()) == 3 and "LABEL_" in classify
     assert features == "torch.Size([1, 32]) torch.Size([1, 17, 32])\n"
     assert maps == "[(1, 32, 4, 4), (1, 32, 4, 4)]\n" and segment == ""
+    assert "10 classes\n" in rest
     assert list(tmp_path.glob("LABEL_*.png"))
 
 
