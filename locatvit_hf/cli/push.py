@@ -30,24 +30,28 @@ def push(
 
     from transformers.utils import logging
 
-    from ..hub.push import find_snapshot, prepare, upload
+    from ..hub.push import assemble, check_target, find_snapshot, upload
     from ..hub.remote import require_token
+    from ..hub.repository import verify_repository
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    options = {"private": private, "revision": revision, "pull_request": pull_request, "tag": tag, "report": _report}
     if not dry_run:
         require_token()
     with tempfile.TemporaryDirectory(prefix="locatvit-") as place:
         built = Path(place)
-        with error_console.status("Building the repository and loading it without this package"):
-            difference = prepare(folder, built, repository, tag or revision or "main", _report)
+        assemble(folder, built, repository, tag or revision or "main", _report)
+        if not dry_run:
+            check_target(built, repository, **options)
+        with error_console.status("Loading the repository without this package"):
+            difference = verify_repository(built)
         console.print(f"The repository loads without this package; largest difference of its output: {difference:.2g}.")
         if dry_run:
             _print_changes(built, find_snapshot(repository, revision, _report), repository)
             console.print("Nothing was uploaded.")
             return
-        options = {"private": private, "revision": revision, "pull_request": pull_request, "tag": tag}
-        done = upload(built, repository, **options, report=_report)
+        done = upload(built, repository, **options)
     counts = [
         f"{len(names)} {what}"
         for what, names in (

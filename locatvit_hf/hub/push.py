@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from .card import read_card, write_card
 from .remote import HubError, NotThereError, Snapshot, ask, read_snapshot, require_token
-from .repository import CHECKSUMS, INDEX, PICKLES, build_repository, verify_repository, write_checksums
+from .repository import CHECKSUMS, INDEX, PICKLES, build_repository, write_checksums
 
 # Files of an earlier upload that would contradict the new ones; whatever else is there, such as pictures, stays.
 REPLACED = ("*.py", "*.safetensors", INDEX, CHECKSUMS, ".eval_results/*", *(f"*{suffix}" for suffix in PICKLES))
@@ -83,16 +83,9 @@ def upload(
     pull_request: propose the commit instead of making it. tag: name the commit. report: called with lines to show.
     Where it fails, the repository is as it was, and the same call can be repeated. Raises HubError.
     """
-    require_token()
-    snapshot = find_snapshot(repository, revision, report)
-    if pull_request and snapshot is None:
-        raise NotThereError(f"There is no repository {repository} that a pull request could change, or it is private.")
-    if private and snapshot is not None and not snapshot.private:
-        raise HubError(f"{repository} exists and is public: make it private on the Hub first, or choose another name.")
-    tagged = None if snapshot is None else _commit_of_tag(repository, tag, report)
-    if tagged is not None and (tagged != snapshot.commit or compare(folder, snapshot)):
-        raise HubError(f"{repository} has a tag {tag} already, at {tagged[:7]}: choose another tag.")
-
+    snapshot, tagged = check_target(
+        folder, repository, private=private, revision=revision, pull_request=pull_request, tag=tag, report=report
+    )
     if snapshot is None:
         create_repository(repository, private, report)
     if revision is not None:
@@ -126,6 +119,32 @@ def upload(
     return done
 
 
+def check_target(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    pull_request: bool = False,
+    tag: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[Snapshot | None, str | None]:
+    """What is there before `upload` is called with the same arguments, and the commit of the tag where it exists.
+
+    Raises HubError where the upload would be refused, without changing anything.
+    """
+    require_token()
+    snapshot = find_snapshot(repository, revision, report)
+    if pull_request and snapshot is None:
+        raise NotThereError(f"There is no repository {repository} that a pull request could change, or it is private.")
+    if private and snapshot is not None and not snapshot.private:
+        raise HubError(f"{repository} exists and is public: make it private on the Hub first, or choose another name.")
+    tagged = None if snapshot is None else _commit_of_tag(repository, tag, report)
+    if tagged is not None and (tagged != snapshot.commit or compare(folder, snapshot)):
+        raise HubError(f"{repository} has a tag {tag} already, at {tagged[:7]}: choose another tag.")
+    return snapshot, tagged
+
+
 def create_repository(
     repository: str, private: bool = False, report: Callable[[str], None] = lambda line: None
 ) -> None:
@@ -151,17 +170,17 @@ def _commit_of_tag(repository: str, tag: str | None, report: Callable[[str], Non
     return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
 
 
-def prepare(
+def assemble(
     folder: Path,
     destination: Path,
     repository: str,
     revision: str = "main",
     report: Callable[[str], None] = lambda line: None,
-) -> float:
-    """Fills `destination` with the repository of a checkpoint, complete and checked.
+) -> None:
+    """Fills `destination` with the repository of a checkpoint: everything that is uploaded.
 
-    revision: what the snippets of the card pin. Returns the largest difference between its output in a clean process
-    and that of this package. Raises RepositoryError or CardError where the folder cannot be published.
+    revision: what the snippets of the card pin. Raises RepositoryError or CardError where the folder cannot be
+    published.
     """
     build_repository(folder, destination)
     for name in [path.name for path in destination.glob("*.py") if (folder / path.name).is_file()]:
@@ -171,7 +190,6 @@ def prepare(
     title = card.title or repository.split("/")[-1]
     write_card(destination, dataclasses.replace(card, title=title, repository=repository, revision=revision))
     write_checksums(destination)
-    return verify_repository(destination)
 
 
-__all__ = ["Changes", "Upload", "compare", "count_lines", "create_repository", "find_snapshot", "prepare", "upload"]
+__all__ = ["Changes", "Upload", "assemble", "check_target", "compare", "count_lines", "create_repository", "upload"]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViTImageProcessor, PaCaViTConfig
 from locatvit_hf.cli import app
 from locatvit_hf.hub.card import Card, CardError, Training, dump_card, read_card
-from locatvit_hf.hub.push import compare, prepare
+from locatvit_hf.hub.push import assemble, compare
 from locatvit_hf.hub.remote import RemoteFile, Snapshot, sha256_of
 from locatvit_hf.hub.repository import RepositoryError, build_repository, verify_repository
 
@@ -56,7 +56,8 @@ def folder(tmp_path: Path) -> Path:
 def test_the_repository_holds_what_belongs_there_and_computes_the_same(folder: Path, tmp_path: Path) -> None:
     built, lines = tmp_path / "built", []
     built.mkdir()
-    assert prepare(folder, built, "tester/tiny", "v1", lines.append) == 0
+    assemble(folder, built, "tester/tiny", "v1", lines.append)
+    assert verify_repository(built) == 0
     names = {path.name for path in built.iterdir()}
     assert names == {
         "CHECKSUMS.sha256", "LICENSE", "README.md", "attention_locat.py", "card.yaml", "config.json",
@@ -129,7 +130,8 @@ def test_a_folder_that_is_not_fit_is_refused(
     built = tmp_path / "built"
     built.mkdir()
     with pytest.raises((RepositoryError, CardError), match=message):
-        prepare(folder, built, "tester/tiny")
+        assemble(folder, built, "tester/tiny")
+        verify_repository(built)
 
 
 def test_the_command_says_so_in_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor
 from locatvit_hf.cli import app
 from locatvit_hf.hub import CardCallback
 from locatvit_hf.hub.inspection import inspect
-from locatvit_hf.hub.push import prepare, upload
+from locatvit_hf.hub.push import assemble, upload
 
 NAME = "tester/pushed-classifier"
 folder, answer = map(Path, sys.argv[1:])
@@ -56,7 +56,7 @@ for name in ("old.py", "pytorch_model.bin", "figure.png"):
 seen["leftovers"] = state()
 built = Path("built")
 built.mkdir()
-prepare(folder / "classifier", built, NAME)
+assemble(folder / "classifier", built, NAME)
 weights = load_file(built / "model.safetensors")
 (built / "model.safetensors").unlink()
 save_file({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, built / "model.safetensors")
