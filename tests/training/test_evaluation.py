@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
-from huggingface_hub import ModelCardData
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from locatvit_hf import (
@@ -29,11 +28,12 @@ from locatvit_hf import (
     PaCaViTConfig,
     PaCaViTModel,
 )
+from locatvit_hf.hub.card import results_from
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, run
 from training.arguments import build_arguments, load_recipe
 from training.evaluation import classification, hummingbird, knn, linear_probe, segmentation
-from training.evaluation.results import card_entries, model_hash
+from training.evaluation.results import model_hash
 from training.finetune import freeze_encoder
 from training.optimization import create_optimizer, learning_rate_at
 
@@ -297,13 +297,11 @@ def test_segmentation_is_what_the_pipeline_says(dense, squares, segmenter):
     assert result["num_images"] == 10 and result["images_per_second"] > 0
 
 
-def test_results_become_metadata_of_a_card(settings):
+def test_results_become_rows_of_a_card(settings):
     result = evaluate(classification, settings)
-    entries = card_entries(result)
-    data = ModelCardData(model_name="model", eval_results=entries).to_dict()
-    found = data["model-index"][0]["results"][0]
-    assert found["task"]["type"] == "image-classification" and found["dataset"]["name"] == "squares"
-    assert [metric["value"] for metric in found["metrics"]] == [round(v, 5) for v in result["metrics"].values()]
+    rows = results_from(result)
+    assert {(row.task, row.dataset) for row in rows} == {("image-classification", "squares")}
+    assert {row.metric: row.value for row in rows} == {name: round(v, 5) for name, v in result["metrics"].items()}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub import EvalResult
 from huggingface_hub.dataclasses import strict
 from torch import nn
 
@@ -26,14 +25,6 @@ from training.data import load_splits
 from training.data.loading import Split
 
 LIBRARIES = ("locatvit-hf", "torch", "torchvision", "transformers", "datasets", "timm", "faiss-cpu", "faiss-gpu")
-# Task -> what the Hub calls it.
-HUB_TASKS = {
-    "classification": "image-classification",
-    "linear_probe": "image-classification",
-    "knn": "image-classification",
-    "segmentation": "image-segmentation",
-    "hummingbird": "image-segmentation",
-}
 
 
 @strict
@@ -169,27 +160,6 @@ def write_result(
         console.print(f"{measured['images_per_second']:.1f} images a second, {memory}. Result in {path}.", markup=False)
     accelerator.wait_for_everyone()
     return result
-
-
-def card_entries(result: dict[str, Any]) -> list[EvalResult]:
-    """The numbers of a result as the metadata of a model card (`ModelCardData(eval_results=...)`) wants them."""
-    # A path of this machine means nothing to a reader; its last part names the data.
-    dataset = Path(result["dataset"]).name if Path(result["dataset"]).exists() else result["dataset"]
-    return [
-        EvalResult(
-            task_type=HUB_TASKS[result["task"]],
-            task_name=result["task"].replace("_", " "),
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_config=result["dataset_config"],
-            dataset_split=result["split"],
-            metric_type=name,
-            metric_name=f"{name.replace('_', ' ')} ({result['task'].replace('_', ' ')})",
-            metric_value=round(value, 5),
-        )
-        for name, value in result["metrics"].items()
-        if isinstance(value, int | float)
-    ]
 
 
 def model_hash(model: nn.Module) -> str:
