@@ -50,9 +50,9 @@ def reader(tmp_path: Path) -> Path:
         for number in range(8):
             save(tmp_path / "photos" / label / f"{number}.jpg", 70, 80, 3)
     for number in range(8):
-        save(tmp_path / "streets" / "images" / f"{number}.jpg", 64, 96, 3)
-        save(tmp_path / "streets" / "masks" / f"{number}.png", 64, 96, top=3)
-    (tmp_path / "names.json").write_text(json.dumps(["road", "car", "tree"]))
+        save(tmp_path / "streets" / "image" / f"{number}.jpg", 64, 96, 3)
+        save(tmp_path / "streets" / "label" / f"{number}.png", 64, 96, top=3)
+    (tmp_path / "names.json").write_text(json.dumps({"0": "road", "1": "car", "2": "tree"}))
     (tmp_path / "training").symlink_to(ROOT / "training")
     return tmp_path
 
