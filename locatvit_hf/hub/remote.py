@@ -93,7 +93,6 @@ def ask(function: Callable[[], Result], repository: str, report: Callable[[str],
                 raise (NotThereError if missing else HubError)(sentence) from error
             report(f"{sentence} Trying again in {wait} s.")
             time.sleep(wait)
-    raise AssertionError("unreachable")
 
 
 def require_token() -> None:
