@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ from PIL import Image
 
 import locatvit_hf
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViTForSemanticSegmentation
+from tests.docs.snippets import ROOT, read_blocks, run_blocks
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
@@ -48,6 +49,23 @@ def test_snippets_run(after_the_demo: Path) -> None:
     assert shapes == "[(1, 32, 8, 11), (1, 32, 8, 11)]"  # 90 x 120 pixels become 64 x 88, in patches of 8
     masks = list(after_the_demo.glob("LABEL_*.png"))
     assert masks and all(Image.open(mask).size == (120, 90) for mask in masks)
+
+
+def test_first_steps_and_commands_run(after_the_demo: Path) -> None:
+    """Without the installation, which the tests have behind them."""
+    blocks = [code for language, code in read_blocks(ROOT / "README.md") if language == "sh" and "locatvit " in code]
+    assert "pip install dist/" in blocks[0] and len(blocks) == 2
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("locatvit ")]
+    (after_the_demo / "examples").symlink_to(ROOT / "examples")
+    (after_the_demo / "photos").mkdir()
+    shutil.copy(after_the_demo / "photo.jpg", after_the_demo / "photos")
+    shutil.copytree(
+        *(after_the_demo / "demo_output" / "models" / f"{name}-classification" for name in ("locatvit", "vit"))
+    )
+    run_blocks([("sh", line) for line in lines], after_the_demo)
+    maps = np.asarray(Image.open(after_the_demo / "masks" / "maps" / "scene.png"))
+    assert maps.shape == (64, 64) and len(np.unique(maps)) > 1  # the digits stand out
+    assert (after_the_demo / "look" / "photo.html").is_file()
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small", "base", "large"])
