@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +53,13 @@ class SelfDistillationArguments:
     num_prototypes: int = field(default=65536, metadata={"help": "Outputs of the head."})
     head_hidden_size: int = 2048
     head_bottleneck_size: int = 256
+    head_batch_norm: bool = field(
+        default=False,
+        metadata={
+            "help": "Normalise the hidden layers of the head over the batch of a process. A small encoder gives almost "
+            "the same features to all images at first; without it, a short run ends with the same answer to all."
+        },
+    )
     teacher_momentum: float | int = field(
         default=0.996, metadata={"help": "How much of the teacher an update keeps; a cosine takes it to 1."}
     )
@@ -141,9 +149,14 @@ class DinoHead(nn.Module):
     def __init__(self, hidden_size: int, arguments: SelfDistillationArguments):
         super().__init__()
         inner, bottleneck = arguments.head_hidden_size, arguments.head_bottleneck_size
-        self.layers = nn.Sequential(
-            nn.Linear(hidden_size, inner), nn.GELU(), nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, bottleneck)
-        )
+        # Of the batch, also in the teacher, which evaluates always.
+        norm = partial(nn.BatchNorm1d, affine=False, track_running_stats=False)
+        hidden = [
+            layer
+            for width in (hidden_size, inner)
+            for layer in (nn.Linear(width, inner), *([norm(inner)] if arguments.head_batch_norm else []), nn.GELU())
+        ]
+        self.layers = nn.Sequential(*hidden, nn.Linear(inner, bottleneck))
         self.prototypes = nn.Linear(bottleneck, arguments.num_prototypes, bias=False)
         for layer in self.layers:
             if isinstance(layer, nn.Linear):

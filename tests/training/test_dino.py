@@ -250,6 +250,18 @@ def test_collapse_shows():
     assert criterion.update_centre(Accelerator())["teacher_entropy"] < 1e-3  # the same for all: one prototype
 
 
+def test_batch_norm_of_the_head_tells_alike_features_apart():
+    features = torch.ones(16, 8) + 1e-3 * torch.randn(16, 8)
+    spread = {}
+    for batch_norm in (False, True):
+        torch.manual_seed(0)
+        head = DinoHead(8, SelfDistillationArguments(**SMALL_HEAD, head_batch_norm=batch_norm))
+        spread[batch_norm] = head(features).std(dim=0).mean()
+        torch.testing.assert_close(head.eval()(features), head.train()(features))  # the teacher evaluates
+        assert not list(head.buffers())  # and follows the student by its parameters alone
+    assert spread[True] > 50 * spread[False]
+
+
 def test_the_teacher_follows_and_never_learns():
     arguments = build_arguments(DinoArguments, SMALL_HEAD)
     student = torch.nn.Sequential(DinoHead(4, arguments))
