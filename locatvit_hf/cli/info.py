@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .console import console, error_console, one_sentence_errors
+from .console import console, error_console, one_sentence_errors, readable
 
 
 @one_sentence_errors
@@ -22,7 +22,7 @@ def info(
     from ..hub.inspection import inspect
 
     logging.set_verbosity_error()
-    found = inspect(checkpoint, revision, lambda line: error_console.print(line, style="yellow", markup=False))
+    found = inspect(checkpoint, revision, lambda line: error_console.print(readable(line), style="yellow"))
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:
@@ -38,7 +38,9 @@ def _print_model(found) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=_text(found.name), title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False)
+    table = Table(
+        title=readable(found.name), title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False
+    )
     dtypes = ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items())
     rows = {
         "model": f"{found.architecture} ({found.family})",
@@ -51,7 +53,7 @@ def _print_model(found) -> None:
     }
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, _text(value))
+            table.add_row(name, readable(value))
     console.print(table, soft_wrap=False)
 
 
@@ -66,7 +68,7 @@ def _print_files(found) -> None:
     table.add_column("what it is", overflow="fold")
     styles = {"fine": "", "note": "yellow", "alarm": "bold red"}
     for file in found.files:
-        table.add_row(_text(file.path), decimal(file.size), _text(file.verdict), style=styles[file.level])
+        table.add_row(readable(file.path), decimal(file.size), readable(file.verdict), style=styles[file.level])
     console.print(table, soft_wrap=False)
 
 
@@ -74,31 +76,23 @@ def _print_diffs(found) -> None:
     styles = {"+": "green", "-": "red", "@": "cyan"}
     for diff in found.diffs.values():
         for line in diff.split("\n"):
-            console.print(_text(line), style=styles.get(line[:1], ""))
+            console.print(readable(line), style=styles.get(line[:1], ""))
         console.print()
 
 
 def _print_advice(found) -> None:
     for note in found.notes:
-        console.print(_text(note), style="yellow")
+        console.print(readable(note), style="yellow")
     if found.alarms:
         console.print("[bold white on red] Do not run this code before you have read it. [/]")
         for alarm in found.alarms:
-            console.print(_text(f"- {alarm}"), style="bold red")
+            console.print(readable(f"- {alarm}"), style="bold red")
     else:
         console.print(f"[green]All its code is that of locatvit-hf {found.release}.[/green]")
     if found.commit:
-        console.print(_text(f'To load exactly this:\n  revision="{found.commit}",\n  code_revision="{found.commit}",'))
-
-
-def _text(value: object):
-    """Text of a stranger for the terminal: what would steer it, or be invisible, is written out."""
-    from rich.text import Text
-
-    shown = (
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in str(value)
-    )
-    return Text("".join(shown))
+        console.print(
+            readable(f'To load exactly this:\n  revision="{found.commit}",\n  code_revision="{found.commit}",')
+        )
 
 
 __all__ = ["info"]

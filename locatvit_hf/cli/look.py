@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from .console import console, one_sentence_errors
 
@@ -93,7 +94,7 @@ def look(
             write_complete(output / f"{stem}-{name}.png", lambda path, figure=figure: figure.savefig(path, dpi=160))
         page = build_page(stem, picture, layers, index, patches[0])
         write_complete(output / f"{stem}.html", lambda path, page=page: path.write_text(page, encoding="utf-8"))
-        console.print(f"[bold]{output / stem}.html[/bold], and {len(drawn)} pictures beside it.")
+        console.print(f"[bold]{escape(str(output / stem))}.html[/bold], and {len(drawn)} pictures beside it.")
 
 
 def _parse_patch(text: str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .console import console, error_console, one_sentence_errors
+from .console import console, error_console, one_sentence_errors, readable
 
 
 @one_sentence_errors
@@ -95,7 +95,7 @@ def _print_changes(built: Path, snapshot, repository: str) -> None:
 
 
 def _report(line: str) -> None:
-    error_console.print(line, style="yellow", markup=False)
+    error_console.print(readable(line), style="yellow")
 
 
 __all__ = ["push"]

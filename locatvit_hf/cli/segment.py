@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from .console import console, error_console, one_sentence_errors
+from .console import console, error_console, one_sentence_errors, readable
 
 
 @one_sentence_errors
@@ -47,19 +48,25 @@ def segment(
 
     from ..segmentation import OutputFolder, Segmenter
     from ..segmentation.files import find_sources
-    from .checkpoints import load_config, load_model, load_processor
+    from .checkpoints import identify, load_config, load_model, load_processor
 
     Image.MAX_IMAGE_PIXELS = None  # the user's own images may be as large as they are
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    sources = find_sources(inputs or [])
+    sources = find_sources(inputs or [], output)
     config = load_config(model, revision)
     architecture = (config.architectures or ["a model without a name"])[0]
     if "Segmentation" not in architecture:
         raise ValueError(
             f"{model} holds {architecture}, which does not segment; training/segment.py gives it a segmentation head."
         )
-    settings = {"model": _name_of(model), "revision": revision, "window": window}
+    settings = {
+        "model": _name_of(model),
+        "revision": revision,
+        "weights": identify(model, revision),
+        "window": window,
+        "frame_maps": frame_maps,
+    }
     segmenter = Segmenter(
         load_model(AutoModelForSemanticSegmentation, model, revision), load_processor(model, revision), window
     )
@@ -76,22 +83,21 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
 
     images = [source for source in sources if not is_video(source.path)]
     videos = [source for source in sources if is_video(source.path)]
-    waiting_images = [source for source in images if not output.holds(source.name)]
-    waiting_videos = [source for source in videos if not output.video_path(source.name).exists()]
+    waiting_images = [source for source in images if not output.holds(source)]
+    waiting_videos = [source for source in videos if not output.holds_video(source)]
     corrupt = 0
     with _progress() as progress:
         if waiting_images:
             task = progress.add_task("images", total=len(waiting_images))
             for error in segment_files(segmenter, waiting_images, output, batch_size, lambda: progress.advance(task)):
                 corrupt += 1
-                progress.console.print(f"Skipped: {error}", style="yellow", markup=False)
+                progress.console.print(readable(f"Skipped: {error}"), style="yellow")
         for source in waiting_videos:
             task = progress.add_task(source.path.name, total=count_frames(source.path))
             try:
                 segment_video(
                     segmenter,
-                    source.path,
-                    source.name,
+                    source,
                     output,
                     batch_size,
                     frame_maps,
@@ -99,7 +105,7 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
                 )
             except CorruptImageError as error:
                 corrupt += 1
-                progress.console.print(f"Skipped: {error}", style="yellow", markup=False)
+                progress.console.print(readable(f"Skipped: {error}"), style="yellow")
     waiting = len(waiting_images) + len(waiting_videos)
     _summarise(waiting - corrupt, len(sources) - waiting, corrupt, output.folder)
 
@@ -136,12 +142,12 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
         for error in segment_dataset(
             segmenter, rows, column, output, batch_size, *place, lambda number: progress.advance(task, number)
         ):
-            progress.console.print(f"Skipped: {error}", style="yellow", markup=False)
+            progress.console.print(readable(f"Skipped: {error}"), style="yellow")
     state.wait_for_everyone()
     if state.is_main_process:
         empty = sum(count_empty(shard_path(output, process, place[1])) for process in range(place[1]))
         unreadable = f", [yellow]{empty} of them empty because the image could not be read[/yellow]" if empty else ""
-        console.print(f"{len(rows)} rows are in [bold]{folder}[/bold]{unreadable}.")
+        console.print(f"{len(rows)} rows are in [bold]{escape(str(folder))}[/bold]{unreadable}.")
     state.destroy_process_group()
 
 
@@ -149,7 +155,7 @@ def _summarise(done: int, before: int, corrupt: int, folder: Path) -> None:
     parts = [f"[green]{done} segmented[/green]"]
     parts += [f"{before} were there already"] if before else []
     parts += [f"[yellow]{corrupt} could not be read[/yellow]"] if corrupt else []
-    console.print(", ".join(parts) + f": [bold]{folder}[/bold]")
+    console.print(", ".join(parts) + f": [bold]{escape(str(folder))}[/bold]")
     if corrupt and not done and not before:
         raise typer.Exit(1)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from .console import console, one_sentence_errors
 
@@ -34,7 +35,7 @@ def serve(
     logging.disable_progress_bar()
     if space is not None:
         write_space(space, model)
-        console.print(f"Upload [bold]{space}[/bold] to a Space: hf upload --repo-type space YOU/NAME {space}")
+        console.print(f"Upload it to a Space: [bold]hf upload --repo-type space YOU/NAME {escape(str(space))}[/bold]")
         return
     page, address, public = serve_page(model, examples, host, port, share, prevent_thread_lock=True)
     console.print(f"Open [bold]{public or address}[/bold] in a browser; Ctrl+C ends it.")

@@ -1,5 +1,6 @@
 """Our card from the Trainer of transformers."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,20 @@ class CardCallback(TrainerCallback):
     Args:
         trainer: that pushes.
         dataset: what the weights learn from and are evaluated on, a Hub name where it has one.
+        weights_license: as the Hub abbreviates it, such as "mit".
         split: of the data that Trainer evaluates on.
         facts: further fields of the card, as `base_model`; see `card.Card`.
+
+    Raises ValueError for a field that no card has, and for a model without a task: now, not at the first push.
     """
 
-    def __init__(self, trainer: Trainer, dataset: str, split: str = "validation", **facts: Any):
+    def __init__(self, trainer: Trainer, dataset: str, weights_license: str, split: str = "validation", **facts: Any):
+        if unknown := sorted(set(facts) - {field.name for field in dataclasses.fields(Card)}):
+            raise ValueError(f"A card has no field {unknown[0]!r}.")
+        architecture = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
+        if not architecture.endswith(tuple(PIPELINES)):
+            raise ValueError(f"A card describes a model with a head or a bare one, not {architecture}.")
+        facts["weights_license"] = weights_license
         self.trainer, self.dataset, self.split, self.facts = trainer, dataset, split, facts
         trainer.create_model_card = lambda *args, **kwargs: None  # it would overwrite ours
 

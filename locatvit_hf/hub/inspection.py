@@ -39,6 +39,10 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 EXPECTED = {CONFIG, PROCESSOR, INDEX, CHECKSUMS, CARD_FILE, "README.md", "LICENSE", ".gitattributes"}
 # Suffixes of what people look at or read.
 HARMLESS = (".md", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".yaml", ".yml", ".txt", ".json")
+# Machine code and compiled Python.
+EXECUTABLE = (".so", ".pyd", ".pyc", ".dll", ".dylib", ".exe")
+# Files that transformers reads before those shown here, or that lead it to another checkpoint.
+REDIRECTING = {"processor_config.json", "adapter_config.json"}
 # Folders that git and huggingface_hub keep beside a download.
 OTHERS = {".git", ".cache"}
 # Settings that make transformers fetch code from elsewhere.
@@ -201,10 +205,28 @@ def _check_maps(found: Inspection, source: Folder | Remote, content: dict[str, A
                 found.alarms.append(f"{file} makes {auto_class} load {target}, which is not a class of this package.")
             elif f"{target.partition('.')[0]}.py" not in source.sizes:
                 found.notes.append(f"{file} makes {auto_class} load {target}, whose file is missing.")
-        for part in (settings, settings.get("backbone_config")):
-            for key in FOREIGN if isinstance(part, dict) else ():
-                if part.get(key):
-                    found.alarms.append(f"{file} sets {key}, which can make transformers run code from elsewhere.")
+        foreign = _find_keys({**settings, "auto_map": None}, {"auto_map", *FOREIGN})
+        found.alarms += [f"{file} sets {key}, which can make transformers run code from elsewhere." for key in foreign]
+    for file, size in source.sizes.items():
+        if PurePosixPath(file).name in REDIRECTING:
+            found.alarms.append(f"{file} makes transformers load something else than what is shown here.")
+        elif file.endswith(".json") and file not in maps and size <= LARGEST_TEXT:
+            try:
+                foreign = _find_keys(json.loads(source.path(file).read_text(encoding="utf-8")), {"auto_map", *FOREIGN})
+            except (ValueError, RecursionError):
+                continue  # no library can read it either
+            found.alarms += [f"{file} sets {key}, which can make transformers run foreign code." for key in foreign]
+
+
+def _find_keys(content: Any, names: set[str]) -> list[str]:
+    """Which of the names are keys with a value anywhere in JSON content, each once."""
+    found, waiting = [], [content]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            found += [name for name, value in part.items() if name in names and value and name not in found]
+        waiting += list(part.values()) if isinstance(part, dict) else part if isinstance(part, list) else []
+    return found
 
 
 def _read_weights(found: Inspection, source: Folder | Remote) -> None:
@@ -240,7 +262,7 @@ def _compare_files(found: Inspection, source: Folder | Remote) -> None:
             verdict, level = f"{verdict}; NOT WHAT {CHECKSUMS} RECORDS", "alarm"
             found.alarms.append(f"{name} is not what was published: its SHA-256 differs from {CHECKSUMS}.")
         elif verdict == "weights" and name in recorded:
-            verdict = "weights, as recorded"
+            verdict = "weights, as recorded" if digest is not None else "weights, too large to compare from here"
         elif verdict == "weights" and recorded:
             verdict, level = f"weights that {CHECKSUMS} DOES NOT RECORD", "alarm"
             found.alarms.append(f"{name} is not among the files that {CHECKSUMS} records.")
@@ -257,6 +279,11 @@ def _judge(found: Inspection, source: Folder | Remote, name: str, size: int) -> 
     if suffix in PICKLES:
         found.alarms.append(f"{name} is a pickle, which can run code when it is loaded.")
         return "PICKLE: loading it can run code", "alarm"
+    if suffix in EXECUTABLE:
+        found.alarms.append(f"{name} is compiled code.")
+        return "COMPILED CODE", "alarm"
+    if PurePosixPath(name).name in REDIRECTING:
+        return "LEADS ELSEWHERE", "alarm"
     if suffix == ".safetensors" and "/" not in name:
         return "weights", "fine"
     if name in EXPECTED or name.startswith(".eval_results/"):

@@ -15,7 +15,7 @@ from .remote import HubError, NotThereError, Snapshot, ask, read_snapshot, requi
 from .repository import CHECKSUMS, INDEX, PICKLES, build_repository, write_checksums
 
 # Files of an earlier upload that would contradict the new ones; whatever else is there, such as pictures, stays.
-REPLACED = ("*.py", "*.safetensors", INDEX, CHECKSUMS, ".eval_results/*", *(f"*{suffix}" for suffix in PICKLES))
+REPLACED = ("*.py", "*.safetensors", INDEX, CHECKSUMS, *(f"*{suffix}" for suffix in PICKLES))
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,12 @@ def compare(folder: Path, snapshot: Snapshot | None) -> Changes:
     there = {} if snapshot is None else snapshot.files
     here = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     same = {name for name, path in here.items() if name in there and there[name].equals(path)}
-    stale = [name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in REPLACED)]
+    stale = [
+        name
+        for name in there
+        if name.startswith(".eval_results/")
+        or ("/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in REPLACED))
+    ]
     return Changes(
         added=[name for name in here if name not in there],
         changed=[name for name in here if name in there and name not in same],

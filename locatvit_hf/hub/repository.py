@@ -64,7 +64,7 @@ def build_config(content: Mapping[str, Any], name: str) -> PreTrainedConfig:
     """
     backbone = content.get("backbone_config")
     kinds = [part.get("model_type") for part in (content, backbone) if isinstance(part, Mapping)]
-    if not set(kinds) & set(FAMILIES):
+    if not any(isinstance(kind, str) and kind in FAMILIES for kind in kinds):
         raise RepositoryError(f"{name} is a {kinds[0]}, not one of {', '.join(FAMILIES)}.")
     try:
         return AutoConfig.for_model(**_without_code(content))
@@ -104,7 +104,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).is_file():
-        files = [folder / name for name in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))]
+        names = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise RepositoryError(f"{folder / INDEX} does not say which tensor is in which file.")
+        files = [folder / name for name in sorted(set(names.values()))]
     else:
         found = (path.name for path in folder.iterdir() if path.suffix in PICKLES)
         pickles = sorted(name for name in found if name not in TRAINING_STATE)
@@ -130,7 +133,7 @@ def build_repository(folder: Path, destination: Path) -> PreTrainedConfig:
     """
     if not (folder / "config.json").is_file():
         raise RepositoryError(f"{folder} is no checkpoint: it is not a folder with a config.json.")
-    content = read_json(folder / "config.json")
+    content = _without_code(read_json(folder / "config.json"))
     config = build_config(content, str(folder))
     architecture = model_class(config, str(folder)).__name__
     for file in weight_files(folder):
@@ -221,6 +224,8 @@ def verify_repository(folder: Path) -> float:
         same_shape = found[what].shape == tensor.shape
         difference = (found[what] - tensor).abs().max().item() if same_shape else float("inf")
         if not difference <= LARGEST_DIFFERENCE * max(1.0, tensor.abs().max().item()):
+            if not tensor.isfinite().all():
+                raise RepositoryError("The weights give an output that is not finite.")
             raise RepositoryError(
                 f"The repository does not compute what this package computes: its {what} differs by {difference:.3g}."
             )

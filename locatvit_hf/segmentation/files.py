@@ -4,28 +4,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
 from ..visualization.images import SUFFIXES, CorruptImageError, read_image
-from .outputs import OutputFolder
+from .outputs import OutputFolder, Source
 from .segmenter import Segmenter
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"}
 
 
-class Source(NamedTuple):
-    """A file, and the relative path without a suffix under which its results are written."""
-
-    path: Path
-    name: Path
-
-
-def find_sources(paths: list[Path]) -> list[Source]:
+def find_sources(paths: list[Path], output: Path | None = None) -> list[Source]:
     """The files among `paths` and the images and videos below the folders among them, each once, sorted by folder.
 
     Results are named like the file without its suffix, or with it where several files differ in nothing else.
+    output: the folder for results; what lies below it is no source.
     Raises ValueError where a path leads nowhere or a folder holds neither images nor videos.
     """
     known = SUFFIXES | VIDEO_SUFFIXES
@@ -33,6 +26,8 @@ def find_sources(paths: list[Path]) -> list[Source]:
     for path in paths:
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
+            if output is not None:
+                inside = [file for file in inside if output.resolve() not in file.resolve().parents]
             if not inside:
                 raise ValueError(f"The folder {path} holds no images and no videos.")
             found.update((file, file.relative_to(path)) for file in inside)
@@ -84,7 +79,7 @@ def segment_files(
             for future in writing:
                 future.result()
             writing = [
-                pool.submit(output.write, source.name, image, class_map)
+                pool.submit(output.write, source, image, class_map)
                 for (source, image), class_map in zip(images.items(), class_maps, strict=True)
             ]
             for _ in images:

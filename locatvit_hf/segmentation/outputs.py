@@ -4,14 +4,30 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import av
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ..visualization.segmentation import label_colors, legend_figure, overlay_segmentation
 
+# Where a label map says which state of its image it was made from.
+SOURCE_STATE = "source"
 LARGEST_OVERLAY = 2048  # pixels of the longer side; label maps keep the size of their image
+
+
+class Source(NamedTuple):
+    """A file, and the relative path without a suffix under which its results are written."""
+
+    path: Path
+    name: Path
+
+    def state(self) -> str:
+        """Size in bytes and time of the last change in nanoseconds: another file, or a changed one, has others."""
+        status = self.path.stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
 
 
 class OutputFolder:
@@ -61,14 +77,31 @@ class OutputFolder:
     def video_path(self, name: Path) -> Path:
         return self.folder / "overlays" / name.with_name(name.name + ".mp4")
 
-    def holds(self, name: Path) -> bool:
-        """Whether both pictures of an image are there."""
-        return self.map_path(name).exists() and self.overlay_path(name).exists()
+    def holds(self, source: Source) -> bool:
+        """Whether both pictures of an image are there, and were made from the file as it is now."""
+        if not (self.map_path(source.name).exists() and self.overlay_path(source.name).exists()):
+            return False
+        try:
+            with Image.open(self.map_path(source.name)) as picture:
+                return picture.info.get(SOURCE_STATE) == source.state()
+        except OSError:
+            return False
 
-    def write(self, name: Path, image: Image.Image, class_map: np.ndarray) -> None:
-        """The label map and the overlay of an image, each under `name`, a relative path without a suffix."""
-        write_complete(self.map_path(name), self.label_picture(class_map).save)
-        write_complete(self.overlay_path(name), lambda path: self.overlay(image, class_map).save(path, quality=90))
+    def holds_video(self, source: Source) -> bool:
+        """The same of a video."""
+        try:
+            with av.open(str(self.video_path(source.name))) as container:
+                return container.metadata.get("comment") == source.state()
+        except (OSError, av.FFmpegError):
+            return False
+
+    def write(self, source: Source, image: Image.Image, class_map: np.ndarray) -> None:
+        """The label map and the overlay of an image."""
+        state = PngInfo()
+        state.add_text(SOURCE_STATE, source.state())
+        picture, overlay = self.label_picture(class_map), self.overlay(image, class_map)
+        write_complete(self.overlay_path(source.name), lambda path: overlay.save(path, quality=90))
+        write_complete(self.map_path(source.name), lambda path: picture.save(path, pnginfo=state))
 
     def label_picture(self, class_map: np.ndarray) -> Image.Image:
         """Class ids as a picture: 8 bits with the colours as its palette, or 16 bits of grey."""

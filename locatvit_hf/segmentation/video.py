@@ -8,7 +8,7 @@ import av
 from PIL import Image
 
 from ..visualization.images import CorruptImageError
-from .outputs import OutputFolder, write_complete
+from .outputs import OutputFolder, Source, write_complete
 from .segmenter import Segmenter
 
 
@@ -28,8 +28,7 @@ def count_frames(path: Path) -> int | None:
 
 def segment_video(
     segmenter: Segmenter,
-    path: Path,
-    name: Path,
+    source: Source,
     output: OutputFolder,
     batch_size: int,
     frame_maps: bool = False,
@@ -40,36 +39,37 @@ def segment_video(
     A batch of frames is held at a time. advance: called after each frame.
     Raises CorruptImageError for a file without a video that can be decoded.
     """
-    if not path.stat().st_size:
-        raise CorruptImageError(f"{path} is empty.")
+    if not source.path.stat().st_size:
+        raise CorruptImageError(f"{source.path} is empty.")
     write_complete(
-        output.video_path(name),
-        lambda target: _write_overlays(segmenter, path, name, target, output, batch_size, frame_maps, advance),
+        output.video_path(source.name),
+        lambda target: _write_overlays(segmenter, source, target, output, batch_size, frame_maps, advance),
     )
 
 
 def _write_overlays(
     segmenter: Segmenter,
-    path: Path,
-    name: Path,
+    source: Source,
     target: Path,
     output: OutputFolder,
     batch_size: int,
     frame_maps: bool,
     advance: Callable[[], None],
 ) -> None:
+    path, name = source
     try:
-        with av.open(str(path)) as source, av.open(str(target), "w", format="mp4") as sink:
-            if not source.streams.video:
+        with av.open(str(path)) as film, av.open(str(target), "w", format="mp4") as sink:
+            if not film.streams.video:
                 raise CorruptImageError(f"{path} holds no video.")
-            frames, stream, number = _frames(source), None, 0
+            sink.metadata["comment"] = source.state()
+            frames, stream, number = _frames(film), None, 0
             while batch := list(islice(frames, batch_size)):
                 for image, class_map in zip(batch, segmenter(batch), strict=True):
                     if frame_maps:
                         path_of_map = output.map_path(name / f"{number:06d}")
                         write_complete(path_of_map, output.label_picture(class_map).save)
                     overlay = output.overlay(image, class_map)
-                    stream = stream or _add_stream(sink, source.streams.video[0].average_rate or 25, overlay.size)
+                    stream = stream or _add_stream(sink, film.streams.video[0].average_rate or 25, overlay.size)
                     overlay = overlay.crop((0, 0, stream.width, stream.height))
                     sink.mux(stream.encode(av.VideoFrame.from_image(overlay)))
                     number += 1
@@ -81,9 +81,9 @@ def _write_overlays(
         raise CorruptImageError(f"{path} cannot be decoded: {error.strerror or error}.") from None
 
 
-def _frames(source: av.container.InputContainer) -> Iterator[Image.Image]:
+def _frames(film: av.container.InputContainer) -> Iterator[Image.Image]:
     """The frames as RGB images, turned as the video says."""
-    for frame in source.decode(video=0):
+    for frame in film.decode(video=0):
         image = frame.to_image()
         yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
 

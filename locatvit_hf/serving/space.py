@@ -22,7 +22,7 @@ models: {models}
 
 # {title}
 
-What {named} see, and where they look. Served by [locatvit-hf](https://pypi.org/project/locatvit-hf/).
+What {named} see, and where they look. Served by locatvit-hf.
 """
 
 
@@ -34,6 +34,8 @@ def write_space(folder: Path, models: list[str]) -> None:
     for model in models:
         if Path(model).exists() or model.count("/") != 1:
             raise ValueError(f"A Space downloads its models from the Hub: {model} is no Hub id. Push it there first.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: name a new folder for the files of the Space.")
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "app.py": APP.format(models=models),

@@ -7,7 +7,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..image_processing_locatvit import pil_to_rgb
 
-SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+# Formats that Pillow hands to other programs, or that hold drawings and weather, are not read.
+FORMATS = sorted(
+    {name for name in Image.registered_extensions().values() if name in Image.OPEN}
+    - {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "FPX", "MIC"}
+)
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 
 
 class CorruptImageError(ValueError):
@@ -28,7 +33,7 @@ def read_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.
         if source.is_dir():
             raise IsADirectoryError(f"{name} is a folder; an image file is needed here.")
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
             pixels = pil_to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise CorruptImageError(f"{name} is no image file of a known format.") from None

@@ -67,15 +67,22 @@ def draw_segmentation(axes: Axes, image: Image.Image, label_map: np.ndarray, col
 def draw_legend(axes: Axes, id2label: dict[int, str], colors: np.ndarray, labels: list[int] | None = None) -> None:
     """A row of colour patches with the names of the labels, of all or of those in `labels`."""
     labels = sorted(id2label) if labels is None else labels
-    handles = [Patch(facecolor=colors[label] / 255, label=id2label[label]) for label in labels]
+    handles = [Patch(facecolor=colors[label] / 255, label=_literal(id2label[label])) for label in labels]
     axes.legend(handles=handles, ncols=len(handles), loc="center", frameon=False, handlelength=1, columnspacing=1.2)
     axes.set_axis_off()
+
+
+def _literal(name: str) -> str:
+    """A name as it is, not as a formula between dollar signs."""
+    return name.replace("$", r"\$")
 
 
 def legend_figure(id2label: dict[int, str], colors: np.ndarray) -> Figure:
     """All labels with their ids and colours, in as many columns as keep the figure about square; save it with
     `bbox_inches="tight"`."""
-    handles = [Patch(facecolor=colors[label] / 255, label=f"{label}  {name}") for label, name in id2label.items()]
+    handles = [
+        Patch(facecolor=colors[label] / 255, label=f"{label}  {_literal(name)}") for label, name in id2label.items()
+    ]
     columns = max(round(math.sqrt(len(handles) / 6)), 1)
     figure = Figure(figsize=(1, 1))
     figure.legend(handles=handles, ncols=columns, loc="center", frameon=False, handlelength=1.4, handleheight=1.4)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from locatvit_hf.cli import app
 from locatvit_hf.cli.checkpoints import load_model, load_processor
 from locatvit_hf.segmentation import OutputFolder, Segmenter, dataset, upsampled_argmax
 from locatvit_hf.segmentation import segmenter as segmenter_module
+from locatvit_hf.segmentation.outputs import Source
 
 NAMES = ["background", "road", "sky", "tree", "car"]
 SMALL = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -107,6 +109,56 @@ def test_a_folder_becomes_maps_overlays_and_a_legend(folder, checkpoint, tmp_pat
     assert read_map(output / "maps" / "inner" / "turned.png").shape == (40, 24)
     with Image.open(output / "overlays" / "c.jpg") as overlay:
         assert overlay.size == (25, 50)
+
+
+def test_a_changed_picture_is_segmented_again_and_results_are_no_sources(folder, checkpoint, tmp_path):
+    output = folder / "masks"
+    arguments = (folder, "--model", checkpoint, "--output", output)
+    assert "5 segmented" in run(*arguments)[1]
+    picture(20, 18, 9).save(folder / "a.png")
+    code, said = run(*arguments)
+    assert code == 0 and "1 segmented, 4 were there already" in said
+    assert read_map(output / "maps" / "a.png").shape == (18, 20)
+
+
+def test_other_weights_at_the_same_place_do_not_continue_a_run(folder, checkpoint, tmp_path):
+    model, output = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(checkpoint, model)
+    assert run(folder, "--model", model, "--output", output)[0] == 0
+    changed = make_model()
+    torch.nn.init.ones_(next(changed.parameters()))
+    changed.save_pretrained(model)
+    code, said = run(folder, "--model", model, "--output", output)
+    assert code == 1 and "results of another model" in said
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda f: f.joinpath("model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"), "damaged"),
+        (lambda f: edit(f, hidden_size=32), "do not fit its config.json"),
+        (lambda f: edit(f, patch_size=0), "is not valid"),
+        (lambda f: edit(f, model_type=["a"]), "not one of"),
+        (lambda f: edit(f, id2label={"0": "a", "7": "b"}), "by the ids 0, 1, 2"),
+        (lambda f: edit(f, architectures=["\x1b]0;X\x07"]), "does not segment"),
+    ],
+)
+def test_damaged_checkpoints_are_a_sentence_that_steers_no_terminal(damage, sentence, folder, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    damage(tmp_path / "model")
+    code, said = run(folder, "--model", tmp_path / "model", "--output", tmp_path / "out")
+    assert code == 1 and sentence in said and "\x1b" not in said and "Traceback" not in said
+
+
+def edit(folder: Path, **settings) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | settings))
+
+
+def test_a_kernel_that_a_checkpoint_names_is_not_asked_for(folder, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    edit(tmp_path / "model", attn_implementation="stranger/kernel", _attn_implementation="stranger/kernel")
+    assert run(folder, "--model", tmp_path / "model", "--output", tmp_path / "out")[0] == 0
 
 
 def test_a_killed_run_continues(folder, checkpoint, tmp_path, monkeypatch):
@@ -228,7 +280,8 @@ def test_more_labels_than_a_palette_holds_take_sixteen_bits(tmp_path):
     image = picture(60, 40)
     (found,) = segmenter([image])
     output = OutputFolder(tmp_path, segmenter.id2label, {})
-    output.write(Path("x"), image, found)
+    image.save(tmp_path / "x.jpg")
+    output.write(Source(tmp_path / "x.jpg", Path("x")), image, found)
     with Image.open(tmp_path / "maps" / "x.png") as label_map:
         assert label_map.mode == "I;16"
         np.testing.assert_array_equal(np.asarray(label_map), found)
@@ -262,7 +315,8 @@ def test_a_video_keeps_its_frames_and_its_rate(checkpoint, segmenter, tmp_path):
     drawn = OutputFolder(tmp_path / "other", segmenter.id2label, {}).overlay(frames[5], read_map(maps[5]))
     assert np.abs(np.asarray(drawn, float) - np.asarray(overlays[5], float)).mean() < 25  # the codec loses some
     assert not list(output.rglob(".partial-*"))
-    assert "0 segmented, 1 were there already" in run(*arguments)[1]
+    assert "0 segmented, 1 were there already" in run(*arguments, "--frame-maps")[1]
+    assert "of other options" in run(*arguments)[1]
 
 
 @pytest.fixture

@@ -110,6 +110,10 @@ def edit_json(name: str, **settings: object) -> Callable[[Path, Path], None]:
     return edit
 
 
+def write(name: str, content: str) -> Callable[[Path, Path], None]:
+    return lambda folder, mark: (folder / name).write_text(content)
+
+
 @pytest.mark.parametrize(
     ("spoil", "alarm"),
     [
@@ -128,6 +132,19 @@ def edit_json(name: str, **settings: object) -> Callable[[Path, Path], None]:
             edit_json("preprocessor_config.json", auto_map={"AutoImageProcessor": "helper.Evil"}),
             "preprocessor_config.json makes AutoImageProcessor load helper.Evil, which is not a class of this package.",
         ),
+        (
+            write("processor_config.json", '{"image_processor": {"auto_map": {"AutoImageProcessor": "x--y.P"}}}'),
+            "processor_config.json makes transformers load something else than what is shown here.",
+        ),
+        (
+            write("adapter_config.json", '{"base_model_name_or_path": "other/model"}'),
+            "adapter_config.json makes transformers load something else than what is shown here.",
+        ),
+        (
+            write("video_processor.json", '{"deep": [{"auto_map": {"AutoImageProcessor": "x--y.P"}}]}'),
+            "video_processor.json sets auto_map, which can make transformers run foreign code.",
+        ),
+        (write("locat.so", "ELF"), "locat.so is compiled code."),
         (
             edit_json("config.json", attn_implementation="other/kernel:attend"),
             "config.json sets attn_implementation, which can make transformers run code from elsewhere.",

@@ -165,7 +165,7 @@ def test_changes_are_told_apart_by_content_and_strangers_files_stay(tmp_path: Pa
     assert changes.added == ["new.md"]
     assert changes.changed == ["other.json"]
     assert changes.unchanged == ["model.safetensors", "same.py"]
-    assert changes.removed == [".eval_results/old.yaml", "model.bin", "old.py", "sub/old.py"]
+    assert changes.removed == [".eval_results/old.yaml", "model.bin", "old.py"]
     assert compare(tmp_path, None).added == ["model.safetensors", "new.md", "other.json", "same.py"]
 
 

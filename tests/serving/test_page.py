@@ -95,7 +95,9 @@ def test_space_names_its_models_and_this_version(tmp_path, checkpoints):
     assert "['me/locatvit', 'me/vit']" in app_text
     assert re.search(r"^locatvit-hf\[serve\]==\d", (tmp_path / "space" / "requirements.txt").read_text())
     with pytest.raises(ValueError, match="Push it there first"):
-        write_space(tmp_path / "space", [str(checkpoints / "classifier")])
+        write_space(tmp_path / "other", [str(checkpoints / "classifier")])
+    with pytest.raises(ValueError, match="is not empty"):
+        write_space(tmp_path / "space", ["me/vit"])
 
 
 @pytest.mark.parametrize(

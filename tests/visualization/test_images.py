@@ -1,0 +1,23 @@
+"""What is read as a picture, and names that look like formulas."""
+
+import numpy as np
+import pytest
+
+from locatvit_hf.visualization import CorruptImageError, label_colors, legend_figure, read_image
+from locatvit_hf.visualization.images import SUFFIXES
+
+
+def test_nothing_is_handed_to_another_program(tmp_path):
+    disguised = tmp_path / "picture.png"
+    disguised.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) run\n")
+    with pytest.raises(CorruptImageError, match="no image file of a known format"):
+        read_image(disguised)
+    assert {".png", ".jpg", ".webp", ".tif"} <= SUFFIXES and not {".eps", ".ps", ".wmf"} & SUFFIXES
+
+
+def test_a_legend_shows_names_as_they_are():
+    names = {0: r"a $\frac{ b$", 1: "5$"}
+    figure = legend_figure(names, label_colors(2))
+    figure.canvas.draw()
+    assert "$" in figure.legends[0].get_texts()[0].get_text()
+    assert np.asarray(figure.canvas.buffer_rgba()).std() > 0
