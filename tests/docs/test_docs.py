@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViTForSemanticSegmentation
+from locatvit_hf.cli import app
 
 from .snippets import ROOT, read_blocks, run_blocks
 
@@ -30,7 +35,7 @@ def reader(tmp_path: Path) -> Path:
             image_size=64,
             patch_size=8,
             hidden_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=4,
             num_attention_heads=2,
             num_labels=3,
             initializer_range=0.3,
@@ -63,6 +68,38 @@ def test_blocks_run(page: str, reader: Path) -> None:
     printed = run_blocks(blocks, reader)
     assert f"block {len(blocks)} " in printed
     assert " ERROR " not in printed.replace("is not supported for image-segmentation", "")
+
+
+@pytest.mark.slow
+def test_training_commands_of_the_readme_run(reader: Path) -> None:
+    """The recipe reads the data set that lies beside the checkout: a small one stands in for it here."""
+    (block,) = [code for _, code in read_blocks(ROOT / "README.md") if "training.pretrain" in code]
+    home = reader / "checkout"
+    home.mkdir()
+    for name in ("training", "photos", "streets", "names.json"):
+        (home / name).symlink_to(reader / name)
+    (home / "my-checkpoint").symlink_to(reader / "demo_output" / "models" / "locatvit-classification")
+    for split in ("train", "validation"):
+        for label in ("cat", "dog"):
+            shutil.copytree(reader / "photos" / label, reader / "shared" / "data" / "tiny_imagenet" / split / label)
+    short = "--validation_share 0.25 --length '1 epochs' --batch_size 4"
+    commands = block.replace("\\\n", " ").splitlines()
+    assert len(commands) == 3
+    for command in commands:
+        run_blocks([("sh", command if "--dry_run" in command else f"{command} {short}")], home)
+
+
+def test_commands_that_are_only_shown_exist() -> None:
+    """Of text blocks, which need the Hub, a browser or the files of others: the verbs and options are there."""
+    command, shown = typer.main.get_command(app), 0
+    for page in (*DOCS.glob("*.md"), ROOT / "README.md"):
+        for block in re.findall(r"^```text\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("locatvit "):
+                    verb, *arguments = shlex.split(line)[1:]
+                    command.commands[verb].make_context(verb, arguments)
+                    shown += 1
+    assert shown >= 6
 
 
 def test_every_page_is_in_the_navigation() -> None:
