@@ -85,8 +85,9 @@ def test_training_commands_of_the_readme_run(reader: Path) -> None:
     short = "--validation_share 0.25 --length '1 epochs' --batch_size 4"
     commands = block.replace("\\\n", " ").splitlines()
     assert len(commands) == 3
+    options = {"training.finetune": short, "training.segment": f"{short} --resize 64 --crop_size 64"}
     for command in commands:
-        run_blocks([("sh", command if "--dry_run" in command else f"{command} {short}")], home)
+        run_blocks([("sh", f"{command} {options.get(command.split()[2], '')}")], home)
 
 
 def test_commands_that_are_only_shown_exist() -> None:
