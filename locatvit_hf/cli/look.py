@@ -29,12 +29,12 @@ def look(
     from transformers.utils import logging
 
     from .. import LocAtViTImageProcessor
+    from ..hub.checkpoints import load_config, load_model
     from ..segmentation.outputs import write_complete
     from ..visualization import figures
     from ..visualization.images import read_image
     from ..visualization.layers import read_layers
     from ..visualization.page import build_page
-    from .checkpoints import load_config, load_model
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

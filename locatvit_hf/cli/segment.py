@@ -46,9 +46,9 @@ def segment(
     from transformers import AutoModelForSemanticSegmentation
     from transformers.utils import logging
 
+    from ..hub.checkpoints import identify, load_config, load_model, load_processor
     from ..segmentation import OutputFolder, Segmenter
     from ..segmentation.files import find_sources
-    from .checkpoints import identify, load_config, load_model, load_processor
 
     Image.MAX_IMAGE_PIXELS = None  # the user's own images may be as large as they are
     logging.set_verbosity_error()

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSemanticSegmentation
 
-from ..cli.checkpoints import load_config, load_model, load_processor
+from ..hub.checkpoints import load_config, load_model, load_processor
 from ..image_processing_locatvit import LocAtViTImageProcessor
 from ..segmentation import Segmenter
 from ..visualization import build_page, label_colors, overlay_segmentation, read_layers

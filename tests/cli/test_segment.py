@@ -25,7 +25,7 @@ from locatvit_hf import (
     LocAtViTImageProcessor,
 )
 from locatvit_hf.cli import app
-from locatvit_hf.cli.checkpoints import load_model, load_processor
+from locatvit_hf.hub.checkpoints import load_model, load_processor
 from locatvit_hf.segmentation import OutputFolder, Segmenter, dataset, upsampled_argmax
 from locatvit_hf.segmentation import segmenter as segmenter_module
 from locatvit_hf.segmentation.outputs import Source

@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from .. import LocAtViTImageProcessor
-from ..hub.remote import sha256_of
-from ..hub.repository import build_config, read_json, weight_files
+from .remote import sha256_of
+from .repository import build_config, read_json, weight_files
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
