@@ -29,7 +29,7 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedM
 
 from locatvit_hf.image_processing_locatvit import channel_values, pair
 from training.arguments import DataArguments
-from training.data import load_split
+from training.data import load_split, spread
 
 NUM_LEVELS = 5
 """Maps of the pyramid: four of the encoder, and one of half the last one's size."""
@@ -139,11 +139,11 @@ def load_detection_splits(arguments: DetectionDataArguments, masks: bool) -> Det
     if not validation.objects:
         raise ValueError(f"The split {arguments.validation_split!r} has no image.")
     limits = arguments.max_train_samples, arguments.max_validation_samples
-    chosen = used[: limits[0]], list(range(len(validation.objects)))[: limits[1]]
+    chosen = used, list(range(len(validation.objects)))
     return DetectionSplits(
         *(
-            split.images.select(indices).add_column("objects", [json.dumps(split.objects[i]) for i in indices])
-            for split, indices in zip(annotated, chosen, strict=True)
+            spread(split.images.select(rows).add_column("objects", [json.dumps(split.objects[i]) for i in rows]), limit)
+            for split, rows, limit in zip(annotated, chosen, limits, strict=True)
         ),
         train.categories,
         num_empty,

@@ -33,6 +33,8 @@ WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json",
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 # Pickles that Trainer leaves, and that hold no weights.
 TRAINING_STATE = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
+# What makes a detector of the encoder beside it, see training/detection.py.
+DETECTOR = ("detector.json", "detector.safetensors")
 # Settings that can name a kernel on the Hub, which building a model would then fetch and run.
 IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_locatvit.LocAtViTImageProcessor"}
@@ -136,7 +138,8 @@ def build_repository(folder: Path, destination: Path) -> PreTrainedConfig:
     content = _without_code(read_json(folder / "config.json"))
     config = build_config(content, str(folder))
     architecture = model_class(config, str(folder)).__name__
-    for file in weight_files(folder):
+    detector = [folder / name for name in DETECTOR if (folder / name).is_file()]
+    for file in (*weight_files(folder), *detector):
         _link(file, destination / file.name)
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         shutil.copyfile(folder / INDEX, destination / INDEX)

@@ -14,6 +14,8 @@ from pycocotools import mask as coco_mask
 from safetensors.torch import load_file
 from transformers import AutoBackbone, AutoModel
 
+from locatvit_hf.hub.card import read_card
+from locatvit_hf.hub.push import assemble
 from tests.training.programs import ROOT, run, start
 from tests.training.programs import train as launch
 from training.arguments import build_arguments, load_recipe
@@ -156,7 +158,7 @@ def trained(settings, tmp_path_factory):
     return output, train(settings, output)
 
 
-def test_training_leaves_a_detector_and_its_encoder(trained, coco):
+def test_training_leaves_a_detector_and_its_encoder(trained, coco, tmp_path):
     output, results = trained
     stored = json.loads((output / "all_results.json").read_text())
     assert 0 <= results["metrics"]["segm_ap"] <= 1 and 0 <= results["metrics"]["bbox_ap50"] <= 1
@@ -172,6 +174,14 @@ def test_training_leaves_a_detector_and_its_encoder(trained, coco):
     assert 0 < len(found["boxes"]) <= 10 and set(found["names"]) <= {"box", "disc"}
     assert found["masks"].shape[1:] == (height, width) and found["masks"].dtype == torch.bool
     assert AutoModel.from_pretrained(output / "model").config.model_type == "pacavit"
+
+    published = tmp_path / "published"
+    published.mkdir()
+    assemble(output / "model", published, "tester/detector")
+    again = load_detector(published).detect(Image.open(coco / "val" / "0000.png"))
+    assert torch.equal(again["boxes"], found["boxes"])
+    (average_precision,) = [result for result in read_card(published).results if result.metric == "segm_ap"]
+    assert average_precision.value == pytest.approx(stored["metrics"]["segm_ap"])
 
 
 def test_a_saved_detector_answers_the_same(settings, tmp_path):
@@ -305,6 +315,13 @@ def test_every_form_of_segmentation_is_read(coco):
         assert read["labels"].tolist() == [0, 1]
         disc = coco_mask.decode(read["masks"][1]).astype(bool)
         assert (pixels[disc] == (250, 250, 0)).all() and disc.sum() == read["area"][1]
+
+
+def test_limits_are_spread_over_the_split(settings):
+    limits = {"max_train_samples": 3, "max_validation_samples": 2}
+    splits = splits_of(build_arguments(DetectArguments, {**settings, **limits}))
+    ids = [[json.loads(objects)["image_id"] for objects in split["objects"]] for split in splits[:2]]
+    assert ids == [[500, 472, 444], [500, 486]]
 
 
 def test_crowds_and_empty_images_only_evaluate(settings, coco, tmp_path):

@@ -1,7 +1,7 @@
 """Reading labelled images, and handing every process its share of every batch."""
 
 from .batches import UpdateSampler, sample_randomness
-from .loading import Splits, load_split, load_splits
+from .loading import Splits, load_split, load_splits, spread
 from .samples import TrainingSamples, create_evaluation_loader, create_training_loader
 
 __all__ = [
