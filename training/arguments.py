@@ -38,6 +38,10 @@ class DataArguments:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_hash: str | None = field(
+        default=None,
+        metadata={"help": "Refuse other data: the SHA-256 of all images and labels of both splits, in their order."},
+    )
     train_split: str = field(
         default="train", metadata={"help": "Name of the split, or its files in the dataset: train-{000..099}.tar"}
     )

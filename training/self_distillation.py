@@ -164,9 +164,11 @@ class DinoHead(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(samples, hidden_size) to (samples, num_prototypes), from -1 to 1."""
+        """(..., hidden_size) to (..., num_prototypes), from -1 to 1."""
+        # A batch norm takes the second of three axes for the channels.
+        hidden = self.layers(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
         # Half precision knows no smaller epsilon.
-        unit = F.normalize(self.layers(features), dim=-1, eps=1e-6)
+        unit = F.normalize(hidden, dim=-1, eps=1e-6)
         return F.linear(unit, F.normalize(self.prototypes.weight, dim=-1, eps=1e-6))
 
 

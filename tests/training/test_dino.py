@@ -258,6 +258,7 @@ def test_batch_norm_of_the_head_tells_alike_features_apart():
         head = DinoHead(8, SelfDistillationArguments(**SMALL_HEAD, head_batch_norm=batch_norm))
         spread[batch_norm] = head(features).std(dim=0).mean()
         torch.testing.assert_close(head.eval()(features), head.train()(features))  # the teacher evaluates
+        torch.testing.assert_close(head(features.unflatten(0, (2, 8))).flatten(0, 1), head(features))  # views, samples
         assert not list(head.buffers())  # and follows the student by its parameters alone
     assert spread[True] > 50 * spread[False]
 

@@ -1,5 +1,6 @@
 """From the name of a data set to its splits and the names of its classes."""
 
+import hashlib
 import json
 import re
 import tarfile
@@ -41,6 +42,8 @@ def load_splits(arguments: DataArguments, segmentation: bool = False) -> Splits:
         validation = load_split(arguments, arguments.validation_split, columns, images, limit)
     else:
         train, validation = _divide(load_split(arguments, arguments.train_split, columns, images), arguments)
+    if arguments.dataset_hash is not None:
+        _check_hash(arguments, train, validation)
     label_names = _read_label_names(arguments)
     if not segmentation:
         train, validation, label_names = _number_labels(train, validation, arguments.label_column, label_names)
@@ -90,6 +93,34 @@ def spread(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
     if limit is None or limit >= len(rows):
         return rows
     return rows.select(np.arange(limit) * len(rows) // limit)
+
+
+def _check_hash(arguments: DataArguments, *splits: Split) -> None:
+    """Raises ValueError where the data is not that of `dataset_hash`."""
+    if any(isinstance(split, StreamedRows) for split in splits):
+        raise ValueError("dataset_hash needs all of the data at hand: leave out --streaming.")
+    found = hash_rows(*splits)
+    if found != arguments.dataset_hash:
+        raise ValueError(
+            f"{arguments.dataset} is not the data that these settings were made for: the SHA-256 of its images and "
+            f"labels is {found}, not {arguments.dataset_hash}; leave dataset_hash out to use it all the same."
+        )
+
+
+def hash_rows(*splits: datasets.Dataset) -> str:
+    """SHA-256 of all rows in their order, images as the bytes of their files."""
+    digest = hashlib.sha256()
+    for split in splits:
+        images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
+        for name in images:
+            split = split.cast_column(name, datasets.Image(decode=False))
+        for row in split:
+            for name, value in sorted(row.items()):
+                if name in images:
+                    value = value["bytes"] or Path(value["path"]).read_bytes()
+                content = value if isinstance(value, bytes) else str(value).encode()
+                digest.update(b"%d:" % len(content) + content)
+    return digest.hexdigest()
 
 
 def _may_hold_images(feature: Any) -> bool:
