@@ -1,5 +1,6 @@
 # make demo       train, export and look: the paper's argument in miniature, into demo_output/
 # make test       ruff and the tests a developer waits for
+# make evidence   docs/evidence.md, from the stored runs
 # make docs       the site, from docs/ into site/
 # make test-all   everything: also the slow tests, the test-suite of transformers, the lowest supported versions
 PYTHON ?= python3
@@ -15,10 +16,13 @@ BIN := $(VENV)/bin
 PARALLEL := -n $(WORKERS) --dist loadfile
 test test-slow test-official test-floor: export OMP_NUM_THREADS = 1
 
-.PHONY: demo docs test test-all test-slow test-official test-floor lint clean
+.PHONY: demo evidence docs test test-all test-slow test-official test-floor lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m demo
+
+evidence: $(VENV)/.installed
+	$(BIN)/python -m evidence.report
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -36,9 +36,7 @@ def measure_run(classifier: Path, segmenter: Path, tiny_imagenet: str, camvid: s
     """All that this file measures of the two exported models of a run; see its functions."""
     accelerator = Accelerator(cpu=True)
     model, processor = load_segmenter(str(segmenter))
-    arguments = build_arguments(
-        SegmentArguments, load_recipe(RECIPES / "segment" / "probe.yaml") | {"dataset": camvid}
-    )
+    arguments = build_arguments(SegmentArguments, load_recipe(RECIPES / "segment" / "probe.yaml") | {"dataset": camvid})
     reader = LabelReader(arguments, model.config.num_labels)
     rows = load_splits(arguments, segmentation=True).validation
     collator = SegmentationCollator(processor, reader, arguments)
@@ -71,10 +69,11 @@ def correct_images(model: PreTrainedModel, loader) -> str:
 
 @torch.inference_mode()
 def count_pixels(model: PreTrainedModel, processor, loader) -> list[str]:
-    """Of each image, of each class: pixels labelled and predicted so/pixels labelled or predicted so, as "12/40 0/7"."""
+    """Of each image, of each class, pixels in the intersection and the union of label and prediction: "12/40 0/7"."""
     number, images = model.config.num_labels, []
     for views, labels in loader:
-        predicted = dict(predict(model, processor, views, [tuple(l.shape) for l in labels], InferenceArguments()))
+        sizes = [tuple(label_map.shape) for label_map in labels]
+        predicted = dict(predict(model, processor, views, sizes, InferenceArguments()))
         for index, truth in enumerate(labels):
             valid = truth < number
             truth, found = (F.one_hot(ids[valid].long(), number).bool() for ids in (truth, predicted[index]))

@@ -23,6 +23,9 @@ from training.evaluation.results import versions
 from .measure import measure_run
 from .runs import MODELS, PLAN, RECIPES, RESULTS, ROOT, run_name
 
+# Of what the programs write.
+KEPT = ("metrics", "train_curve", "validation_curve", "updates", "parameters", "model_hash", "date")
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
 
@@ -93,10 +96,6 @@ def run(model: str, seed: int, folder: Path, tiny_imagenet: str, camvid: str) ->
         **{name: {key: record[key] for key in KEPT if key in record} for name, record in records.items()},
         **measure_run(pretrain / "model", probe / "model", tiny_imagenet, camvid),
     }
-
-
-# Of what the programs write.
-KEPT = ("metrics", "train_curve", "validation_curve", "updates", "parameters", "model_hash", "images_per_second", "date")
 
 
 if __name__ == "__main__":

@@ -151,10 +151,10 @@ def lowest(requirement: Requirement) -> Version:
 
 IMPORT_NAMES = {"PIL": "pillow", "faiss": "faiss-cpu", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # The repository itself, the tests that transformers brings, and what pytest brings.
-OWN = {"locatvit_hf", "training", "demo", "benchmarks", "tests", "transformers_tests", "packaging"}
+OWN = {"locatvit_hf", "training", "demo", "benchmarks", "evidence", "tests", "transformers_tests", "packaging"}
 
 
-@pytest.mark.parametrize("room", ["locatvit_hf", "training", "demo", "benchmarks", "tests"])
+@pytest.mark.parametrize("room", ["locatvit_hf", "training", "demo", "benchmarks", "evidence", "tests"])
 def test_every_import_is_declared(room: str, project: dict[str, object]) -> None:
     """A package that happens to be installed is not a dependency: pyproject.toml names everything that is imported."""
     extras = project["optional-dependencies"].keys() - (set() if room == "tests" else {"dev"})

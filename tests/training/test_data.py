@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import signal
 import tarfile
 import time
@@ -323,6 +324,26 @@ def test_fewer_samples_of_sorted_rows_still_have_all_classes(tmp_path, streaming
     assert (len(splits.train), len(splits.validation)) == (6, 5) and splits.label_names == ["a", "b", "c"]
     samples = TrainingSamples(splits.validation, ["image", "label"], number_of, 0)
     assert {samples[0, i][1] for i in range(5)} == {0, 1, 2}
+
+
+def test_a_data_set_is_told_from_another_by_its_content(tmp_path):
+    def save(folder: Path, labels: str) -> Path:
+        rows = [{"image": {"bytes": encoded(i), "path": None}, "label": label} for i, label in enumerate(labels)]
+        for split in ("train", "validation"):
+            file = folder / f"{split}.parquet"
+            file.parent.mkdir(exist_ok=True)
+            Dataset.from_list(rows).cast_column("image", ImageFeature()).to_parquet(file)
+        return folder
+
+    first, copy, other = (save(tmp_path / name, labels) for name, labels in (("a", "abc"), ("b", "abc"), ("c", "abb")))
+    with pytest.raises(ValueError, match=r"is not the data .* is [0-9a-f]{64}, not 1234;") as caught:
+        load_splits(arguments_for(first, streaming=False, dataset_hash="1234"))
+    content = re.search("[0-9a-f]{64}", str(caught.value))[0]
+    assert len(load_splits(arguments_for(copy, streaming=False, dataset_hash=content)).train) == 3
+    with pytest.raises(ValueError, match="is not the data"):
+        load_splits(arguments_for(other, streaming=False, dataset_hash=content))
+    with pytest.raises(ValueError, match="leave out --streaming"):
+        load_splits(arguments_for(first, dataset_hash=content))
 
 
 def test_a_folder_of_class_folders(tmp_path):

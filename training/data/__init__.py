@@ -13,4 +13,5 @@ __all__ = [
     "load_split",
     "load_splits",
     "sample_randomness",
+    "spread",
 ]
