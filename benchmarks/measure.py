@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import gc
 import math
 import multiprocessing
 import os
@@ -218,7 +219,9 @@ def measure_cell(cell: Cell, names: list[str], budget: float, device: str = "cpu
         if cell.goal and device == "cpu":
             for name in {cell.reference, "locatvit"} & set(steps):
                 records[name]["operators"] = operators(steps[name])
-    steps.clear()  # other processes need the memory
+    # Other processes need the memory.
+    steps.clear()
+    give_back_freed_memory()
     if device == "cuda":
         torch.cuda.empty_cache()
     elif with_memory:
@@ -238,6 +241,13 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(mmap_max, 0)
+
+
+def give_back_freed_memory() -> None:
+    """Undoes `keep_freed_memory` for what is free by now."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def warm_up(step: Step, record: dict, budget: float, device: str) -> None:

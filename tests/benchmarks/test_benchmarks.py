@@ -1,6 +1,8 @@
 """The benchmarks measure what they say, at sizes that take no time."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -88,6 +90,32 @@ def test_what_cannot_be_measured_says_why_and_stops_nothing(monkeypatch):
     assert records["hf-vit"]["missing"] == measure.OUT_OF_MEMORY and "seconds" in records["timm-vit"]
     records = measure.measure_cell(TINY, ["timm-vit", "baseline"], budget=1e-9, with_memory=False)
     assert records["baseline"]["missing"] == measure.OVER_BUDGET and "seconds" in records["timm-vit"]
+
+
+RESIDENT = """
+import torch
+from benchmarks.measure import give_back_freed_memory, keep_freed_memory
+
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
+
+keep_freed_memory()
+tensors = [torch.ones(2**24) for _ in range(4)]  # 64 MiB each
+before = resident()
+tensors.clear()
+kept = resident()
+give_back_freed_memory()
+print(before - kept, kept - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc alone")
+def test_freed_memory_is_kept_until_it_is_given_back():
+    output = subprocess.run(
+        [sys.executable, "-c", RESIDENT], cwd=report.ROOT, capture_output=True, text=True, check=True
+    )
+    freed, given_back = map(float, output.stdout.split())
+    assert freed < 20 and given_back > 200
 
 
 def test_memory_of_the_formula_is_larger_than_ours():
