@@ -48,9 +48,11 @@ class Difference:
     def verdict(self) -> str:
         """What the intervals allow to say: "better" or "worse" where both are on one side of zero, else "open"."""
         intervals = [self.over_seeds, self.over_images]
-        if None in intervals or any(low <= 0 <= high for low, high in intervals):
+        if None in intervals:
             return "open"
-        return "better" if all(low > 0 for low, _ in intervals) else "worse" if self.mean < 0 else "open"
+        if all(low > 0 for low, _ in intervals):
+            return "better"
+        return "worse" if all(high < 0 for _, high in intervals) else "open"
 
 
 def accuracy(run: Run, weights: np.ndarray | None = None) -> np.ndarray:
