@@ -1,6 +1,7 @@
 """The benchmarks measure what they say, at sizes that take no time."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -126,9 +127,11 @@ def test_memory_of_the_formula_is_larger_than_ours():
     assert literal["peak_bytes"] > literal["step_bytes"]
 
 
-def test_the_profile_of_a_goal_names_what_differs_from_the_reference():
+def test_the_profile_of_a_goal_names_what_differs_from_the_reference(monkeypatch):
+    # Without a clock: on a busy machine the first call of a model may exceed any budget.
+    monkeypatch.setattr(measure, "interleave", lambda steps, *budget: {name: [1.0] for name in steps})
     cell = Cell("tiny", 224, 1, "forward", goal=1.05)
-    records = measure.measure_cell(cell, ["timm-vit", "locatvit", "baseline"], budget=6.0, with_memory=False)
+    records = measure.measure_cell(cell, ["timm-vit", "locatvit", "baseline"], budget=math.inf, with_memory=False)
     assert "operators" not in records["baseline"]
     rows = report.operator_rows({**vars(cell), "reference": "timm-vit", "models": records}, most=1000)
     times = {name: [float(number) for number in numbers] for name, *numbers in rows}
