@@ -103,7 +103,7 @@ def _check_hash(arguments: DataArguments, *splits: Split) -> None:
     if found != arguments.dataset_hash:
         raise ValueError(
             f"{arguments.dataset} is not the data that these settings were made for: the SHA-256 of its images and "
-            f"labels is {found}, not {arguments.dataset_hash}; leave dataset_hash out to use it all the same."
+            f"labels is {found}, not {arguments.dataset_hash}; give --dataset_hash null to use it all the same."
         )
 
 
