@@ -1,5 +1,6 @@
 """The document from the stored runs: `python -m evidence.report` writes docs/evidence.md and its figures."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from locatvit_hf.cli.console import one_sentence_errors
 
 from .analysis import COMPARISONS, MEASURES, NUM_RESAMPLES, class_iou, compare
-from .runs import MODELS, PLAN, RESULTS, ROOT, Run, load_runs, run_name
+from .runs import COST, MODELS, PLAN, RESULTS, ROOT, Run, load_runs, run_name
 
 # The paper's numbers beside ours (ViT-Tiny sizes): ADE20K mIoU of the frozen probe and ImageNet-1k top-1, in percent.
 PUBLISHED = {
@@ -42,15 +43,20 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the document.")] = ROOT / "docs",
 ) -> None:
     """Write `evidence.md`, and its figures in `assets/evidence`."""
-    write_document(load_runs(results), output)
+    cost = results / COST.name
+    write_document(load_runs(results), json.loads(cost.read_text("utf-8")) if cost.is_file() else None, output)
 
 
-def write_document(runs: list[Run], output: Path) -> None:
-    """What was fixed before the first run; then tables, figures and the reading of all finished runs."""
+def write_document(runs: list[Run], cost: dict | None, output: Path) -> None:
+    """What was fixed before the first run; then tables, figures and the reading of all finished runs.
+
+    cost: what `evidence.cost` stored, if it ran.
+    """
     figures = output / "assets" / "evidence"
     figures.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
-        for name, figure in draw_figures(runs).items():
+        drawn = draw_figures(runs)
+        for name, figure in drawn.items():
             figure.savefig(figures / f"{name}.png", dpi=130, metadata={"Software": None})
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -66,6 +72,8 @@ def write_document(runs: list[Run], output: Path) -> None:
         measures=list(MEASURES),
         comparisons=list_comparisons(runs),
         class_rows=class_table(runs),
+        figures=list(drawn),
+        cost=cost,
         published=PUBLISHED,
         missing=[run_name(*entry) for entry in PLAN if run_name(*entry) not in {run.name for run in runs}],
         runs=runs,
@@ -115,8 +123,10 @@ def draw_figures(runs: list[Run]) -> dict[str, Figure]:
     """Name -> figure; none without runs."""
     if not runs:
         return {}
-    curves = {"scores": draw_scores(runs), "curves": draw_curves(runs), "features": draw_features(runs)}
-    return {**curves, "gaussians": draw_gaussians(runs), "maps": draw_maps(runs)}
+    figures = {"scores": draw_scores(runs), "curves": draw_curves(runs), "features": draw_features(runs)}
+    if any(run.seed == 0 and run.content["gaussians"] for run in runs):
+        figures["gaussians"] = draw_gaussians(runs)
+    return {**figures, "maps": draw_maps(runs)}
 
 
 def draw_scores(runs: list[Run]) -> Figure:

@@ -8,6 +8,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "training" / "recipes" / "evidence"
 RESULTS = ROOT / "results" / "evidence"
+COST = RESULTS / "cost.json"
 
 # Recipe -> what tables call the model, in their order.
 MODELS = {

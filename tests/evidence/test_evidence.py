@@ -10,9 +10,10 @@ import yaml
 from typer.testing import CliRunner
 
 from evidence.analysis import NUM_RESAMPLES, accuracy, class_iou, compare, mean_iou, seed_interval
+from evidence.cost import app as cost_app
 from evidence.report import app, write_document
 from evidence.run import run
-from evidence.runs import MODELS, PLAN, RECIPES, RESULTS, ROOT, Run, load_runs
+from evidence.runs import MODELS, PLAN, RECIPES, ROOT, Run
 from tests.training.conftest import SMALL_MODEL, squares  # noqa: F401  a fixture
 from training.arguments import build_arguments, load_recipe
 from training.pretrain import PretrainArguments, build_model
@@ -120,7 +121,9 @@ def test_verdicts_need_both_intervals():
 
 
 def test_the_page_tells_what_is_stored_and_what_is_missing(tmp_path: Path):
-    (tmp_path / "runs").mkdir()
+    cost = {"ratios": {"locatvit": [1.1, 1.25, 1.3]}, "seconds": {"vit": [0.5] * 7}, "environment": {"cpu": "a chip"}}
+    (tmp_path / "runs" / "cost.json").parent.mkdir()
+    (tmp_path / "runs" / "cost.json").write_text(json.dumps(cost))
     for made in (VIT, LOCATVIT):
         (tmp_path / "runs" / f"{made.name}.json").write_text(json.dumps(made.content))
     outcome = CliRunner().invoke(app, ["--results", str(tmp_path / "runs"), "--output", str(tmp_path / "docs")])
@@ -128,17 +131,22 @@ def test_the_page_tells_what_is_stored_and_what_is_missing(tmp_path: Path):
     page = (tmp_path / "docs" / "evidence.md").read_text()
     assert "| LocAtViT (`locatvit`) | 0 | 75.00 | 60.00 | 25.00 | 50.00 | 10 | 23.47 | 73.94 |" in page
     assert "| LocAtViT – ViT | frozen mIoU | +20.00 | – | +" in page and "locatvit-0, vit-0 |" in page
+    assert "| LocAtViT | 1.25 | 1.10 to 1.30 |" in page and "medians of 7 interleaved rounds" in page
     assert "vit-1, locatvit-1" in page.split("Not finished yet")[1].splitlines()[0]
     for name in ("scores", "curves", "features", "gaussians", "maps"):
         assert (tmp_path / "docs" / "assets" / "evidence" / f"{name}.png").stat().st_size > 5000
-    write_document([], tmp_path / "before")
+    write_document([], None, tmp_path / "before")
     before = (tmp_path / "before" / "evidence.md").read_text()
+    write_document([VIT], None, tmp_path / "plain")
+    assert "gaussians.png" not in (tmp_path / "plain" / "evidence.md").read_text()
+    assert not (tmp_path / "plain" / "assets" / "evidence" / "gaussians.png").exists()
     assert "The comparison that counts" in before and "## Results" not in before
     assert before.split("**Not finished yet:**")[0] == page.split("**Not finished yet:**")[0]
 
 
 def test_the_page_in_the_documentation_is_that_of_the_stored_runs(tmp_path: Path):
-    write_document(load_runs(RESULTS), tmp_path)
+    outcome = CliRunner().invoke(app, ["--output", str(tmp_path)])
+    assert outcome.exit_code == 0, outcome.output
     assert (tmp_path / "evidence.md").read_text() == (ROOT / "docs" / "evidence.md").read_text()
 
 
@@ -168,3 +176,13 @@ def test_a_run_is_the_programs_and_what_is_measured_of_them(squares, tmp_path, m
     before = (tmp_path / "work" / "pretrain" / "all_results.json").stat().st_mtime_ns
     assert run("locatvit", 5, tmp_path / "work", str(squares), str(squares))["correct"] == content["correct"]
     assert (tmp_path / "work" / "pretrain" / "all_results.json").stat().st_mtime_ns == before
+
+
+def test_the_cost_of_a_training_step_is_relative_to_the_vit(tmp_path, monkeypatch):
+    monkeypatch.setattr("evidence.cost.MODELS", {name: MODELS[name] for name in ("vit", "locatvit")})
+    outcome = CliRunner().invoke(cost_app, ["--budget", "0", "--output", str(tmp_path / "cost.json")])
+    assert outcome.exit_code == 0, outcome.output
+    found = json.loads((tmp_path / "cost.json").read_text())
+    assert found["ratios"]["vit"] == [1, 1, 1] and "LocAtViT" in outcome.output
+    ratios = [ours / plain for ours, plain in zip(found["seconds"]["locatvit"], found["seconds"]["vit"], strict=True)]
+    assert found["ratios"]["locatvit"][1] == pytest.approx(np.median(ratios), abs=1e-3)
