@@ -25,9 +25,8 @@ MODELS = {
 }
 # In the order in which they are trained: the comparison that matters first, then one of each, then what is left.
 PLAN = [
-    *[(model, seed) for seed in (0, 1) for model in ("vit", "locatvit")],
+    *[(model, seed) for seed in (0, 1, 2) for model in ("vit", "locatvit")],
     *[(model, 0) for model in MODELS if model not in ("vit", "locatvit")],
-    *[(model, 2) for model in ("vit", "locatvit")],
     *[(model, seed) for seed in (1, 2) for model in ("gaussian", "refinement")],
 ]
 
