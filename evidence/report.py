@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from locatvit_hf.cli.console import one_sentence_errors
 
 from .analysis import COMPARISONS, MEASURES, NUM_RESAMPLES, class_iou, compare
+from .reproduce import FARTHEST, PROGRAMS, curve_spread
 from .runs import COST, MODELS, PLAN, RESULTS, ROOT, Run, load_runs, run_name
 
 # The paper's numbers beside ours (ViT-Tiny sizes): ADE20K mIoU of the frozen probe and ImageNet-1k top-1, in percent.
@@ -77,6 +78,8 @@ def write_document(runs: list[Run], cost: dict | None, output: Path) -> None:
         published=PUBLISHED,
         missing=[run_name(*entry) for entry in PLAN if run_name(*entry) not in {run.name for run in runs}],
         runs=runs,
+        spreads=list_spreads(runs),
+        farthest=FARTHEST,
         resamples=NUM_RESAMPLES,
         reading=(Path(__file__).parent / "reading.md").read_text(encoding="utf-8").strip(),
     )
@@ -107,6 +110,17 @@ def list_comparisons(runs: list[Run]) -> list[dict]:
         for measure in MEASURES
     ]
     return [entry for entry in found if entry["difference"] is not None]
+
+
+def list_spreads(runs: list[Run]) -> list[tuple[str, list[float]]]:
+    """Of each model with several seeds, how far each curve of `evidence.reproduce` varies with the seed."""
+    found = []
+    for model in MODELS:
+        mine = [run for run in runs if run.model == model]
+        if len(mine) > 1:
+            of_curves = [(key, *curve) for key, curves in PROGRAMS.values() for curve in curves]
+            found.append((model, [curve_spread(mine, *curve) for curve in of_curves]))
+    return found
 
 
 def class_table(runs: list[Run]) -> list[tuple[str, dict[str, float]]]:

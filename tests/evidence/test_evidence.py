@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from evidence.analysis import NUM_RESAMPLES, accuracy, class_iou, compare, mean_iou, seed_interval
 from evidence.cost import app as cost_app
 from evidence.report import app, write_document
+from evidence.reproduce import app as reproduce_app
+from evidence.reproduce import curve_spread
 from evidence.run import run
 from evidence.runs import MODELS, PLAN, RECIPES, ROOT, Run
 from tests.training.conftest import SMALL_MODEL, squares  # noqa: F401  a fixture
@@ -28,7 +30,11 @@ def made_run(model: str, seed: int, correct: list[int], pixels: list[list[tuple[
         "correct": np.packbits(correct).tobytes().hex(),
         "pixels": [" ".join(f"{both}/{either}" for both, either in image) for image in pixels],
         "pretrain": {"parameters": 10, "train_curve": curve, "validation_curve": curve},
-        "probe": {"metrics": {"per_category_iou": {"sky": 0.0, "road": 0.0, "never": None}}},
+        "probe": {
+            "metrics": {"per_category_iou": {"sky": 0.0, "road": 0.0, "never": None}},
+            "train_curve": curve,
+            "validation_curve": [{"step": 1, "epoch": 1.0, "mean_iou": 0.2}],
+        },
         "knn": {"metrics": {"accuracy": 0.25}, "model_hash": "ab" * 32},
         "hummingbird": {"metrics": {"mean_iou": 0.5}},
         "gaussians": [gaussian] * 3 if model == "locatvit" else [],
@@ -176,6 +182,35 @@ def test_a_run_is_the_programs_and_what_is_measured_of_them(squares, tmp_path, m
     before = (tmp_path / "work" / "pretrain" / "all_results.json").stat().st_mtime_ns
     assert run("locatvit", 5, tmp_path / "work", str(squares), str(squares))["correct"] == content["correct"]
     assert (tmp_path / "work" / "pretrain" / "all_results.json").stat().st_mtime_ns == before
+
+
+def test_a_repeated_run_is_compared_with_the_stored_curves(tmp_path):
+    runs = [made_run("vit", seed, [0] * 5, [[(1, 10), (5, 5), (0, 0)]]) for seed in (0, 2)]  # losses 4 and 2
+    for made in runs:
+        (tmp_path / f"{made.name}.json").write_text(json.dumps(made.content))
+
+    def compare_with(loss: float, program: str = "pretrain", name: str = "vit-0"):
+        curve = [{"step": 1, "epoch": 1.0, "loss": loss, "accuracy": 0.1, "mean_iou": 0.2}]
+        record = {"program": program, "train_curve": curve, "validation_curve": curve}
+        (tmp_path / "all_results.json").write_text(json.dumps(record))
+        return CliRunner().invoke(reproduce_app, [name, str(tmp_path), "--results", str(tmp_path)])
+
+    same = compare_with(4.0)
+    assert same.exit_code == 0 and same.output.count("identical") == 2
+    near, far = compare_with(4.0 + 1.9 * np.sqrt(2)), compare_with(4.0 + 2.1 * np.sqrt(2))
+    assert (
+        near.exit_code == 0
+        and "1.90 times the spread" in near.output
+        and "accuracy at 1 points: identical" in near.output
+    )
+    assert far.exit_code == 1 and "2.10 times the spread" in far.output
+    assert "vit-0 probe, validation_curve, mean_iou" in compare_with(4.0, "segment").output
+    unknown = compare_with(4.0, name="vit-1")
+    assert unknown.exit_code == 1 and "No run 'vit-1' is stored; there are vit-0, vit-2." in unknown.stderr
+    (tmp_path / "vit-2.json").unlink()
+    alone = compare_with(4.5)
+    assert alone.exit_code == 1 and "nobody can say" in alone.output
+    assert curve_spread(runs, "pretrain", "train_curve", "loss") == pytest.approx(np.sqrt(2))
 
 
 def test_the_cost_of_a_training_step_is_relative_to_the_vit(tmp_path, monkeypatch):

