@@ -1,7 +1,7 @@
 """The best ViT and LocAtViT of the experiment as example checkpoints: `python -m evidence.publish`.
 
-Best is the seed with the highest frozen mIoU. What the experiment's own folder holds is written anew: float16 weights,
-which load as float32, code, processor, licence and a card that says on what terms the data is.
+Best is the seed with the highest frozen mIoU. Each folder is complete: float16 weights, which load as float32, code,
+processor, licence and a card that says on what terms the data is.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from locatvit_hf.cli.console import one_sentence_errors
 from locatvit_hf.hub.card import update_card
-from locatvit_hf.hub.repository import build_repository
+from locatvit_hf.hub.repository import build_repository, verify_repository
 from training.checkpointing import atomic_folder
 
 from .analysis import mean_iou
@@ -69,6 +69,7 @@ def main(
                 remarks=f"The run {best.name} of docs/evidence.md: small, trained for minutes, an example and no more. "
                 + TERMS[program],
             )
+            verify_repository(folder)
         Console().print(f"[bold]{output / name}[/bold], of {best.name}.")
 
 

@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from evidence.analysis import NUM_RESAMPLES, accuracy, class_iou, compare, mean_iou, seed_interval
 from evidence.cost import app as cost_app
+from evidence.publish import PUBLISHED
+from evidence.publish import app as publish_app
 from evidence.report import app, write_document
 from evidence.reproduce import app as reproduce_app
 from evidence.reproduce import curve_spread
 from evidence.run import run
 from evidence.runs import MODELS, PLAN, RECIPES, ROOT, Run
+from locatvit_hf import LocAtViTForImageClassification
 from tests.training.conftest import SMALL_MODEL, squares  # noqa: F401  a fixture
 from training.arguments import build_arguments, load_recipe
 from training.pretrain import PretrainArguments, build_model
@@ -173,15 +177,31 @@ def test_a_run_is_the_programs_and_what_is_measured_of_them(squares, tmp_path, m
     for module in ("evidence.run", "evidence.measure"):
         monkeypatch.setattr(f"{module}.RECIPES", tmp_path)
     monkeypatch.setattr("evidence.measure.SHOWN_IMAGE", 3)
-    content = run("locatvit", 5, tmp_path / "work", str(squares), str(squares))
-    found = Run("locatvit", 5, json.loads(json.dumps(content)))
+    work = tmp_path / "work" / "locatvit-2"
+    content = run("locatvit", 2, work, str(squares), str(squares))
+    found = Run("locatvit", 2, json.loads(json.dumps(content)))
     assert accuracy(found) == pytest.approx(content["pretrain"]["metrics"]["accuracy"])
     assert mean_iou(found) == pytest.approx(content["probe"]["metrics"]["mean_iou"])
     assert len(content["gaussians"]) == 2 and len(content["features"]["class_token"]) == 2
     assert [len(row.split()) for row in content["features"]["map"][1]] == [4] * 4
-    before = (tmp_path / "work" / "pretrain" / "all_results.json").stat().st_mtime_ns
-    assert run("locatvit", 5, tmp_path / "work", str(squares), str(squares))["correct"] == content["correct"]
-    assert (tmp_path / "work" / "pretrain" / "all_results.json").stat().st_mtime_ns == before
+    before = (work / "pretrain" / "all_results.json").stat().st_mtime_ns
+    assert run("locatvit", 2, work, str(squares), str(squares))["correct"] == content["correct"]
+    assert (work / "pretrain" / "all_results.json").stat().st_mtime_ns == before
+
+    # The best run becomes two folders.
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "locatvit-2.json").write_text(json.dumps(content))
+    monkeypatch.setattr("evidence.publish.PUBLISHED", {n: v for n, v in PUBLISHED.items() if v[0] == "locatvit"})
+    options = ["--results", tmp_path / "results", "--work", tmp_path / "work", "--output", tmp_path / "examples"]
+    outcome = CliRunner().invoke(publish_app, [str(option) for option in options])
+    assert outcome.exit_code == 0, outcome.output
+    folder = tmp_path / "examples" / "locatvit-classification"
+    assert "The run locatvit-2 of docs/evidence.md" in (folder / "README.md").read_text()
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    halved, trained = (LocAtViTForImageClassification.from_pretrained(f) for f in (folder, work / "pretrain" / "model"))
+    assert halved.dtype == torch.float32
+    for ours, theirs in zip(halved.parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
 def test_a_repeated_run_is_compared_with_the_stored_curves(tmp_path):
