@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
+from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from locatvit_hf import (
@@ -32,6 +33,7 @@ from locatvit_hf.hub.card import results_from
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, run
 from training.arguments import build_arguments, load_recipe
+from training.augmentation import ClassificationTransform
 from training.evaluation import classification, hummingbird, knn, linear_probe, segmentation
 from training.evaluation.results import model_hash
 from training.finetune import freeze_encoder
@@ -387,8 +389,16 @@ def test_recipe(recipe):
         assert arguments.temperature == 0.07 and set(arguments.k) <= {10, 20, 100, 200}
     elif program is hummingbird:
         assert (arguments.k, arguments.temperature, arguments.epochs, arguments.augment) == (30, 0.02, 1, True)
+        config = LocAtViTConfig(**SMALL_MODEL)
+        read = hummingbird.LabelReader(arguments, 3)
+        transform = hummingbird.JointTransform(config, read, arguments.seed, 0, arguments.augment)
+        blank = Image.new("RGB", (40, 30)), Image.new("L", (40, 30), 1)
+        pixels, labels = transform(*blank, 0)
+        assert pixels.shape[1:] == labels.shape == (16, 16) and set(labels.unique().tolist()) <= {0, 1}
     else:
         assert (arguments.optimizer, arguments.weight_decay, arguments.schedule) == ("momentum", 0.0, "cosine")
+        transform = ClassificationTransform(arguments, 16, [0.5] * 3, [0.5] * 3)
+        assert transform(Image.new("RGB", (40, 30)), 1)[0].shape == (3, 16, 16)
         model = LocAtViTForImageClassification(LocAtViTConfig(**SMALL_MODEL))
         freeze_encoder(model, [])
         groups = create_optimizer(model, arguments).param_groups

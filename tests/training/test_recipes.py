@@ -78,6 +78,8 @@ DROP_PATH = {"tiny": 0.1, "small": 0.2, "base": 0.4}
 
 def test_every_recipe_belongs_to_a_program():
     for recipe in RECIPES.rglob("*.yaml"):
+        if recipe.parent == RECIPES / "data":  # what others extend
+            continue
         build_arguments(arguments_of(recipe), load_recipe(recipe))
     folder = RECIPES / "pretrain"
     names = {str(recipe.relative_to(folder).with_suffix("")) for recipe in folder.rglob("*.yaml")}

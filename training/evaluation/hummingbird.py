@@ -14,7 +14,8 @@ The protocol of Balažević et al., "Towards In-Context Scene Understanding", Ne
 4. A patch of a validation image, whole and resized, gets the shares of its k = 30 neighbours by cosine, weighted by
    softmax(cosine / 0.02); the map of shares is upsampled bilinearly, and the largest share is the class.
 
-Also our choice: classes keep the names that the memory gives them, where the evaluation matches them anew by the
+Also our choice: images are normalised as the model's processor does it, where the evaluation takes mean and standard
+deviation of ImageNet; classes keep the names that the memory gives them, where the evaluation matches them anew by the
 Hungarian method; pixels without a class are left out, where it counts them as class 0 in the memory; and scores are
 taken at the size of the labels.
 """

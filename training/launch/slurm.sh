@@ -29,8 +29,8 @@ srun --kill-on-bad-exit=1 bash -c "exec accelerate launch --config_file $LAUNCH 
     --main_process_ip \$MAIN_ADDRESS --main_process_port \$MAIN_PORT $(printf '%q ' "$@")"
 status=$?
 
-# An interrupted run says so in its folder; a finished or a failed one does not, and is not queued again.
-output=$(printf '%s\n' "$@" | sed -n '/^--output_dir$/{n;p}; s/^--output_dir=//p')
+# An interrupted run says so in its folder, which the command line names; a finished or a failed one does not, and is not queued again.
+output=$(printf '%s\n' "$@" | sed -n '/^--output[_-]dir$/{n;p}; s/^--output[_-]dir=//p')
 if [ -f "$output/interrupted" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

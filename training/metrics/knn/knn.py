@@ -33,6 +33,8 @@ class WeightedKNN(evaluate.Metric):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if train_features is None or train_labels is None:
+            raise ValueError("The k-NN metric needs those who vote: load it with train_features and train_labels.")
         self.train_features = _normalised(train_features)
         self.train_labels = torch.as_tensor(train_labels, device=self.train_features.device).long()
         if self.train_labels.shape != self.train_features.shape[:1] or not len(self.train_labels):
