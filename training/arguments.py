@@ -7,8 +7,10 @@ unknown key or a value of the wrong type ends the program with one sentence.
 
 import dataclasses
 import difflib
+import math
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Arguments = TypeVar("Arguments")
 console = Console(soft_wrap=True, highlight=False)
@@ -161,6 +164,26 @@ class RunArguments:
     )
 
 
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "log_every", "keep_checkpoints"), (1, math.inf)
+    ),
+    **dict.fromkeys(("repeated_augmentation", "shuffle_buffer", "parallel_shards"), (1, math.inf)),
+    **dict.fromkeys(("resize", "max_resize", "crop_size", "local_crop_size", "window_size"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "start_learning_rate", "final_learning_rate", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("num_workers", "mixup", "cutmix", "num_local_crops"), (0, math.inf)),
+    "max_gradient_norm": (1e-6, math.inf),
+    **dict.fromkeys(("horizontal_flip", "random_erasing", "photometric_distortion", "max_corrupt_share"), (0, 1)),
+    **dict.fromkeys(("label_smoothing", "ema_decay", "layer_decay", "max_class_share", "teacher_momentum"), (0, 1)),
+    **dict.fromkeys(("color_jitter", "grayscale", "solarize", "blur", "distillation_weight"), (0, 1)),
+    **dict.fromkeys(("crop_scale", "crop_ratio", "scale", "global_crop_scale", "local_crop_scale"), (0, math.inf)),
+    **dict.fromkeys(("k", "image_sizes", "shortest_sides", "memory_size"), (1, math.inf)),
+}
+"""Option -> the smallest and the largest value that makes sense, of a number or of each in a list."""
+
+INTERVALS = ("crop_scale", "crop_ratio", "scale", "global_crop_scale", "local_crop_scale", "blur_sigma")
+"""Options that are two numbers, the smaller one first."""
+
 RUNTIME_OPTIONS = {
     "num_workers",
     "max_corrupt_share",
@@ -173,6 +196,19 @@ RUNTIME_OPTIONS = {
     "dry_run",
 }
 """Options that may change between an interrupted run and its continuation: they leave the weights alone."""
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML in which only `true` and `false` are booleans: `no`, `off`, `on` and `yes` are the words that they are."""
+
+
+RecipeLoader.yaml_implicit_resolvers = {
+    first: [entry for entry in resolvers if entry[0] != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def parse_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
@@ -197,7 +233,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     The recipe that `extends` names, a file beside it, is read first; its entries stay where this one is silent.
     """
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), RecipeLoader)
     except OSError as error:
         raise ValueError(f"Cannot read the recipe {path}: {error.strerror}.") from None
     except yaml.YAMLError as error:
@@ -209,7 +245,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def build_arguments(cls: type[Arguments], values: dict[str, Any]) -> Arguments:
-    """Make a dataclass of settings from a mapping, with names and types checked.
+    """Make a dataclass of settings from a mapping, with names, types and ranges checked.
 
     A class may know options by other names: its `other_names` says which option each means, and its
     `translate(values)` replaces them.
@@ -224,9 +260,24 @@ def build_arguments(cls: type[Arguments], values: dict[str, Any]) -> Arguments:
     types = typing.get_type_hints(cls)
     values = {name: _coerce(value, types[name]) for name, value in values.items()}
     try:
-        return cls(**values)
+        arguments = cls(**values)
     except StrictDataclassError as error:
         raise ValueError(describe(error)) from None
+    _check_ranges(arguments)
+    return arguments
+
+
+def _check_ranges(arguments: Any) -> None:
+    """Raises ValueError for a number that makes no sense, and for a list that is no interval where one is meant."""
+    for f in dataclasses.fields(arguments):
+        value = getattr(arguments, f.name)
+        if f.name in INTERVALS and (len(value) != 2 or value[0] > value[1]):
+            raise ValueError(f"{f.name} must be two numbers, the smaller one first, got {value}.")
+        low, high = RANGES.get(f.name, (-math.inf, math.inf))
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not low <= number <= high:
+                bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise ValueError(f"{f.name} must be {bounds}, got {number}.")
 
 
 def describe(error: StrictDataclassError) -> str:
@@ -236,13 +287,15 @@ def describe(error: StrictDataclassError) -> str:
 
 def run_program(main: Callable[[Arguments], Any], cls: type[Arguments]) -> None:
     """Parse `sys.argv`, call `main`, and turn what a user can cause into one red sentence and exit status 1."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        console.print(_help(main, cls))
-        return
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
     transformers.logging.set_verbosity_error()  # a fresh head is no news here, nor is the progress of a small file
     transformers.logging.disable_progress_bar()
     try:
-        main(parse_arguments(cls, sys.argv[1:]))
+        arguments = parse_arguments(cls, words)
+        if len(words) < len(sys.argv[1:]):
+            console.print(_help(main, arguments))
+        else:
+            main(arguments)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
@@ -267,7 +320,7 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
         for parent in parents:
             target = target.setdefault(parent, {})
         try:
-            target[name] = yaml.safe_load(value)
+            target[name] = yaml.load(value, RecipeLoader)
         except yaml.YAMLError:
             target[name] = value
     return given
@@ -283,10 +336,18 @@ def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 
 
 def _coerce(value: Any, annotation: Any) -> Any:
-    """Undo two habits of YAML: `1e-3` is a string there, and `16` a number where a name is meant."""
+    """Undo two habits of YAML: `1e-3` is a string there, and `16` a number where a name is meant.
+
+    A single value where a list is meant is a list of one.
+    """
     if isinstance(value, dict):
         return {name: _coerce(entry, float | str | int | dict) for name, entry in value.items()}
-    accepted = set(typing.get_args(annotation)) or {annotation}
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    accepted = set(typing.get_args(annotation)) if union else {annotation}
+    of_lists = [kind for kind in accepted if typing.get_origin(kind) is list]
+    if of_lists and value is not None and (isinstance(value, list) or not accepted & {str, int, float}):
+        entries = value if isinstance(value, list) else [value]
+        return [_coerce(entry, typing.get_args(of_lists[0])[0]) for entry in entries]
     if isinstance(value, str) and float in accepted and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return float(value)
     if (
@@ -296,17 +357,16 @@ def _coerce(value: Any, annotation: Any) -> Any:
         and type(value) not in accepted
     ):
         return str(value)
-    if isinstance(value, list) and list[str] in accepted:
-        return [str(entry) for entry in value]
     return value
 
 
-def _help(main: Callable, cls: type) -> Table:
+def _help(main: Callable, arguments: Any) -> Table:
+    """All options with the values that they have, by default or by what was given beside `--help`."""
     table = Table(title=(sys.modules[main.__module__].__doc__ or "").strip(), title_justify="left", box=None)
-    for column in ("option", "default", "meaning"):
+    for column in ("option", "value", "meaning"):
         table.add_column(column, overflow="fold")
     table.add_row("--config", "", "A YAML recipe with any of the options below.")
-    for f in dataclasses.fields(cls):
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        table.add_row(f"--{f.name}", "" if default is None else str(default), f.metadata.get("help", ""))
+    for f in dataclasses.fields(arguments):
+        value = getattr(arguments, f.name)
+        table.add_row(f"--{f.name}", "" if value is None else Text(str(value)), f.metadata.get("help", ""))
     return table

@@ -121,18 +121,22 @@ class ClassificationTransform:
         std: list[float],
         num_epochs: float = 1.0,
     ):
-        crop, augment, _ = create_transform(
-            image_size if isinstance(image_size, int) else tuple(image_size),
-            is_training=True,
-            scale=tuple(arguments.crop_scale),
-            ratio=tuple(arguments.crop_ratio),
-            hflip=arguments.horizontal_flip,
-            color_jitter=None,
-            auto_augment=arguments.auto_augment,
-            interpolation=arguments.interpolation,
-            mean=tuple(mean),
-            separate=True,
-        )
+        try:
+            crop, augment, _ = create_transform(
+                image_size if isinstance(image_size, int) else tuple(image_size),
+                is_training=True,
+                scale=tuple(arguments.crop_scale),
+                ratio=tuple(arguments.crop_ratio),
+                hflip=arguments.horizontal_flip,
+                color_jitter=None,
+                auto_augment=arguments.auto_augment,
+                interpolation=arguments.interpolation,
+                mean=tuple(mean),
+                separate=True,
+            )
+        except (AssertionError, KeyError, ValueError):
+            given = arguments.auto_augment
+            raise ValueError(f"auto_augment is in timm's notation, rand-m9-mstd0.5-inc1, not {given!r}.") from None
         self.crop, *flip = crop.transforms
         self.sizes, self.num_epochs = arguments.image_sizes, num_epochs
         kinds = self.crop.interpolation

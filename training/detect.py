@@ -1,11 +1,12 @@
 """Object detection and instance segmentation on COCO or data in its format, with Mask R-CNN on our encoders.
 
-accelerate launch training/detect.py --config training/recipes/detect/pacavit_tiny_coco.yaml --pretrained FOLDER \
+accelerate launch training/detect.py --config training/recipes/detect/coco_pacavit.yaml --pretrained FOLDER \
     --output_dir runs/coco
 """
 
 import sys
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,10 @@ if not __package__:  # started as a file
 import torch
 from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
+from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as tvF
+from torchvision.utils import draw_bounding_boxes
 from transformers import AutoBackbone, AutoConfig
 
 from locatvit_hf import LocAtViTImageProcessor
@@ -36,7 +40,11 @@ from training.detection import (
 from training.loop import TrainingLoop, create_accelerator
 from training.metrics import compute_over_processes, load_metric
 from training.optimization import create_optimizer
+from training.pictures import caption, hue_color, restore_image
 from training.pretrain import build_config
+
+NUM_DRAWN = 10
+"""Boxes in the picture of an image."""
 
 
 @strict
@@ -95,7 +103,8 @@ def main(arguments: DetectArguments) -> dict[str, Any]:
             losses = loop.model(images, targets)
             loop.update(sum(losses.values()), losses)
             if loop.evaluation_due:
-                loop.record(evaluate(loop.evaluation_model, validation, accelerator))
+                metrics = evaluate(loop.evaluation_model, validation, accelerator)
+                loop.record(metrics, partial(draw_detections, loop.evaluation_model, validation, accelerator))
     return loop.finish(num_train_images=len(splits.train), num_validation_images=len(splits.validation))
 
 
@@ -134,6 +143,24 @@ def evaluate(model: Detector, loader: DataLoader, accelerator: Accelerator) -> d
         # By the names of the categories, as a reader knows them.
         scores[name] = {model.categories[label]["name"]: value for label, value in scores[name].items()}
     return scores
+
+
+@torch.inference_mode()
+def draw_detections(model: Detector, loader: DataLoader, accelerator: Accelerator) -> list[Image.Image]:
+    """The first images of the validation split with the boxes that the detector is most sure of."""
+    images = [image.to(accelerator.device) for image in next(iter(loader))[0]]
+    config, pictures = model.encoder.config, []
+    with accelerator.autocast():
+        found = model.eval()(images)
+    for image, objects in zip(images, found, strict=True):
+        picture = tvF.pil_to_tensor(restore_image(image, config.image_mean, config.image_std))
+        boxes, labels = objects["boxes"][:NUM_DRAWN].float().cpu(), objects["labels"][:NUM_DRAWN].tolist()
+        if len(boxes):
+            names = [model.categories[label]["name"] for label in labels]
+            colors = [hue_color(label) for label in labels]
+            picture = draw_bounding_boxes(picture, boxes, names, colors, width=2)
+        pictures.append(caption(tvF.to_pil_image(picture), ""))
+    return pictures
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -45,8 +46,9 @@ class Distillation:
         num_labels: int,
         mean: Sequence[float],
         std: Sequence[float],
-        device: torch.device,
+        accelerator: Accelerator,
     ):
+        device, self.autocast = accelerator.device, accelerator.autocast
         self.hard = arguments.distillation == "hard"
         self.weight, self.temperature = arguments.distillation_weight, arguments.distillation_temperature
         if not 0 <= self.weight <= 1 or self.temperature <= 0:
@@ -76,7 +78,7 @@ class Distillation:
 
         loss: of the labels. logits: (batch, classes) of the student. images: (batch, channels, height, width).
         """
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             images = images * self.factor + self.offset
             if self.size is not None and tuple(images.shape[-2:]) != self.size:
                 images = F.interpolate(images, self.size, mode="bilinear", antialias=True, align_corners=False)

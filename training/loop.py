@@ -56,6 +56,7 @@ class RunState:
     """What a checkpoint keeps beside weights and optimiser.
 
     seconds: of training, without evaluations and checkpoints; waited: of these, for data.
+    num_corrupt: images that could not be decoded, over all processes, and that others replaced.
     window: sums since the last point of the training curve, and of how many updates (`updates`).
     best, best_step: largest value of the metric, and after how many updates.
     exported, exported_step: metrics of the exported weights, and their update.
@@ -65,6 +66,7 @@ class RunState:
     images: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    num_corrupt: int = 0
     window: dict = dataclasses.field(default_factory=dict)
     best: float = -math.inf
     best_step: int | None = None
@@ -179,6 +181,7 @@ class TrainingLoop:
         self.loader = create_training_loader(
             samples, self._loader_arguments(), accelerator, start=self.state.step, stop=self.total, collate=collate
         )
+        self._counted_corrupt = 0
 
     def __enter__(self) -> "TrainingLoop":
         self._open = contextlib.ExitStack()
@@ -249,9 +252,9 @@ class TrainingLoop:
         losses, stop = self._agree()
         if not math.isfinite(losses["loss"]):
             raise ValueError(
-                f"The loss became {losses['loss']} at update {self.state.step + 1}: lower learning_rate, or lengthen "
-                f"warmup; its batch is in {self._keep_batches()}, and the checkpoints in "
-                f"{self.output / 'checkpoints'} are from before."
+                f"The loss became {losses['loss']} at update {self.state.step + 1}; its batch is in "
+                f"{self._keep_batches()}, and the checkpoints in {self.output / 'checkpoints'} are from before. Start "
+                "again in another --output_dir, with a lower learning_rate or a longer warmup."
             )
         if self.before_step is not None:
             self.before_step()
@@ -308,6 +311,7 @@ class TrainingLoop:
             "seconds": state.seconds,
             "images_per_second": state.images / max(state.seconds, 1e-9),
             "data_wait_share": state.waited / max(state.seconds, 1e-9),
+            "num_corrupt_images": state.num_corrupt,
             "parameters": sum(p.numel() for p in self._evaluated_module().parameters()),
             "num_processes": self.accelerator.num_processes,
             "seed": self.arguments.seed,
@@ -388,7 +392,8 @@ class TrainingLoop:
 
     def _end_update(self) -> None:
         step = self.state.step
-        if self._stop or step % self.checkpoint_every == 0 or step == self.total:
+        best = self.arguments.export == "best" and step == self.state.best_step
+        if self._stop or best or step % self.checkpoint_every == 0 or step == self.total:
             save_checkpoint(
                 self.accelerator,
                 self.output / "checkpoints",
@@ -405,10 +410,16 @@ class TrainingLoop:
             raise SystemExit(128 + self._stop)
 
     def _agree(self) -> tuple[dict[str, float], int]:
-        """The mean losses over the processes, and the largest signal that any of them received (0 for none)."""
-        signal = torch.tensor(float(self._interruption.signal or 0), device=self.accelerator.device)
-        everyone = self.accelerator.gather(torch.stack([signal, *self._losses.values()])[None])
-        means = everyone.mean(dim=0)[1:].tolist()
+        """The mean losses over the processes, and the largest signal that any of them received (0 for none).
+
+        Counts the corrupt images of all processes, too.
+        """
+        own = [float(self._interruption.signal or 0), float(self.loader.num_corrupt - self._counted_corrupt)]
+        self._counted_corrupt = self.loader.num_corrupt
+        own = torch.tensor(own, device=self.accelerator.device)
+        everyone = self.accelerator.gather(torch.cat([own, torch.stack([*self._losses.values()])])[None])
+        self.state.num_corrupt += int(everyone[:, 1].sum().item())
+        means = everyone.mean(dim=0)[2:].tolist()
         return dict(zip(self._losses, means, strict=True)), int(everyone[:, 0].max().item())
 
     def _keep_batches(self) -> Path:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from locatvit_hf import LocAtViTImageProcessor
+from locatvit_hf.hub.families import FAMILIES
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import ClassificationAugmentation, ClassificationTransform, classification_objective
 from training.data import Splits, TrainingSamples, create_evaluation_loader, load_splits
@@ -85,7 +86,7 @@ def train_classifier(
     distill = None
     if getattr(arguments, "teacher", None) is not None:
         statistics = processor.image_mean, processor.image_std
-        distill = Distillation(arguments, model.config.num_labels, *statistics, accelerator.device)
+        distill = Distillation(arguments, model.config.num_labels, *statistics, accelerator)
     samples = TrainingSamples(splits.train, columns, transform, arguments.seed)
     validation = create_evaluation_loader(
         splits.validation, columns, partial(collate, processor), arguments, accelerator
@@ -120,7 +121,10 @@ def build_model(arguments: PretrainArguments, label_names: list[str]) -> PreTrai
 
 def build_config(family: str, preset: str | None, values: dict[str, Any]) -> PreTrainedConfig:
     """A configuration by the name of its family, a size of the paper and its fields; unknown ones are errors."""
-    config_class = type(AutoConfig.for_model(family))
+    try:
+        config_class = type(AutoConfig.for_model(family))
+    except ValueError:  # which names every model of transformers
+        raise ValueError(f"There is no family {family!r}; choose one of {', '.join(FAMILIES)}.") from None
     unknown = sorted(set(values) - {f.name for f in fields(config_class)} - {"id2label", "label2id"})
     if unknown:
         raise ValueError(f"A {family} configuration has no field {unknown[0]!r}.")

@@ -1,6 +1,7 @@
 """Curves, example predictions and what a LocAt model has learned about distances, sent to experiment trackers."""
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -42,11 +43,13 @@ class Trackers:
         self.names = list(arguments.trackers)
         if not self.names:
             return
-        settings = dataclasses.asdict(arguments)
+        settings, folder = dataclasses.asdict(arguments), output.resolve()
+        # Runs in folders of one name are different runs.
+        run = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
         options = {
             "tensorboard": {"purge_step": step + 1},
-            "trackio": {"name": output.name, "resume": "allow"},
-            "wandb": {"name": output.name, "id": output.name, "resume": "allow", "dir": str(output)},
+            "trackio": {"name": run, "resume": "allow"},
+            "wandb": {"name": folder.name, "id": run, "resume": "allow", "dir": str(output)},
         }
         accelerator.init_trackers("locatvit-hf", init_kwargs=options)
         for tracker in accelerator.trackers:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-# Our option for each of theirs. What has no counterpart, such as `do_train`, which is always done, stands for nothing.
+# Our option for each of theirs, and of the examples that use accelerate.
 OPTIONS = {
     "model_name_or_path": "pretrained",
     "dataset_name": "dataset",
@@ -15,13 +15,12 @@ OPTIONS = {
     "max_eval_samples": "max_validation_samples",
     "num_train_epochs": "length",
     "max_steps": "length",
+    "max_train_steps": "length",
     "warmup_ratio": "warmup",
     "warmup_steps": "warmup",
+    "num_warmup_steps": "warmup",
     "lr_scheduler_type": "schedule",
     "optim": "optimizer",
-    "adam_beta1": "adam_beta1",
-    "adam_beta2": "adam_beta2",
-    "adam_epsilon": "adam_epsilon",
     "max_grad_norm": "max_gradient_norm",
     "label_smoothing_factor": "label_smoothing",
     "per_device_train_batch_size": "batch_size",
@@ -36,19 +35,25 @@ OPTIONS = {
     "eval_steps": "evaluate_every",
     "save_strategy": "checkpoint_every",
     "save_steps": "checkpoint_every",
+    "checkpointing_steps": "checkpoint_every",
     "save_total_limit": "keep_checkpoints",
     "load_best_model_at_end": "export",
     "hub_model_id": "push_to_hub",
     "overwrite_output_dir": "overwrite",
-    "do_train": "do_train",
-    "do_eval": "do_eval",
 }
-WITHOUT_COUNTERPART = ("do_train", "do_eval", "adam_beta1", "adam_beta2", "adam_epsilon")
+# What is always so here, or what nothing here depends on.
+WITHOUT_COUNTERPART = (
+    "do_train", "do_eval", "remove_unused_columns", "ignore_mismatched_sizes", "trust_remote_code", "with_tracking",
+    "logging_strategy", "logging_first_step", "logging_dir", "run_name", "tf32", "metric_for_best_model",
+    "greater_is_better", "dataloader_pin_memory", "dataloader_drop_last", "ddp_find_unused_parameters",
+)  # fmt: skip
 
 # Those whose value is written differently.
 VALUES: dict[str, Callable[[Any], Any]] = {
     "num_train_epochs": lambda epochs: f"{epochs} epochs",
     "max_steps": lambda steps: f"{steps} steps",
+    "max_train_steps": lambda steps: f"{steps} steps",
+    "num_warmup_steps": lambda steps: f"{steps} steps",
     "warmup_ratio": lambda share: f"{100 * float(share):g} %",
     "warmup_steps": lambda steps: f"{steps} steps" if steps >= 1 else f"{100 * steps:g} %",
     "lr_scheduler_type": lambda name: {"constant_with_warmup": "constant"}.get(name, name),
@@ -57,7 +62,16 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "report_to": lambda names: [] if names in ("none", None) else [names] if isinstance(names, str) else names,
     "eval_steps": lambda steps: f"{steps} steps",
     "save_steps": lambda steps: f"{steps} steps",
+    "checkpointing_steps": lambda steps: "1 epochs" if steps == "epoch" else f"{steps} steps",
     "load_best_model_at_end": lambda best: "best" if best else "last",
+}
+
+# Numbers of steps, and what they win over.
+STEPS = {
+    "max_steps": ("num_train_epochs",),
+    "max_train_steps": ("num_train_epochs",),
+    "warmup_steps": ("warmup_ratio",),
+    "num_warmup_steps": ("warmup_ratio",),
 }
 
 
@@ -68,6 +82,13 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
     `max_steps` and `warmup_steps` win over epochs and ratio.
     Raises ValueError where an option is given under both names, and for a strategy that the Trainer does not know.
     """
+    values = {name: value for name, value in values.items() if name not in WITHOUT_COUNTERPART}
+    betas = [values.pop(name, default) for name, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999))]
+    changed = {"betas": betas} if betas != [0.9, 0.999] else {}
+    if "adam_epsilon" in values:
+        changed["eps"] = float(values.pop("adam_epsilon"))
+    if changed:
+        values["optimizer_options"] = {**values.get("optimizer_options", {}), **changed}
     theirs = {name: value for name, value in values.items() if name in OPTIONS}
     ours = {name: value for name, value in values.items() if name not in OPTIONS}
     if isinstance(push := ours.get("push_to_hub"), bool):
@@ -80,13 +101,12 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
     for name in theirs:
         if OPTIONS[name] in ours:
             raise ValueError(f"Give {OPTIONS[name]} or {name}, not both: they are one option.")
-    if theirs.get("max_steps", -1) <= 0:
-        theirs.pop("max_steps", None)
-    if not theirs.get("warmup_steps"):
-        theirs.pop("warmup_steps", None)
-    for winner, loser in (("max_steps", "num_train_epochs"), ("warmup_steps", "warmup_ratio")):
-        if winner in theirs:
-            theirs.pop(loser, None)
+    for steps, others in STEPS.items():
+        # Zero, or -1, is how the Trainer writes that there are none.
+        if theirs.get(steps, 0) <= 0:
+            theirs.pop(steps, None)
+        elif steps in theirs:
+            theirs = {name: value for name, value in theirs.items() if name not in others}
     for name, steps in (("eval_strategy", "eval_steps"), ("save_strategy", "save_steps")):
         if name not in theirs:
             continue
@@ -102,12 +122,7 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
     if "per_device_train_batch_size" in theirs:
         processes, steps = int(os.environ.get("WORLD_SIZE", 1)), ours.get("gradient_accumulation_steps", 1)
         ours["batch_size"] = theirs.pop("per_device_train_batch_size") * processes * steps
-    if {"adam_beta1", "adam_beta2"} & theirs.keys():
-        betas = [theirs.get("adam_beta1", 0.9), theirs.get("adam_beta2", 0.999)]
-        ours["optimizer_options"] = {**ours.get("optimizer_options", {}), "betas": betas}
-    if "adam_epsilon" in theirs:
-        ours["optimizer_options"] = {**ours.get("optimizer_options", {}), "eps": float(theirs["adam_epsilon"])}
     for name, value in theirs.items():
-        if name not in (*WITHOUT_COUNTERPART, *precisions):
+        if name not in precisions:
             ours[OPTIONS[name]] = VALUES[name](value) if name in VALUES else value
     return ours

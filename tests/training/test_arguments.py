@@ -32,12 +32,34 @@ def test_command_line_wins_over_recipe(tmp_path):
         (["--schedule", "zigzag"], "schedule"),
         (["8"], "starts with '--'"),
         (["--config", "nowhere.yaml"], "Cannot read the recipe nowhere.yaml"),
+        (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--log_every", "0"], "log_every must be at least 1"),
+        (["--keep_checkpoints", "0"], "keep_checkpoints must be at least 1"),
+        (["--label_smoothing", "2"], "label_smoothing must be between 0 and 1, got 2"),
+        (["--max_gradient_norm", "-1"], "max_gradient_norm must be at least"),
+        (["--crop_scale", "[1]"], "crop_scale must be two numbers, the smaller one first"),
+        (["--crop_scale", "[1, 0.5]"], "crop_scale must be two numbers, the smaller one first"),
+        (["--image_sizes", "[64, 0]"], "image_sizes must be at least 1, got 0"),
+        (["--freeze", "no"], "Unknown option 'freeze'"),
+        (["--streaming", "no"], "streaming"),
     ],
 )
 def test_mistakes_are_one_sentence(options, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse_arguments(PretrainArguments, options)
     assert "\n" not in str(caught.value)
+
+
+def test_words_are_words_and_one_value_is_a_list_of_one(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("mixed_precision: no\nlabel_names: [yes, no, on, off]\nimage_sizes: 64\nstreaming: true\n")
+    arguments = parse_arguments(PretrainArguments, ["--config", str(recipe), "--trackers", "tensorboard"])
+    assert (arguments.mixed_precision, arguments.streaming) == ("no", True)
+    assert arguments.label_names == ["yes", "no", "on", "off"]
+    assert (arguments.image_sizes, arguments.trackers) == ([64], ["tensorboard"])
+    assert parse_arguments(PretrainArguments, ["--mixed_precision", "no"]).mixed_precision == "no"
+    assert parse_arguments(PretrainArguments, ["--label_names", "names.json"]).label_names == "names.json"
+    assert parse_arguments(PretrainArguments, ["--crop_scale", "[2e-1, 1]"]).crop_scale == [0.2, 1]
 
 
 def test_recipes_extend_each_other(tmp_path):

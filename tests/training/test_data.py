@@ -310,7 +310,7 @@ def test_a_label_map_must_be_an_image(folders, streaming):
     with pytest.raises(ValueError, match=r"The column 'label' of the split 'train' .* must hold images.*class labels"):
         load_splits(arguments, segmentation=True)
     with pytest.raises(ValueError, match=r"The column 'label' .* must hold images"):
-        load_splits(arguments_for(folders["parquet"], streaming=streaming, image_column="label"))
+        load_splits(arguments_for(folders["parquet"], streaming=streaming, image_column="label", label_column="image"))
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -344,6 +344,19 @@ def test_a_data_set_is_told_from_another_by_its_content(tmp_path):
         load_splits(arguments_for(other, streaming=False, dataset_hash=content))
     with pytest.raises(ValueError, match="leave out --streaming"):
         load_splits(arguments_for(first, dataset_hash=content))
+
+
+def test_folders_without_splits_say_what_to_do(tmp_path):
+    for column in ("image", "label"):
+        (tmp_path / "streets" / column).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "streets" / column / "0.png")
+    with pytest.raises(ValueError, match=r"folders image and label, but no splits: give --validation_share 0\.1"):
+        load_splits(arguments_for(tmp_path / "streets", streaming=False), segmentation=True)
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        (tmp_path / "photos" / label / "0.png").write_bytes(encoded(0))
+    with pytest.raises(ValueError, match=r"validation.*; with --validation_share 0\.1 a tenth"):
+        load_splits(arguments_for(tmp_path / "photos", streaming=False))
 
 
 def test_a_folder_of_class_folders(tmp_path):

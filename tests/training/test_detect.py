@@ -277,6 +277,21 @@ def test_dry_run_draws_boxes(settings, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_predictions_are_drawn(settings, tmp_path, monkeypatch):
+    """The first boxes of each image, on pictures as large as the images."""
+    shown = []
+    monkeypatch.setattr("training.tracking.Trackers.log_image", lambda self, name, image, step: shown.append(image))
+    monkeypatch.setattr(
+        "training.detect.draw_bounding_boxes", lambda pixels, *boxes, **_: shown.append(boxes) or pixels
+    )
+    one = {**settings, "output_dir": str(tmp_path), "length": "1 steps", "warmup": "0 steps", "milestones": []}
+    detect(build_arguments(DetectArguments, {**one, "trackers": ["tensorboard"], "score_threshold": 0.0}))
+    *drawn, sheet = shown
+    assert sheet.width > 40 and drawn
+    for boxes, names, colors in drawn:
+        assert len(boxes) == len(names) == len(colors) <= 10 and set(names) <= {c["name"] for c in CATEGORIES}
+
+
 def test_image_boxes_and_masks_move_together():
     """One white rectangle: its box and its mask stay on it through resizing, cropping and mirroring."""
     augmentation = DetectionAugmentation(

@@ -250,6 +250,11 @@ def test_options_of_the_trainer(monkeypatch):
         "push_to_hub": "me/other",
     }
     assert {name: getattr(arguments, name) for name in expected} == expected
+    pasted = """--max_train_steps 50 --num_warmup_steps 5 --checkpointing_steps epoch --with_tracking --eval_strategy no
+        --remove_unused_columns False --run_name beans --logging_strategy steps --tf32 true"""
+    arguments = parse_arguments(FinetuneArguments, pasted.split())
+    assert (arguments.length, arguments.warmup, arguments.checkpoint_every) == ("50 steps", "5 steps", "1 epochs")
+    assert arguments.evaluate_every == "100 %" and arguments.optimizer_options == {}
     both = ["--num_train_epochs", "3", "--max_steps", "100", "--warmup_ratio", "0.1", "--warmup_steps", "5"]
     arguments = parse_arguments(FinetuneArguments, both)
     assert (arguments.length, arguments.warmup) == ("100 steps", "5 steps")

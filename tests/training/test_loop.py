@@ -116,12 +116,15 @@ def test_update_holds_the_same_images_however_it_is_split():
         ({"model": {"hidden_sizes": 3}}, "no field 'hidden_sizes'"),
         ({"model": {**SMALL_MODEL, "num_labels": 7}}, "the data has 2 classes"),
         ({"model": {**SMALL_MODEL, "hidden_size": 15}}, "divisible"),
-        ({"label_names": ["red"]}, "outside the 1 classes"),
+        ({"label_names": ["red"]}, "The data has 2 classes, but label_names gives 1 names"),
         ({"output_dir": None}, "Name a folder"),
         ({"output_dir": "/proc/here"}, "Cannot write"),
         ({"length": "2 steps", "warmup": "3 steps"}, "cannot warm up"),
         ({"batch_size": 7}, "must be even"),
         ({"trackers": ["paper"]}, "no tracker 'paper'"),
+        ({"family": "resnext"}, "There is no family 'resnext'; choose one of locatvit"),
+        ({"auto_augment": "strong"}, "auto_augment is in timm's notation, .* not 'strong'"),
+        ({"label_column": "image"}, "cannot both be in the column 'image'"),
         ({"optimizer": "magic"}, "Cannot build the optimiser 'magic'"),
         ({"learning_rate_factors": {"gausian": 10}}, "no parameter of the model is called so"),
         ({"teacher": "./nowhere"}, "Cannot load the teacher"),
@@ -185,6 +188,31 @@ def test_a_full_disk_leaves_the_checkpoint_intact(pretrain_settings, tmp_path, m
     folders = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert folders == ["step_00000001", "step_00000002"]
     assert pretrain(build_arguments(PretrainArguments, settings))["updates"] == 5
+
+
+def test_the_best_checkpoint_is_kept(pretrain_settings, tmp_path):
+    settings = {**pretrain_settings, "evaluate_every": "4 steps", "checkpoint_every": "5 steps", "keep_checkpoints": 1}
+    results = pretrain(build_arguments(PretrainArguments, {**settings, "output_dir": str(tmp_path)}))
+    steps = {int(path.name.removeprefix("step_")) for path in list_checkpoints(tmp_path / "checkpoints")}
+    assert steps == {results["exported"]["step"], 24}
+
+
+def test_a_truncated_photo_is_replaced_and_counted(pretrain_settings, tmp_path):
+    """Class folders of JPEG files, whose pixels are decoded where they are cropped."""
+    random = np.random.default_rng(0)
+    for label in ("a", "b"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(10):
+            pixels = random.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{number}.jpg")
+    broken = tmp_path / "photos" / "a" / "3.jpg"
+    broken.write_bytes(broken.read_bytes()[:-400])
+    settings = {**pretrain_settings, "dataset": str(tmp_path / "photos"), "validation_share": 0.2, "length": "8 steps"}
+    settings |= {"output_dir": str(tmp_path / "run"), "warmup": "1 steps", "max_corrupt_share": 0.5}
+    results = pretrain(build_arguments(PretrainArguments, settings))
+    assert results["num_corrupt_images"] >= 2 and results["updates"] == 8
+    with pytest.raises(ValueError, match=r"cannot be decoded, .* the last is .*3\.jpg"):
+        pretrain(build_arguments(PretrainArguments, {**settings, "max_corrupt_share": 0.0, "overwrite": True}))
 
 
 def test_a_loss_that_is_not_finite_leaves_its_batch(pretrain_settings, tmp_path):
@@ -280,7 +308,7 @@ def test_a_student_learns_from_its_teacher(pretrained, pretrain_settings, tmp_pa
     assert curve[0]["loss"] == curve[0]["teacher"] != curve[0]["labels"]
     with torch.no_grad():
         teacher = AutoModelForImageClassification.from_pretrained(pretrained[0] / "model").eval()
-        distill = Distillation(arguments, 2, [0.3] * 3, [0.2] * 3, torch.device("cpu"))
+        distill = Distillation(arguments, 2, [0.3] * 3, [0.2] * 3, Accelerator(cpu=True))
         images = torch.rand(4, 3, 16, 16)
         logits = teacher(pixel_values=images * 2 - 1).logits  # the mean and the deviation of the teacher are 0.5
         terms = distill(torch.tensor(9.0), logits, (images - 0.3) / 0.2)
@@ -290,7 +318,7 @@ def test_a_student_learns_from_its_teacher(pretrained, pretrain_settings, tmp_pa
         expected = torch.nn.functional.cross_entropy(logits, logits.argmax(dim=-1))
         assert terms["loss"].item() == pytest.approx(expected.item(), abs=1e-6)
     with pytest.raises(ValueError, match="knows 2 classes, but the data has 3"):
-        Distillation(arguments, 3, [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+        Distillation(arguments, 3, [0.5] * 3, [0.5] * 3, Accelerator(cpu=True))
 
 
 @pytest.mark.slow

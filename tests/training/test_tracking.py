@@ -1,4 +1,6 @@
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,11 +9,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification
 from tests.training.conftest import SMALL_MODEL
-from training.arguments import build_arguments
+from training.arguments import RunArguments, build_arguments
 from training.pictures import draw_batch, tile
 from training.pretrain import PretrainArguments
 from training.pretrain import main as pretrain
-from training.tracking import GaussianReader
+from training.tracking import GaussianReader, Trackers
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,18 @@ def tracked(pretrain_settings, tmp_path_factory):
     events = EventAccumulator(str(output / "locatvit-hf"))
     events.Reload()
     return events, results
+
+
+def test_runs_in_folders_of_one_name_are_different_runs(tmp_path, monkeypatch):
+    started = []
+    accelerator = SimpleNamespace(trackers=[], init_trackers=lambda project, init_kwargs: started.append(init_kwargs))
+    arguments = RunArguments(trackers=["wandb", "trackio"])
+    monkeypatch.chdir(tmp_path)
+    for folder in ("seed0/run", "seed1/run", "./seed0/run"):
+        Trackers(accelerator, arguments, Path(folder), 0)
+    for tracker, key in (("wandb", "id"), ("trackio", "name")):
+        first, second, again = (options[tracker][key] for options in started)
+        assert first == again != second and first.startswith("run-")
 
 
 def test_curves_reach_the_tracker(tracked):

@@ -53,6 +53,7 @@ def crop_and_resize(
     crop at least `MIN_REDUCED` times as large as the result.
 
     box: left, top, right and bottom in pixels. size: height and width in pixels. mode: bilinear or bicubic.
+    Raises OSError, as Pillow does, for pixels that cannot be decoded.
     """
     if image.format == "JPEG" and image.fp is not None:
         width, height = image.size
@@ -63,7 +64,10 @@ def crop_and_resize(
             box = tuple(round(side / reduction) for side in box)
             pixels = tvF.pil_to_tensor(image)
         else:
-            pixels = decode_jpeg(torch.frombuffer(image.fp.getbuffer(), dtype=torch.uint8), ImageReadMode.RGB)
+            try:
+                pixels = decode_jpeg(torch.frombuffer(image.fp.getbuffer(), dtype=torch.uint8), ImageReadMode.RGB)
+            except RuntimeError as error:
+                raise OSError(str(error).partition("\n")[0]) from None
     else:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     left, top, right, bottom = box

@@ -35,11 +35,17 @@ def load_splits(arguments: DataArguments, segmentation: bool = False) -> Splits:
     Raises ValueError for a data set, split, file or column that is not there, and for an empty split.
     """
     columns = [arguments.image_column, arguments.label_column]
+    if columns[0] == columns[1]:
+        raise ValueError(f"The images and their labels cannot both be in the column {columns[0]!r}.")
     images = columns if segmentation else columns[:1]
     if arguments.validation_share is None:
         train = load_split(arguments, arguments.train_split, columns, images, arguments.max_train_samples)
         limit = arguments.max_validation_samples
-        validation = load_split(arguments, arguments.validation_split, columns, images, limit)
+        try:
+            validation = load_split(arguments, arguments.validation_split, columns, images, limit)
+        except ValueError as error:
+            reason = str(error).rstrip(".")
+            raise ValueError(f"{reason}; with --validation_share 0.1 a tenth of the training split is it.") from None
     else:
         train, validation = _divide(load_split(arguments, arguments.train_split, columns, images), arguments)
     if arguments.dataset_hash is not None:
@@ -151,6 +157,11 @@ def _pair_folders(arguments: DataArguments, split: str, columns: list[str]) -> d
         if all(folder.is_dir() for folder in folders):
             break
     else:
+        if not listed and all((root / column).is_dir() for column in columns):
+            raise ValueError(
+                f"{root} holds the folders {' and '.join(columns)}, but no splits: give --validation_share 0.1, "
+                "or list the names of the files in text files, as --train_split train.txt --validation_split val.txt."
+            )
         return None
     extensions = set(PIL.Image.registered_extensions())
     files = [
@@ -252,6 +263,8 @@ def _number_labels(
 ) -> tuple[Split, Split, list[str]]:
     """Both splits with labels from 0 to the number of classes less one, and the names of these."""
     feature = train.features[column]
+    if label_names is not None and isinstance(feature, datasets.ClassLabel) and feature.num_classes != len(label_names):
+        raise ValueError(f"The data has {feature.num_classes} classes, but label_names gives {len(label_names)} names.")
     if label_names is None:
         label_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else _find_names(train, column)
     if isinstance(train, StreamedRows):
