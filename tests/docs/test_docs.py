@@ -11,11 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import typer
 from PIL import Image
 
-from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViTForSemanticSegmentation
 from locatvit_hf.cli import app
 
 from .snippets import ROOT, read_blocks, run_blocks
@@ -28,22 +26,8 @@ PAGES = sorted(path.name for path in DOCS.glob("*.md") if read_blocks(path))
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Path:
-    """A folder as a reader has it after `make demo`: untrained models of their names, a photo and two data sets."""
-    models = tmp_path / "demo_output" / "models"
-    for name, options in (("locatvit", {}), ("vit", {"use_gaussian": False, "use_refinement": False})):
-        config = LocAtViTConfig(
-            image_size=64,
-            patch_size=8,
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            num_labels=3,
-            initializer_range=0.3,
-            **options,
-        )
-        torch.manual_seed(0)
-        LocAtViTForImageClassification(config).save_pretrained(models / f"{name}-classification")
-        LocAtViTForSemanticSegmentation(config).save_pretrained(models / f"{name}-segmentation")
+    """A folder with the examples, a photo and two data sets."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     random = np.random.default_rng(0)
 
     def save(path: Path, *shape: int, top: int = 256) -> None:
@@ -78,7 +62,7 @@ def test_training_commands_of_the_readme_run(reader: Path) -> None:
     home.mkdir()
     for name in ("training", "photos", "streets", "names.json"):
         (home / name).symlink_to(reader / name)
-    (home / "my-checkpoint").symlink_to(reader / "demo_output" / "models" / "locatvit-classification")
+    (home / "my-checkpoint").symlink_to(ROOT / "examples" / "checkpoints" / "locatvit-classification")
     for split in ("train", "validation"):
         for label in ("cat", "dog"):
             shutil.copytree(reader / "photos" / label, reader / "shared" / "data" / "tiny_imagenet" / split / label)

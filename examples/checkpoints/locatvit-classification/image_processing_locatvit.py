@@ -1,0 +1,370 @@
+"""One image processor for all families: classification crops the centre, segmentation keeps every pixel in place."""
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as tvF
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import (
+    ChannelDimension,
+    ImageInput,
+    ImageType,
+    PILImageResampling,
+    SizeDict,
+    get_image_type,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+IGNORE_INDEX = 255
+
+
+class LocAtViTImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    do_reduce_labels: whether label 0 means "no class": 0 and 255 become 255, every other label goes down by one.
+    do_grayscale: whether images become one grey channel instead of RGB.
+    size_divisor: pixels; both sides are resized to multiples of it. Set for segmentation, None for classification.
+    output_stride: [height, width] in pixels of a cell of the model's segmentation logits.
+    """
+
+    do_reduce_labels: bool
+    do_grayscale: bool
+    size_divisor: int | None
+    output_stride: list[int] | tuple[int, int] | None
+
+
+class LocAtViTImageProcessor(TorchvisionBackend):
+    """Prepares images (and label maps) for the models of this package and turns their logits into masks.
+
+    Images of any PIL mode are taken: transparency is composited on white, palettes are resolved, and 16-bit, 32-bit and
+    floating-point images are scaled to 8 bits. Label maps keep their ids: they are resized with nearest neighbours.
+
+    With `size_divisor` both sides are resized to multiples of it and nothing is cropped, so that a mask can be laid
+    back on its image; images of different sizes are padded to one batch on the right and at the bottom.
+    """
+
+    valid_kwargs = LocAtViTImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    size = {"shortest_edge": 248}
+    crop_size = {"height": 224, "width": 224}
+    default_to_square = False
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    do_grayscale = False
+    do_reduce_labels = False
+    size_divisor = None
+    output_stride = None
+
+    _auto_class = "AutoImageProcessor"
+
+    def __init__(self, **kwargs: Unpack[LocAtViTImageProcessorKwargs]):
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_model_config(cls, config, segmentation: bool = False, **kwargs) -> "LocAtViTImageProcessor":
+        """The processor of a model's configuration: its mean, std, crop and patch size.
+
+        segmentation: keep every pixel and resize to multiples of the patch, instead of cropping the centre.
+        """
+        height, width = pair(config.image_size)
+        arguments = {
+            "image_mean": channel_values(config.image_mean, config.num_channels),
+            "image_std": channel_values(config.image_std, config.num_channels),
+            "do_convert_rgb": config.num_channels in (1, 3),
+            "do_grayscale": config.num_channels == 1,
+            "output_stride": list(config.output_stride),
+        }
+        if segmentation:
+            short = min(height, width)
+            arguments.update(
+                size={"shortest_edge": short, "longest_edge": 4 * short},
+                do_center_crop=False,
+                size_divisor=config.size_divisor,
+            )
+        else:
+            # As timm does: the short side is resized to the crop over `crop_pct`, rounded down.
+            square = height == width
+            resized = [math.floor(side / config.crop_pct) for side in (height, width)]
+            arguments.update(
+                size={"shortest_edge": resized[0]} if square else {"height": resized[0], "width": resized[1]},
+                crop_size={"height": height, "width": width},
+            )
+        return cls(**{**arguments, **kwargs})
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None = None,
+        **kwargs: Unpack[LocAtViTImageProcessorKwargs],
+    ) -> BatchFeature:
+        """`pixel_values` (batch, channels, height, width), and `labels` (batch, height, width) int64 with maps.
+
+        images: one image or a list, as PIL images, arrays or tensors.
+        segmentation_maps: one label map of the size of each image, class ids, 255 for pixels without a class.
+        Raises ValueError for an image without pixels, and for a map whose size differs from its image's.
+        """
+        if isinstance(images, list | tuple):
+            if not images:
+                raise ValueError("There are no images to process: the list is empty.")
+            images = [_with_channel_axis(image) for image in images]
+        return super().preprocess(_with_channel_axis(images), segmentation_maps, **kwargs)
+
+    def process_image(self, image: ImageInput, do_convert_rgb: bool | None = None, **kwargs) -> torch.Tensor:
+        """One image as a tensor (channels, height, width); label maps come with `do_convert_rgb=False`."""
+        if get_image_type(image) == ImageType.PIL:
+            if min(image.size) == 0:
+                raise ValueError(f"An image of {image.width} x {image.height} pixels cannot be processed.")
+            if do_convert_rgb:
+                image, kwargs["input_data_format"] = pil_to_rgb(image), ChannelDimension.FIRST
+        elif do_convert_rgb:
+            image = _array_to_8_bits(image)
+        processed = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        if processed.numel() == 0:
+            raise ValueError(f"An image of shape {tuple(processed.shape)} holds no pixels.")
+        if do_convert_rgb and processed.shape[0] == 1:  # before 5.23, transformers leaves grey arrays grey
+            processed = processed.expand(3, -1, -1)
+        return processed
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None = None,
+        *,
+        do_convert_rgb: bool,
+        do_grayscale: bool,
+        do_reduce_labels: bool,
+        input_data_format: ChannelDimension | None,
+        return_tensors: str | None,
+        device=None,
+        **kwargs,
+    ) -> BatchFeature:
+        images = self._prepare_image_like_inputs(
+            images=images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, device=device
+        )
+        maps = None
+        if segmentation_maps is not None:
+            maps = self._prepare_image_like_inputs(
+                images=segmentation_maps,
+                expected_ndims=2,
+                do_convert_rgb=False,
+                input_data_format=ChannelDimension.FIRST,
+                device=device,
+            )
+            self._check_maps(images, maps)
+        if do_grayscale:
+            images = [tvF.rgb_to_grayscale(image) for image in images]
+        pad = kwargs["do_pad"] or kwargs["size_divisor"] is not None
+        kwargs["do_pad"] = False
+        pixel_values = self._preprocess(images, return_tensors=None, **kwargs)["pixel_values"]
+        data = {"pixel_values": self._pad_batch(pixel_values, kwargs["pad_size"], 0) if pad else pixel_values}
+        if maps is not None:
+            kwargs.update(do_normalize=False, do_rescale=False, resample=tvF.InterpolationMode.NEAREST_EXACT)
+            labels = self._preprocess([label_map.to(torch.int64) for label_map in maps], return_tensors=None, **kwargs)
+            labels = [label_map.squeeze(0) for label_map in labels["pixel_values"]]
+            if do_reduce_labels:
+                labels = [torch.where((m == 0) | (m == IGNORE_INDEX), IGNORE_INDEX, m - 1) for m in labels]
+            data["labels"] = self._pad_batch(labels, kwargs["pad_size"], IGNORE_INDEX) if pad else labels
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    @staticmethod
+    def _check_maps(images: list[torch.Tensor], maps: list[torch.Tensor]) -> None:
+        if len(images) != len(maps):
+            raise ValueError(f"There are {len(images)} images but {len(maps)} segmentation maps.")
+        for index, (image, label_map) in enumerate(zip(images, maps, strict=True)):
+            if label_map.shape[0] != 1 or label_map.shape[-2:] != image.shape[-2:]:
+                raise ValueError(
+                    f"Segmentation map {index} has shape {tuple(label_map.shape)}, but its image is "
+                    f"{image.shape[-2]} x {image.shape[-1]} pixels; a map holds one class id for each pixel."
+                )
+
+    def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
+        """As the library's, with both sides rounded to multiples of `size_divisor` where it is set."""
+        height, width = self._resized_size(*image.shape[-2:], size, kwargs.pop("size_divisor", self.size_divisor))
+        return super().resize(image, SizeDict(height=height, width=width), resample, **kwargs)
+
+    def _preprocess(
+        self, images: list[torch.Tensor], do_resize: bool, size: SizeDict, resample, **kwargs
+    ) -> BatchFeature:
+        if do_resize:
+            divisor = kwargs.get("size_divisor")
+            images = [self.resize(image, size, resample, size_divisor=divisor) for image in images]
+        return super()._preprocess(images, do_resize=False, size=size, resample=resample, **kwargs)
+
+    @staticmethod
+    def _resized_size(height: int, width: int, size: SizeDict, divisor: int | None) -> tuple[int, int]:
+        """(height, width) in pixels that an image of that height and width is resized to."""
+        if size.shortest_edge and size.longest_edge:
+            height, width = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
+        elif size.shortest_edge:
+            height, width = get_size_with_aspect_ratio((height, width), size.shortest_edge)
+        elif size.height and size.width:
+            height, width = size.height, size.width
+        else:
+            raise ValueError(f"size must hold 'shortest_edge', or 'height' and 'width'; got {dict(size)}.")
+        if divisor is not None:
+            height, width = (max(divisor, int(side / divisor + 0.5) * divisor) for side in (height, width))
+        return max(height, 1), max(width, 1)
+
+    @staticmethod
+    def _pad_batch(tensors: list[torch.Tensor], pad_size: SizeDict | None, value: int) -> list[torch.Tensor]:
+        """All to one size, the largest (or `pad_size`), padded on the right and at the bottom."""
+        height = max(tensor.shape[-2] for tensor in tensors)
+        width = max(tensor.shape[-1] for tensor in tensors)
+        if pad_size is not None:
+            if pad_size.height < height or pad_size.width < width:
+                raise ValueError(f"pad_size={dict(pad_size)} is smaller than an image of {height} x {width} pixels.")
+            height, width = pad_size.height, pad_size.width
+        return [
+            F.pad(tensor, (0, width - tensor.shape[-1], 0, height - tensor.shape[-2]), value=value)
+            for tensor in tensors
+        ]
+
+    def fetch_images(self, image_url_or_urls):
+        """As the library's; a path that leads nowhere is one sentence."""
+        if isinstance(image_url_or_urls, str) and "://" not in image_url_or_urls:
+            if not os.path.isfile(image_url_or_urls):
+                raise ValueError(f"There is no image file {image_url_or_urls}.")
+        return super().fetch_images(image_url_or_urls)
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs,
+        target_sizes: list[tuple[int, int]] | None = None,
+        return_segmentation_scores: bool = False,
+        do_resize: bool | None = None,
+        size: dict | None = None,
+    ) -> list:
+        """Class maps from the logits of a segmentation model.
+
+        outputs: with `logits` (batch, classes, grid height, grid width).
+        target_sizes: (height, width) in pixels of each original image. Where given, the cells of the padding are cut
+            off first, then the rest is upsampled bilinearly in float32. Where None, maps have the size of the logits.
+        return_segmentation_scores: return a dict of "segmentation" and "segmentation_scores" (classes, height, width).
+        do_resize, size: as the images were prepared, where that was not with the processor's own values.
+        Returns a list of int64 maps (height, width), one an image.
+        """
+        logits = outputs.logits.float()
+        if target_sizes is None:
+            scores = list(logits)
+        else:
+            if isinstance(target_sizes, torch.Tensor):
+                target_sizes = target_sizes.tolist()
+            if len(target_sizes) != len(logits):
+                raise ValueError(f"There are {len(logits)} images in the outputs but {len(target_sizes)} target_sizes.")
+            target_sizes = [tuple(map(int, target_size)) for target_size in target_sizes]
+            if any(min(target_size) < 1 for target_size in target_sizes):
+                raise ValueError(f"target_sizes must be (height, width) of at least 1 pixel, got {target_sizes}.")
+            resized = target_sizes
+            if self.do_resize if do_resize is None else do_resize:
+                size = self.size if size is None else SizeDict(**size)
+                resized = [self._resized_size(*target, size, self.size_divisor) for target in target_sizes]
+            scores = self._place_on_images(logits, resized, target_sizes)
+        if return_segmentation_scores:
+            return [BatchFeature({"segmentation": s.argmax(dim=0), "segmentation_scores": s}) for s in scores]
+        return [s.argmax(dim=0) for s in scores]
+
+    def _place_on_images(
+        self, logits: torch.Tensor, resized: list[tuple[int, int]], target_sizes: list[tuple[int, int]]
+    ) -> list[torch.Tensor]:
+        """Each image's logits (classes, height, width) at its target size, padding cut off before upsampling."""
+        seen = [(self.crop_size.height, self.crop_size.width)] * len(resized) if self.do_center_crop else resized
+        # Without a known stride the grid is taken to cover the largest image exactly.
+        cell = self.output_stride or [max(size[axis] for size in seen) / logits.shape[axis + 2] for axis in (0, 1)]
+        placed = []
+        for image_logits, size, seen_size, target_size in zip(logits, resized, seen, target_sizes, strict=True):
+            cells = [math.ceil(side / pixels) for side, pixels in zip(seen_size, cell, strict=True)]
+            if any(needed > present for needed, present in zip(cells, image_logits.shape[1:], strict=True)):
+                raise ValueError(
+                    f"The logits have {image_logits.shape[1]} x {image_logits.shape[2]} cells, but an image of "
+                    f"{seen_size[0]} x {seen_size[1]} pixels needs {cells[0]} x {cells[1]}; if it was prepared with "
+                    "another do_resize or size, pass the same here."
+                )
+            image_logits = image_logits[None, :, : cells[0], : cells[1]]
+            covered = tuple(round(count * pixels) for count, pixels in zip(cells, cell, strict=True))
+            if covered != tuple(seen_size) or self.do_center_crop:
+                image_logits = F.interpolate(image_logits, size=covered, mode="bilinear", align_corners=False)
+                image_logits = image_logits[..., : seen_size[0], : seen_size[1]]
+            if self.do_center_crop:
+                image_logits = _undo_center_crop(image_logits, size)
+            placed.append(F.interpolate(image_logits, size=target_size, mode="bilinear", align_corners=False)[0])
+        return placed
+
+
+def channel_values(values: float | list[float] | tuple[float, ...], num_channels: int) -> list[float]:
+    """A mean or std for every channel, from one number, from equal ones, or for grey images from those of a colour."""
+    values = [values] if isinstance(values, float | int) else list(values)
+    if len(set(values)) == 1:
+        return values[:1] * num_channels
+    return [sum(values) / len(values)] if num_channels == 1 and values else values
+
+
+def pair(size) -> tuple[int, int]:
+    """(height, width) of a size given as one number or as two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _with_channel_axis(image):
+    """A grey array or tensor (height, width) as (1, height, width); anything else as it is."""
+    return image[None] if getattr(image, "ndim", None) == 2 else image
+
+
+def _undo_center_crop(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Lays (batch, classes, height, width) back on the image of `size` it was cropped from, its border repeated."""
+    for axis in (2, 3):
+        missing = size[axis - 2] - logits.shape[axis]
+        before = abs(missing) // 2
+        if missing < 0:  # the crop was larger than the image
+            logits = logits.narrow(axis, before, size[axis - 2])
+        elif missing > 0:
+            padding = (before, missing - before)
+            logits = F.pad(logits, (*padding, 0, 0) if axis == 3 else (0, 0, *padding), mode="replicate")
+    return logits
+
+
+def pil_to_rgb(image) -> torch.Tensor:
+    """uint8 (3, height, width) of a PIL image of any mode, transparency composited on white."""
+    if image.mode.startswith("I;"):
+        pixels = tvF.pil_to_tensor(image).to(torch.int64) & 0xFFFF  # torchvision may read unsigned values as signed
+        return _scale_to_8_bits(pixels, 65535.0).expand(3, -1, -1)
+    if image.mode in ("I", "F"):
+        pixels = tvF.pil_to_tensor(image)
+        return _scale_to_8_bits(pixels, _full_scale(pixels)).expand(3, -1, -1)
+    image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        pixels = tvF.pil_to_tensor(image.convert("RGBA")).float()
+        opacity = pixels[3:] / 255.0
+        return (pixels[:3] * opacity + 255.0 * (1.0 - opacity)).round().to(torch.uint8)
+    return tvF.pil_to_tensor(image.convert("RGB"))
+
+
+def _array_to_8_bits(image):
+    """uint8 values of an array or a tensor of bools or wide integers; 8 bits and floats are returned as they are."""
+    pixels = image if isinstance(image, torch.Tensor) else torch.from_numpy(image)
+    if pixels.dtype == torch.bool:
+        return pixels.to(torch.uint8) * 255
+    if pixels.is_floating_point() or pixels.dtype in (torch.uint8, torch.int8) or pixels.numel() == 0:
+        return image
+    return _scale_to_8_bits(pixels, 65535.0 if pixels.dtype == torch.uint16 else _full_scale(pixels))
+
+
+def _full_scale(pixels: torch.Tensor) -> float:
+    """What stands for white where the type does not say: 1 (floats), 255 or 65535, the first that no value exceeds."""
+    largest = pixels.max().item()
+    return 1.0 if pixels.is_floating_point() and largest <= 1.0 else 255.0 if largest <= 255 else 65535.0
+
+
+def _scale_to_8_bits(pixels: torch.Tensor, white: float) -> torch.Tensor:
+    return (pixels.to(torch.float64) * (255.0 / white)).round().clamp(0, 255).to(torch.uint8)
+
+
+__all__ = ["LocAtViTImageProcessor", "channel_values", "pair", "pil_to_rgb"]

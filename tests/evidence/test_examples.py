@@ -1,0 +1,69 @@
+"""The example checkpoints: complete, small, and sensible on a picture that they have not seen, without this package."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from transformers import AutoConfig
+
+import locatvit_hf
+from evidence.publish import PUBLISHED
+from evidence.runs import ROOT
+from locatvit_hf.hub.card import read_card
+from locatvit_hf.hub.repository import code_files
+
+CHECKPOINTS = ROOT / "examples" / "checkpoints"
+STRANGER = """
+import json, sys
+sys.modules["locatvit_hf"] = None
+import numpy as np
+from PIL import Image
+from transformers import pipeline
+folder, picture = sys.argv[1:]
+classifiers = [pipeline("image-classification", f"{folder}/{name}", trust_remote_code=True)
+               for name in ("vit-classification", "locatvit-classification")]
+segmenter = pipeline("image-segmentation", f"{folder}/locatvit-segmentation", trust_remote_code=True)
+answers = [answer["label"] for classifier in classifiers for answer in classifier(picture, top_k=5)]
+dtypes = {str(model.model.dtype) for model in (*classifiers, segmenter)}
+masks = {entry["label"]: np.asarray(entry["mask"]) > 0 for entry in segmenter(picture)}
+# Where the photograph shows the sky, and where trees.
+shares = masks["sky"][:200, 350:].mean(), masks["tree"][350:, 400:].mean()
+print(json.dumps([answers, sorted(dtypes), *shares]))
+"""
+
+
+def test_the_folders_are_complete_and_small():
+    assert {path.name for path in CHECKPOINTS.iterdir()} == set(PUBLISHED)
+    assert sum(path.stat().st_size for path in CHECKPOINTS.rglob("*") if path.suffix == ".safetensors") < 5e6
+    for folder in CHECKPOINTS.iterdir():
+        for name in code_files(AutoConfig.from_pretrained(folder)):
+            ours = Path(locatvit_hf.__file__).with_name(name)
+            assert (folder / name).read_bytes() == ours.read_bytes(), f"cp {ours} {folder / name}"
+        card = read_card(folder)
+        assert card.weights_license == "cc-by-nc-4.0" and "non-commercial" in card.remarks
+        assert f"The run {PUBLISHED[folder.name][0]}-" in card.remarks
+
+
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory):
+    """What a process without the package and with empty caches makes of a photograph of a temple among trees."""
+    folder = tmp_path_factory.mktemp("stranger")
+    Image.fromarray(load_sample_image("china.jpg")).save(folder / "photo.png")
+    command = [sys.executable, "-I", "-c", STRANGER, str(CHECKPOINTS), str(folder / "photo.png")]
+    environment = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_they_do_sensible_things_without_the_package(answer):
+    names, dtypes, sky, trees = answer
+    known = json.loads((CHECKPOINTS / "vit-classification" / "config.json").read_text())["label2id"]
+    assert len(names) == 10 and set(names) <= set(known) and not np.isin(["n01443537 goldfish"], list(known)).any()
+    assert dtypes == ["torch.float32"]
+    assert sky > 0.8 and trees > 0.8
