@@ -52,13 +52,16 @@ def hardware() -> dict[str, str | int]:
     }  # fmt: skip
 
 
-def commit() -> str:
-    """The short hash of the checkout, with "+" where the measured code differs from it; "unknown" outside of git."""
+def commit(*folders: str) -> str:
+    """The short hash of the checkout, with "+" where the code in `folders` differs from it; "unknown" outside of git.
+
+    Without folders, that of the package.
+    """
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", "locatvit_hf"], capture_output=True, check=True
+            [*git, "status", "--porcelain", "-uno", *(folders or ["locatvit_hf"])], capture_output=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

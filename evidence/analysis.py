@@ -1,7 +1,10 @@
 """The analysis, fixed before the first run: differences between models, paired by seed, with two kinds of intervals.
 
-One is over seeds, as training varies: Student's t for the mean of the differences. The other is over images, as the
-validation set might have been another: a bootstrap that draws the same images for both models and for all seeds.
+One is over seeds, as training varies: Student's t for the mean of the differences. The other is over images: a
+bootstrap that draws the same images for both models and for all seeds.
+
+What was added after the first results, and decides nothing: a bootstrap over blocks of neighbouring images, because
+those of CamVid follow each other in a video and are not independent, as the first one takes them to be.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,6 +17,8 @@ from .runs import Run
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
+BLOCK = 10
+"""Neighbouring images that are drawn together: 20 frames of CamVid's video, two thirds of a second."""
 # What is compared, and with what. The first is the claim that the experiment is about.
 COMPARISONS = [
     ("locatvit", "vit"),
@@ -31,13 +36,15 @@ class Difference:
     """A model less another in one measure, as shares between -1 and 1.
 
     runs: names of those behind it. by_seed: one difference a seed. over_seeds: the interval of their mean, None of one
-    seed. over_images: that of the bootstrap, None for measures that are not known image by image.
+    seed. over_images: that of the bootstrap, None for measures that are not known image by image. over_blocks: that of
+    blocks of images, None for images that do not follow each other.
     """
 
     runs: list[str]
     by_seed: list[float]
     over_seeds: tuple[float, float] | None
     over_images: tuple[float, float] | None
+    over_blocks: tuple[float, float] | None = None
 
     @property
     def mean(self) -> float:
@@ -46,10 +53,13 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What the intervals allow to say: "better" or "worse" where both are on one side of zero, else "open"."""
+        """What the intervals allow to say: "better" or "worse" where both are on one side of zero, else "open".
+
+        "not tested" where one of them is missing.
+        """
         intervals = [self.over_seeds, self.over_images]
         if None in intervals:
-            return "open"
+            return "not tested"
         if all(low > 0 for low, _ in intervals):
             return "better"
         return "worse" if all(high < 0 for _, high in intervals) else "open"
@@ -99,15 +109,30 @@ def compare(runs: Iterable[Run], model: str, other: str, measure: str) -> Differ
         return None
     pairs = [(found[model, seed], found[other, seed]) for seed in seeds]
     differences = [float(function(ours) - function(theirs)) for ours, theirs in pairs]
-    over_images = None
+    over_images = over_blocks = None
     if by_image:
         number = pairs[0][0].content["num_images"] if measure == "accuracy" else len(pairs[0][0].content["pixels"])
         draws = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=NUM_RESAMPLES)
-        resampled = np.mean([function(ours, draws) - function(theirs, draws) for ours, theirs in pairs], axis=0)
-        tail = (1 - LEVEL) / 2
-        over_images = tuple(float(bound) for bound in np.quantile(resampled, [tail, 1 - tail]))
+        over_images = _bootstrap(function, pairs, draws)
+        if measure == "frozen mIoU":
+            over_blocks = _bootstrap(function, pairs, draw_blocks(number))
     names = [run.name for pair in pairs for run in pair]
-    return Difference(names, differences, seed_interval(differences), over_images)
+    return Difference(names, differences, seed_interval(differences), over_images, over_blocks)
+
+
+def draw_blocks(number: int) -> np.ndarray:
+    """Weights (resamples, number) of images in a row, drawn in blocks of `BLOCK`; the last is followed by the first."""
+    starts = np.random.default_rng(0).integers(number, size=(NUM_RESAMPLES, -(-number // BLOCK)))
+    drawn = ((starts[..., None] + np.arange(BLOCK)) % number).reshape(NUM_RESAMPLES, -1)[:, :number]
+    return np.stack([np.bincount(images, minlength=number) for images in drawn]).astype(float)
+
+
+def _bootstrap(function: Callable, pairs: list[tuple[Run, Run]], weights: np.ndarray) -> tuple[float, float]:
+    """The interval of the mean difference over the resamples."""
+    resampled = np.mean([function(ours, weights) - function(theirs, weights) for ours, theirs in pairs], axis=0)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def seed_interval(values: list[float]) -> tuple[float, float] | None:

@@ -1,6 +1,7 @@
 """The document from the stored runs: `python -m evidence.report` writes docs/evidence.md and its figures."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from locatvit_hf.cli.console import one_sentence_errors
 
-from .analysis import COMPARISONS, MEASURES, NUM_RESAMPLES, class_iou, compare
+from .analysis import BLOCK, COMPARISONS, MEASURES, NUM_RESAMPLES, class_iou, compare
 from .reproduce import FARTHEST, PROGRAMS, curve_spread
 from .runs import COST, MODELS, PLAN, RESULTS, ROOT, Run, load_runs, run_name
 
@@ -66,7 +67,7 @@ def write_document(runs: list[Run], cost: dict | None, output: Path) -> None:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"percent": percent, "points": points, "interval": interval}
+    environment.filters |= {"percent": percent, "points": points, "interval": interval, "commits": commits}
     text = environment.get_template("page.md.jinja").render(
         models=MODELS,
         rows=[row for model in MODELS if (row := summarize(runs, model))],
@@ -74,6 +75,8 @@ def write_document(runs: list[Run], cost: dict | None, output: Path) -> None:
         comparisons=list_comparisons(runs),
         class_rows=class_table(runs),
         figures=list(drawn),
+        apart=[run.name for run in runs if run.model in COLORS],
+        first=[run.name for run in runs if run.seed == 0],
         cost=cost,
         published=PUBLISHED,
         missing=[run_name(*entry) for entry in PLAN if run_name(*entry) not in {run.name for run in runs}],
@@ -81,6 +84,7 @@ def write_document(runs: list[Run], cost: dict | None, output: Path) -> None:
         spreads=list_spreads(runs),
         farthest=FARTHEST,
         resamples=NUM_RESAMPLES,
+        block=BLOCK,
         reading=(Path(__file__).parent / "reading.md").read_text(encoding="utf-8").strip(),
     )
     (output / "evidence.md").write_text(text, encoding="utf-8")
@@ -96,10 +100,13 @@ def summarize(runs: list[Run], model: str) -> dict | None:
         "model": model,
         "seeds": ", ".join(str(run.seed) for run in mine),
         "parameters": mine[0].content["pretrain"]["parameters"],
-        "values": {
-            name: (np.mean(found), np.std(found, ddof=1) if len(found) > 1 else None) for name, found in values.items()
-        },
+        "values": {name: spread(found) for name, found in values.items()},
     }
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation; None for that of a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def list_comparisons(runs: list[Run]) -> list[dict]:
@@ -123,14 +130,14 @@ def list_spreads(runs: list[Run]) -> list[tuple[str, list[float]]]:
     return found
 
 
-def class_table(runs: list[Run]) -> list[tuple[str, dict[str, float]]]:
-    """Of each class of CamVid, the IoU of every model, averaged over its seeds; empty without runs."""
+def class_table(runs: list[Run]) -> list[tuple[str, dict[str, tuple[float, float | None]]]]:
+    """Of each class of CamVid, the IoU of every model: mean and deviation over its seeds; empty without runs."""
     if not runs:
         return []
     names = list(runs[0].content["probe"]["metrics"]["per_category_iou"])
     present = [model for model in MODELS if any(run.model == model for run in runs)]
-    iou = {model: np.mean([class_iou(run) for run in runs if run.model == model], axis=0) for model in present}
-    return [(name, {model: iou[model][index] for model in present}) for index, name in enumerate(names)]
+    iou = {model: np.array([class_iou(run) for run in runs if run.model == model]) for model in present}
+    return [(name, {model: spread(iou[model][:, index]) for model in present}) for index, name in enumerate(names)]
 
 
 def draw_figures(runs: list[Run]) -> dict[str, Figure]:
@@ -140,7 +147,9 @@ def draw_figures(runs: list[Run]) -> dict[str, Figure]:
     figures = {"scores": draw_scores(runs), "curves": draw_curves(runs), "features": draw_features(runs)}
     if any(run.seed == 0 and run.content["gaussians"] for run in runs):
         figures["gaussians"] = draw_gaussians(runs)
-    return {**figures, "maps": draw_maps(runs)}
+    if any(run.seed == 0 and run.model in COLORS for run in runs):
+        figures["maps"] = draw_maps(runs)
+    return figures
 
 
 def draw_scores(runs: list[Run]) -> Figure:
@@ -197,16 +206,18 @@ def draw_features(runs: list[Run]) -> Figure:
 def draw_gaussians(runs: list[Run]) -> Figure:
     """What the Gaussians have learned, layer by layer: median and quartiles, first seed of each model."""
     chosen = [run for run in runs if run.content["gaussians"] and run.seed == 0]
-    figure, axes = plt.subplots(1, 2, figsize=(7.6, 2.8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(7.6, 2.6), layout="constrained")
     for run in chosen:
         layers = range(1, len(run.content["gaussians"]) + 1)
         color = COLORS.get(run.model)
-        for ax, name in ((axes[0], "columns"), (axes[1], "amplitude")):
+        for ax, name in zip(axes, ("rows", "columns", "amplitude"), strict=True):
             low, middle, high = zip(*(layer[name] for layer in run.content["gaussians"]), strict=True)
             (line,) = ax.plot(layers, middle, color=color, label=MODELS[run.model], lw=1.2)
             ax.fill_between(layers, low, high, color=line.get_color(), alpha=0.15, lw=0)
-    axes[0].set(xlabel="layer", title="standard deviation, patches")
-    axes[1].set(xlabel="layer", title="amplitude, added to logits")
+    axes[0].set(xlabel="layer", title="deviation down, patches")
+    axes[1].set(xlabel="layer", title="deviation across, patches")
+    axes[2].set(xlabel="layer", title="amplitude, in logits")
+    axes[1].sharey(axes[0])
     axes[0].legend(frameon=False)
     return figure
 
@@ -239,6 +250,11 @@ def points(value: float) -> str:
 def interval(bounds: tuple[float, float] | None) -> str:
     """In points; a dash where there is none."""
     return f"{points(bounds[0])} to {points(bounds[1])}" if bounds is not None else "–"
+
+
+def commits(by_program: dict[str, list[str]]) -> str:
+    """Those of pretraining and of the probe."""
+    return "; ".join(", ".join(by_program[program]) for program in ("pretrain", "segment"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
@@ -24,7 +23,11 @@ from .measure import measure_run
 from .runs import MODELS, PLAN, RECIPES, RESULTS, ROOT, run_name
 
 # Of what the programs write.
-KEPT = ("metrics", "train_curve", "validation_curve", "updates", "parameters", "model_hash", "date")
+KEPT = (
+    "metrics", "arguments", "train_curve", "validation_curve", "updates", "seconds", "parameters", "num_processes",
+    "model_hash", "date",
+)  # fmt: skip
+CODE = ("locatvit_hf", "training", "evidence")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
@@ -58,7 +61,9 @@ def run(model: str, seed: int, folder: Path, tiny_imagenet: str, camvid: str) ->
     Raises RuntimeError where a program fails.
     """
     pretrain, probe, results = folder / "pretrain", folder / "probe", folder / "results"
-    began = commit()
+    folder.mkdir(parents=True, exist_ok=True)
+    history = folder / "commits.json"
+    commits = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else {}
     for program, recipe, dataset, options in (
         ("pretrain", f"pretrain/{model}", tiny_imagenet, {"output_dir": pretrain, "seed": seed}),
         ("segment", "segment/probe", camvid, {"output_dir": probe, "seed": seed, "pretrained": pretrain / "model"}),
@@ -73,10 +78,13 @@ def run(model: str, seed: int, folder: Path, tiny_imagenet: str, camvid: str) ->
         finished = results / f"{program.removeprefix('evaluation.')}.json"
         if finished.is_file() or (options["output_dir"] / "all_results.json").is_file():
             continue
+        # An interrupted program may go on with other code than it began with.
+        commits[program] = list(dict.fromkeys([*commits.get(program, []), commit(*CODE)]))
+        write_json(history, commits)
         command = [sys.executable, "-m", f"training.{program}", "--config", str(RECIPES / f"{recipe}.yaml")]
         command += ["--dataset", dataset, *(f"--{name}={value}" for name, value in options.items())]
-        # Other numbers of threads add up in another order.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+        # Another number of threads adds up in another order.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if subprocess.run(command, env=environment).returncode:
             raise RuntimeError(f"training.{program} failed; the same command goes on where it can.")
     records = {
@@ -91,8 +99,8 @@ def run(model: str, seed: int, folder: Path, tiny_imagenet: str, camvid: str) ->
     return {
         "model": model,
         "seed": seed,
-        "commit": began,
-        "environment": {**hardware(), **versions()},
+        "commits": commits,
+        "environment": {**hardware(), **versions(), "threads": 1},
         **{name: {key: record[key] for key in KEPT if key in record} for name, record in records.items()},
         **measure_run(pretrain / "model", probe / "model", tiny_imagenet, camvid),
     }

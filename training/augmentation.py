@@ -135,7 +135,8 @@ class ClassificationTransform:
                 separate=True,
             )
         except (AssertionError, KeyError, ValueError):
-            given = arguments.auto_augment
+            if (given := arguments.auto_augment) is None:
+                raise
             raise ValueError(f"auto_augment is in timm's notation, rand-m9-mstd0.5-inc1, not {given!r}.") from None
         self.crop, *flip = crop.transforms
         self.sizes, self.num_epochs = arguments.image_sizes, num_epochs

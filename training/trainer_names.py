@@ -44,8 +44,8 @@ OPTIONS = {
 # What is always so here, or what nothing here depends on.
 WITHOUT_COUNTERPART = (
     "do_train", "do_eval", "remove_unused_columns", "ignore_mismatched_sizes", "trust_remote_code", "with_tracking",
-    "logging_strategy", "logging_first_step", "logging_dir", "run_name", "tf32", "metric_for_best_model",
-    "greater_is_better", "dataloader_pin_memory", "dataloader_drop_last", "ddp_find_unused_parameters",
+    "logging_strategy", "logging_first_step", "logging_dir", "run_name", "dataloader_pin_memory",
+    "ddp_find_unused_parameters",
 )  # fmt: skip
 
 # Those whose value is written differently.
@@ -83,8 +83,9 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError where an option is given under both names, and for a strategy that the Trainer does not know.
     """
     values = {name: value for name, value in values.items() if name not in WITHOUT_COUNTERPART}
-    betas = [values.pop(name, default) for name, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999))]
-    changed = {"betas": betas} if betas != [0.9, 0.999] else {}
+    changed = {}
+    if {"adam_beta1", "adam_beta2"} & values.keys():
+        changed["betas"] = [values.pop("adam_beta1", 0.9), values.pop("adam_beta2", 0.999)]
     if "adam_epsilon" in values:
         changed["eps"] = float(values.pop("adam_epsilon"))
     if changed:
@@ -101,11 +102,16 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
     for name in theirs:
         if OPTIONS[name] in ours:
             raise ValueError(f"Give {OPTIONS[name]} or {name}, not both: they are one option.")
+    for one, other in (("max_steps", "max_train_steps"), ("warmup_steps", "num_warmup_steps")):
+        if {one, other} <= theirs.keys():
+            raise ValueError(f"Give {one} or {other}, not both: they are one option.")
     for steps, others in STEPS.items():
         # Zero, or -1, is how the Trainer writes that there are none.
+        if not isinstance(theirs.get(steps, 0), int | float):
+            raise ValueError(f"{steps} must be a number, got {theirs[steps]!r}.")
         if theirs.get(steps, 0) <= 0:
             theirs.pop(steps, None)
-        elif steps in theirs:
+        else:
             theirs = {name: value for name, value in theirs.items() if name not in others}
     for name, steps in (("eval_strategy", "eval_steps"), ("save_strategy", "save_steps")):
         if name not in theirs:

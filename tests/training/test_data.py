@@ -355,7 +355,7 @@ def test_folders_without_splits_say_what_to_do(tmp_path):
     for label in ("cat", "dog"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         (tmp_path / "photos" / label / "0.png").write_bytes(encoded(0))
-    with pytest.raises(ValueError, match=r"validation.*; with --validation_share 0\.1 a tenth"):
+    with pytest.raises(ValueError, match=r"validation.*; --validation_share 0\.1 takes a tenth"):
         load_splits(arguments_for(tmp_path / "photos", streaming=False))
 
 

@@ -31,6 +31,7 @@ from training.arguments import build_arguments, load_recipe, parse_arguments
 from training.augmentation import ClassificationTransform
 from training.finetune import FinetuneArguments, build_model, main
 from training.optimization import create_optimizer, learning_rate_at, parse_duration
+from training.trainer_names import translate
 
 NAMES = ["red", "green"]
 PROGRAMS = ["pretrain", "segment", "finetune", "dino", "detect"] + [
@@ -251,10 +252,12 @@ def test_options_of_the_trainer(monkeypatch):
     }
     assert {name: getattr(arguments, name) for name in expected} == expected
     pasted = """--max_train_steps 50 --num_warmup_steps 5 --checkpointing_steps epoch --with_tracking --eval_strategy no
-        --remove_unused_columns False --run_name beans --logging_strategy steps --tf32 true"""
+        --remove_unused_columns False --run_name beans --logging_strategy steps"""
     arguments = parse_arguments(FinetuneArguments, pasted.split())
     assert (arguments.length, arguments.warmup, arguments.checkpoint_every) == ("50 steps", "5 steps", "1 epochs")
     assert arguments.evaluate_every == "100 %" and arguments.optimizer_options == {}
+    recipe = {"optimizer_options": {"betas": [0.9, 0.95], "eps": 1e-6}, "adam_beta1": 0.9, "adam_beta2": 0.999}
+    assert translate(recipe) == {"optimizer_options": {"betas": [0.9, 0.999], "eps": 1e-6}}
     both = ["--num_train_epochs", "3", "--max_steps", "100", "--warmup_ratio", "0.1", "--warmup_steps", "5"]
     arguments = parse_arguments(FinetuneArguments, both)
     assert (arguments.length, arguments.warmup) == ("100 steps", "5 steps")
@@ -296,6 +299,9 @@ def test_mistakes_are_one_sentence(settings, message, squares, source, tmp_path)
     [
         ({"length": "1 epochs", "max_steps": 3}, "Give length or max_steps, not both"),
         ({"push_to_hub": True}, "Name the repository"),
+        ({"max_steps": 3, "max_train_steps": 2}, "Give max_steps or max_train_steps, not both"),
+        ({"max_steps": "many"}, "max_steps must be a number, got 'many'"),
+        ({"metric_for_best_model": "f1"}, "Unknown option 'metric_for_best_model'"),
         ({"eval_strategy": "never"}, "eval_strategy must be one of no, epoch, steps"),
     ],
 )

@@ -20,6 +20,10 @@ FILE_FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".tar.gz": "webdata
 Split = datasets.Dataset | StreamedRows
 
 
+class MissingSplitError(ValueError):
+    """A data set has no split of that name."""
+
+
 class Splits(NamedTuple):
     """train, validation: with the image and the label column. label_names: in the order of the label ids, if known."""
 
@@ -43,9 +47,9 @@ def load_splits(arguments: DataArguments, segmentation: bool = False) -> Splits:
         limit = arguments.max_validation_samples
         try:
             validation = load_split(arguments, arguments.validation_split, columns, images, limit)
-        except ValueError as error:
+        except MissingSplitError as error:
             reason = str(error).rstrip(".")
-            raise ValueError(f"{reason}; with --validation_share 0.1 a tenth of the training split is it.") from None
+            raise ValueError(f"{reason}; --validation_share 0.1 takes a tenth of the training split instead.") from None
     else:
         train, validation = _divide(load_split(arguments, arguments.train_split, columns, images), arguments)
     if arguments.dataset_hash is not None:
@@ -194,7 +198,7 @@ def _load_split(arguments: DataArguments, split: str) -> Split:
     if (folder / "dataset_dict.json").is_file():  # memory-mapped: rows stay where they are, streaming or not
         splits = datasets.load_from_disk(str(folder))
         if split not in splits:
-            raise ValueError(f"{folder} has no split {split!r}, only {', '.join(map(repr, splits))}.")
+            raise MissingSplitError(f"{folder} has no split {split!r}, only {', '.join(map(repr, splits))}.")
         return splits[split]
     if folder.is_file():
         raise ValueError(f"{folder} is a file: name its folder, and the file as --train_split or --validation_split.")
@@ -210,7 +214,8 @@ def _load_split(arguments: DataArguments, split: str) -> Split:
         reason = " ".join(str(error).split()).rstrip(".")
         if "at least one table" in reason:  # what pyarrow says where the first tar file holds nothing
             reason = "the first file is empty"
-        raise ValueError(f"Cannot load the split {split!r} of {arguments.dataset}: {reason}.") from None
+        kind = MissingSplitError if reason.startswith("Unknown split") else ValueError
+        raise kind(f"Cannot load the split {split!r} of {arguments.dataset}: {reason}.") from None
 
 
 def _create_builder(arguments: DataArguments, split: str) -> tuple[datasets.DatasetBuilder, str]:
