@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from datasets import load_dataset
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 import locatvit_hf
 from evidence.publish import PUBLISHED
@@ -17,6 +19,7 @@ from evidence.runs import ROOT
 from locatvit_hf.hub.card import read_card
 from locatvit_hf.hub.repository import code_files
 
+TINY_IMAGENET = ROOT.parent / "shared" / "data" / "tiny_imagenet"
 CHECKPOINTS = ROOT / "examples" / "checkpoints"
 STRANGER = """
 import json, sys
@@ -67,3 +70,18 @@ def test_they_do_sensible_things_without_the_package(answer):
     assert len(names) == 10 and set(names) <= set(known) and not np.isin(["n01443537 goldfish"], list(known)).any()
     assert dtypes == ["torch.float32"]
     assert sky > 0.8 and trees > 0.8
+
+
+@pytest.mark.skipif(not TINY_IMAGENET.is_dir(), reason="Tiny-ImageNet is not ours to ship")
+@pytest.mark.parametrize("name", ["vit-classification", "locatvit-classification"])
+def test_they_know_many_of_the_validation_images(name):
+    """Four of each class: one in five at the first guess, two in five at the fifth; chance would be 1 % and 5 %."""
+    rows = load_dataset("parquet", data_files=str(TINY_IMAGENET / "validation*"), split="train").select(
+        range(0, 5000, 13)
+    )
+    model = AutoModelForImageClassification.from_pretrained(CHECKPOINTS / name).eval()
+    processor = AutoImageProcessor.from_pretrained(CHECKPOINTS / name)
+    with torch.inference_mode():
+        logits = model(**processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")).logits
+    hits = logits.topk(5).indices == torch.tensor(rows["label"])[:, None]
+    assert hits[:, 0].float().mean() > 0.12 and hits.any(dim=1).float().mean() > 0.3
