@@ -1,10 +1,12 @@
 """The best ViT and LocAtViT of the experiment as example checkpoints: `python -m evidence.publish`.
 
 Best is the seed with the highest frozen mIoU on CamVid's validation images, and the cards say so. Each folder is
-complete: float16 weights, which load as float32, code, processor, licence and a card with the terms of the data.
+complete: float16 weights, which load as float32, code, processor, licence and a card with the terms of the data. The
+code is linked to that of the package, so it is in the repository once.
 """
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import typer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import locatvit_hf
 from locatvit_hf.cli.console import one_sentence_errors
 from locatvit_hf.hub.card import read_card, update_card
 from locatvit_hf.hub.repository import build_repository, verify_repository
@@ -78,6 +81,7 @@ def main(
                 + TERMS[program],
             )
             verify_repository(folder)
+            link_code(folder)
         Console().print(f"[bold]{output / name}[/bold], of {best.name}.")
 
 
@@ -86,6 +90,13 @@ def halve_weights(file: Path) -> None:
     tensors = {name: tensor.half() for name, tensor in load_file(file).items()}
     file.unlink()
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def link_code(folder: Path) -> None:
+    """Replace the code of a folder by relative links to the package's, which outlive the renaming of the folder."""
+    for file in folder.glob("*.py"):
+        file.unlink()
+        file.symlink_to(os.path.relpath(Path(locatvit_hf.__file__).with_name(file.name), folder))
 
 
 def name_classes(file: Path) -> None:

@@ -175,7 +175,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_gradient_norm": (1e-6, math.inf),
     **dict.fromkeys(("horizontal_flip", "random_erasing", "photometric_distortion", "max_corrupt_share"), (0, 1)),
     **dict.fromkeys(("label_smoothing", "ema_decay", "layer_decay", "max_class_share", "teacher_momentum"), (0, 1)),
-    **dict.fromkeys(("color_jitter", "grayscale", "solarize", "blur", "distillation_weight"), (0, 1)),
+    **dict.fromkeys(("color_jitter", "grayscale", "solarize", "blur"), (0, 1)),
     **dict.fromkeys(("crop_scale", "crop_ratio", "scale", "global_crop_scale", "local_crop_scale"), (0, math.inf)),
     **dict.fromkeys(("k", "image_sizes", "shortest_sides", "memory_size"), (1, math.inf)),
 }
