@@ -190,11 +190,14 @@ def test_a_full_disk_leaves_the_checkpoint_intact(pretrain_settings, tmp_path, m
     assert pretrain(build_arguments(PretrainArguments, settings))["updates"] == 5
 
 
-def test_the_best_checkpoint_is_kept(pretrain_settings, tmp_path):
+def test_the_best_checkpoint_is_kept(pretrain_settings, tmp_path, monkeypatch):
+    """That of update 8, where no checkpoint was due, beside the last one."""
+    scores = iter([0.1, 0.9, 0.2, 0.3, 0.4, 0.5])
+    monkeypatch.setattr("training.pretrain.evaluate", lambda *_: {"accuracy": next(scores)})
     settings = {**pretrain_settings, "evaluate_every": "4 steps", "checkpoint_every": "5 steps", "keep_checkpoints": 1}
     results = pretrain(build_arguments(PretrainArguments, {**settings, "output_dir": str(tmp_path)}))
     steps = {int(path.name.removeprefix("step_")) for path in list_checkpoints(tmp_path / "checkpoints")}
-    assert steps == {results["exported"]["step"], 24}
+    assert results["exported"]["step"] == 8 and steps == {8, 24}
 
 
 def test_a_truncated_photo_is_replaced_and_counted(pretrain_settings, tmp_path):
