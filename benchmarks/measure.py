@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from locatvit_hf import LocAtViTConfig, LocAtViTImageProcessor
 from locatvit_hf.locat import LocAtGaussian
+from locatvit_hf.writing import one_line
 
 from . import models
 
@@ -365,10 +366,10 @@ def memory_limit(device: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """Why something was not measured, in a few words."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return OUT_OF_MEMORY
-    return text[:120] or type(error).__name__
+    return text[:120]
 
 
 # ------------------------------------------------------------------------------------------------------------ startup

@@ -17,6 +17,8 @@ from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 
+from locatvit_hf.writing import write_complete
+
 from .measure import SIZES, growth_exponent, paired_ratios, quartiles
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,6 +286,4 @@ def write(results: dict, folder: Path) -> None:
         "results.png": lambda path: plot(results, path),
     }
     for name, writer in writers.items():
-        temporary = folder / f".part-{name}"
-        writer(temporary)
-        os.replace(temporary, folder / name)
+        write_complete(folder / name, writer)

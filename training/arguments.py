@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from locatvit_hf.writing import one_line
+
 Arguments = TypeVar("Arguments")
 console = Console(soft_wrap=True, highlight=False)
 
@@ -237,7 +239,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"Cannot read the recipe {path}: {error.strerror}.") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise ValueError(f"The recipe {path} is not valid YAML: {one_line(error)}.") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} must be a mapping of option to value.")
     parent = recipe.pop("extends", None)

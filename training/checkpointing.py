@@ -3,16 +3,17 @@
 import contextlib
 import json
 import math
-import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
+
+from locatvit_hf.writing import write_complete
 
 STEP_DIGITS = 8
 
@@ -25,7 +26,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    temporary, replaced = path.with_name(f".partial-{path.name}"), path.with_name(f".{path.name}.old")
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
@@ -39,20 +40,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary sibling of `path`, which then takes its name; nothing is left where it raises."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write atomically; numbers that JSON does not know (nan) become null."""
     text = json.dumps(_without_nan(content), indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_complete(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(
@@ -64,10 +55,10 @@ def save_checkpoint(
     Raises OSError where it cannot be written, for example on a full disk; earlier checkpoints are left alone then.
     """
     path = folder / f"step_{step:0{STEP_DIGITS}d}"
-    temporary = folder / f".{path.name}.part"
+    temporary = folder / f".partial-{path.name}"
     try:
         if accelerator.is_main_process:
-            for leftover in folder.glob(".step_*.part"):
+            for leftover in folder.glob(".partial-step_*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             temporary.mkdir(parents=True)
             (temporary / "arguments.yaml").write_text(settings, encoding="utf-8")

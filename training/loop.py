@@ -24,15 +24,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from locatvit_hf.writing import write_complete
 from training.arguments import RUNTIME_OPTIONS, OptimizationArguments, RunArguments, console
-from training.checkpointing import (
-    Interruption,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-    write_json,
-)
+from training.checkpointing import Interruption, list_checkpoints, load_checkpoint, save_checkpoint, write_json
 from training.data import TrainingSamples, create_training_loader
 from training.data.batches import seed_everything
 from training.dry_run import ActivationMeter, memory_table, model_table, tensor_bytes
@@ -428,7 +422,7 @@ class TrainingLoop:
         content = {"update": self.state.step + 1, "batches": self._batches, "losses": self._losses}
         folder.mkdir(parents=True, exist_ok=True)
         name = f"update_{self.state.step + 1}_process_{self.accelerator.process_index}.pt"
-        write_atomically(folder / name, lambda path: torch.save(content, path))
+        write_complete(folder / name, lambda path: torch.save(content, path))
         return folder
 
     def _account(self, losses: dict[str, float]) -> None:
@@ -529,7 +523,7 @@ class TrainingLoop:
         }
         if not self.accelerator.is_main_process:
             return
-        write_atomically(picture, lambda path: image.save(path, format="PNG"))
+        write_complete(picture, image.save)
         console.print(model_table(self._unwrapped()))
         console.print(memory_table(memory))
         self.print(
@@ -608,7 +602,7 @@ def prepare_output(accelerator: Accelerator, arguments: RunArguments) -> Path:
             output.mkdir(parents=True, exist_ok=True)
             (output / "interrupted").unlink(missing_ok=True)
             if not arguments.dry_run:
-                write_atomically(stored, lambda path: path.write_text(settings, encoding="utf-8"))
+                write_complete(stored, lambda path: path.write_text(settings, encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"Cannot write to the output folder {output}: {error.strerror}.") from None
     accelerator.wait_for_everyone()

@@ -30,11 +30,11 @@ def look(
 
     from .. import LocAtViTImageProcessor
     from ..hub.checkpoints import load_config, load_model
-    from ..segmentation.outputs import write_complete
     from ..visualization import figures
     from ..visualization.images import read_image
     from ..visualization.layers import read_layers
     from ..visualization.page import build_page
+    from ..writing import write_complete
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -16,6 +16,7 @@ from transformers.image_utils import PILImageResampling
 from .. import __version__
 from ..hub.card import UNKNOWN, Card, Conversion, public_name, write_card
 from ..image_processing_locatvit import LocAtViTImageProcessor
+from ..writing import one_line
 from .errors import ConversionError
 from .export import check_destination, complete_or_absent, licence_text
 from .families import Family, family_of
@@ -114,17 +115,11 @@ def configure(family: Family, reference: Reference, **fields: Any) -> PreTrained
     try:
         config = family.build_config(reference.architecture, arguments, **fields)
     except StrictDataclassError as error:
-        raise ConversionError(_sentence_of(error)) from error
+        raise ConversionError(f"{one_line(error.__cause__ or error)}.") from error
     if reference.label_names and len(reference.label_names) == config.num_labels and "id2label" not in fields:
         config.id2label = dict(enumerate(map(str, reference.label_names)))
         config.label2id = {label: index for index, label in config.id2label.items()}
     return config
-
-
-def _sentence_of(error: Exception) -> str:
-    """What a validator said, without the frame that the strict configuration puts around it."""
-    cause = error.__cause__ or error
-    return " ".join(str(cause).split())
 
 
 def account(stored: dict[str, torch.Tensor], prepared: dict[str, torch.Tensor]) -> str:

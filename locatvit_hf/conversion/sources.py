@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..writing import one_line
 from .errors import ConversionError
 from .kinds import check_kind
 from .pickles import code_in, protocol_of
@@ -199,7 +200,7 @@ def _read_run(weights: Path, source: str) -> Reference:
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise ConversionError(f"{file} is not valid YAML: {one_line(error)}.") from error
     if not isinstance(settings, dict) or not settings.get("model"):
         raise ConversionError(f"{file} does not name a model.")
     kinds = dict.fromkeys(("num_classes", "in_chans"), "a whole number")

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..configuration_locatvit import LocAtViTConfig
 from ..layers_locat import resample_position_embeddings
+from ..writing import one_line
 from . import locatvit, timm_vit
 from .errors import ConversionError
 from .keys import KeyTable, expand, rename, restrict
@@ -108,7 +109,7 @@ def from_vit(cls, checkpoint: str | Path | nn.Module, **config_overrides) -> Pre
         native = LocAtViTConfig(**fields)
         config = LocAtViTConfig(**{**fields, **config_overrides})
     except StrictDataclassError as error:
-        raise ConversionError(" ".join(str(error.__cause__ or error).split())) from error
+        raise ConversionError(f"{one_line(error.__cause__ or error)}.") from error
 
     state = dict(source.state)
     if config.native_grid != native.native_grid and source.position_name in state:

@@ -5,11 +5,9 @@ it and from config.json. `model_cards/` holds the same for each checkpoint that 
 is known before its weights are: see `read_source`.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +24,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import locatvit_hf
 
+from ..writing import one_line, write_complete
 from .families import DINO, FAMILIES, describe_family, limits_of_data
 
 CARD_FILE = "card.yaml"
@@ -257,13 +256,13 @@ def write_card(folder: Path, card: Card) -> None:
     """
     folder = Path(folder)
     text, results = render_card(_read_config(folder), card), render_results(card)
-    _write(folder / CARD_FILE, dump_card(card))
-    _write(folder / "README.md", text)
+    _write_text(folder / CARD_FILE, dump_card(card))
+    _write_text(folder / "README.md", text)
     for name in ("measured.yaml", "published.yaml"):
         path = folder / ".eval_results" / name
         if name in results:
             path.parent.mkdir(exist_ok=True)
-            _write(path, results[name])
+            _write_text(path, results[name])
         else:
             path.unlink(missing_ok=True)
 
@@ -587,7 +586,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CardError(f"Cannot read the card {path}: {' '.join(str(error).split())}.") from None
+        raise CardError(f"Cannot read the card {path}: {one_line(error)}.") from None
     if not isinstance(content, dict):
         raise CardError(f"{path} is no card: it holds no fields.")
     return content
@@ -643,13 +642,8 @@ def _without_none(value: Any) -> Any:
     return [_without_none(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _write(path: Path, text: str) -> None:
-    """A whole file or none."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with contextlib.ExitStack() as cleanup:
-        cleanup.callback(temporary.unlink, missing_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+def _write_text(path: Path, text: str) -> None:
+    write_complete(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _templates() -> jinja2.Environment:

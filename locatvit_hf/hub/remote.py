@@ -17,6 +17,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..writing import one_line
+
 # Seconds between attempts where the Hub is down or busy.
 WAITS = (1, 2, 4, 8)
 # Any failure of the HTTP library below huggingface_hub, which is not the same one in all its versions.
@@ -123,8 +125,7 @@ def _sentence(error: Exception, repository: str) -> str:
     if isinstance(error, HFValidationError):
         return f"{repository} is neither a folder nor the name of a Hub repository, which looks like `name/model`."
     if not isinstance(error, HfHubHTTPError):
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        return f"Cannot reach the Hub at {huggingface_hub.constants.ENDPOINT}: {reason}."
+        return f"Cannot reach the Hub at {huggingface_hub.constants.ENDPOINT}: {one_line(error)}."
     status = error.response.status_code
     if status == 401:
         return LOGIN if not has_token else f"The Hub does not accept your token (401): {HOW}."

@@ -24,6 +24,7 @@ import locatvit_hf
 from ..conversion.export import licence_text
 from ..image_processing_locatvit import LocAtViTImageProcessor
 from ..layers_locat import FamilyConfigMixin
+from ..writing import one_line
 from .card import CARD_FILE, code_files
 from .families import FAMILIES
 from .remote import sha256_of
@@ -71,8 +72,8 @@ def build_config(content: Mapping[str, Any], name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**_without_code(content))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = _one_line(error.__cause__ or error)
-        raise RepositoryError(f"The config.json of {name} is not valid: {reason}") from error
+        reason = one_line(error.__cause__ or error)
+        raise RepositoryError(f"The config.json of {name} is not valid: {reason}.") from error
 
 
 def _without_code(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,10 +254,6 @@ def _link(file: Path, destination: Path) -> None:
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") + "."
 
 
 __all__ = [

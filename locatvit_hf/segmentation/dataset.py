@@ -10,7 +10,8 @@ from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_f
 from datasets import Image as ImageFeature
 
 from ..visualization.images import CorruptImageError, read_image
-from .outputs import OutputFolder, write_complete
+from ..writing import write_complete
+from .outputs import OutputFolder
 from .segmenter import Segmenter
 
 FEATURES = Features({"index": Value("int64"), "label_map": ImageFeature()})

@@ -1,8 +1,6 @@
 """What a segmentation run leaves in its folder: label maps, overlays, a legend, and `labels.json`."""
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..visualization.segmentation import label_colors, legend_figure, overlay_segmentation
+from ..writing import write_complete
 
 # Where a label map says which state of its image it was made from.
 SOURCE_STATE = "source"
@@ -117,14 +116,3 @@ class OutputFolder:
         if picture.size != image.size:
             class_map = np.asarray(Image.fromarray(class_map).resize(picture.size, Image.Resampling.NEAREST))
         return overlay_segmentation(picture, class_map, self.colors, background=self.background, ignore_index=None)
-
-
-def write_complete(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, which then gets its name, or is removed where it failed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".partial-{path.name}")  # the suffix tells libraries the format
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,7 +8,8 @@ import av
 from PIL import Image
 
 from ..visualization.images import CorruptImageError
-from .outputs import OutputFolder, Source, write_complete
+from ..writing import write_complete
+from .outputs import OutputFolder, Source
 from .segmenter import Segmenter
 
 

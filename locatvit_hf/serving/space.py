@@ -5,7 +5,7 @@ from pathlib import Path
 import gradio
 
 from .. import __version__
-from ..segmentation.outputs import write_complete
+from ..writing import write_complete
 
 APP = """from locatvit_hf.serving import serve
 

@@ -6,6 +6,7 @@ from typing import BinaryIO
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..image_processing_locatvit import pil_to_rgb
+from ..writing import one_line
 
 # Formats that Pillow hands to other programs, or that hold drawings and weather, are not read.
 FORMATS = sorted(
@@ -38,6 +39,5 @@ def read_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.
     except UnidentifiedImageError:
         raise CorruptImageError(f"{name} is no image file of a known format.") from None
     except Exception as error:  # the decoders of Pillow raise errors of a dozen kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CorruptImageError(f"{name} cannot be decoded: {reason.rstrip('.')}.") from None
+        raise CorruptImageError(f"{name} cannot be decoded: {one_line(error)}.") from None
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

@@ -94,4 +94,4 @@ def test_control_c_leaves_nothing_half_written(tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command continues" in output
     assert {path.name for path in tmp_path.iterdir()} == {"work"}
-    assert not list(tmp_path.glob("**/*.part"))
+    assert not list(tmp_path.glob("**/.partial-*"))

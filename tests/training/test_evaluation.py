@@ -88,7 +88,7 @@ def evaluate(program, settings: dict) -> dict:
     """The result as it is written."""
     returned = program.main(build_arguments(arguments_of(program), settings))
     path = Path(settings["output_dir"]) / f"{program.__name__.rsplit('.', 1)[-1]}.json"
-    assert [entry.name for entry in path.parent.glob("*.part")] == []
+    assert [entry.name for entry in path.parent.glob(".partial-*")] == []
     written = json.loads(path.read_text())
     assert written["metrics"].keys() == returned["metrics"].keys()
     return written

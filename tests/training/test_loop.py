@@ -61,7 +61,7 @@ def test_pretraining_leaves_a_model_and_results(pretrained):
     assert stored["seed"] == 3 and stored["images_per_second"] > 0
     assert stored["arguments"]["model"]["drop_path_rate"] == 0.2
     assert len(list_checkpoints(output / "checkpoints")) == 2
-    assert not list(output.glob("**/*.part"))
+    assert not list(output.glob("**/.partial-*"))
 
     model = AutoModelForImageClassification.from_pretrained(output / "model")
     assert model.config.id2label == {0: "red", 1: "green"}

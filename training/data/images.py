@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvF
 
 from locatvit_hf.image_processing_locatvit import pil_to_rgb
+from locatvit_hf.writing import one_line
 
 MIN_REDUCED = 2
 """Pillow calls 2 fast and 3 almost indistinguishable (`reducing_gap`); a crop is interpolated in any case."""
@@ -41,7 +42,7 @@ def decode_image(entry: Any, rgb: bool = False) -> Image.Image:
     except UnidentifiedImageError:
         raise CorruptImageError("no image file of a known format") from None
     except Exception as error:  # the decoders of Pillow raise errors of a dozen kinds
-        raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise CorruptImageError(one_line(error)) from None
 
 
 def crop_and_resize(

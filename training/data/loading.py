@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import PIL.Image
 
+from locatvit_hf.writing import one_line
 from training.arguments import DataArguments
 
 from .streaming import StreamedRows, open_shards
@@ -211,7 +212,7 @@ def _load_split(arguments: DataArguments, split: str) -> Split:
         builder.download_and_prepare()
         return builder.as_dataset(split=name)
     except (ValueError, OSError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = one_line(error)
         if "at least one table" in reason:  # what pyarrow says where the first tar file holds nothing
             reason = "the first file is empty"
         kind = MissingSplitError if reason.startswith("Unknown split") else ValueError

@@ -13,6 +13,7 @@ one row group of a parquet file, or one tar file.
 """
 
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,7 @@ class OtherShards:
             shards = (self.read(shard, stream.column_names[-1:]) for shard in range(stream.num_shards))
             self.lengths = [sum(1 for _ in rows) for rows in shards]
         known.parent.mkdir(parents=True, exist_ok=True)
-        temporary = known.with_name(f"{known.name}.{id(self)}.part")
+        temporary = known.with_name(f".partial-{os.getpid()}-{known.name}")  # every process counts
         temporary.write_text(json.dumps(self.lengths), encoding="utf-8")
         temporary.replace(known)
 
