@@ -1,6 +1,8 @@
 """The page: a picture on one side, what one or two models make of it on the other."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -117,7 +119,9 @@ def _answers(exhibit: Exhibit | None, picture: Image.Image | None) -> list:
 
 def _examples(folder: Path | None) -> list[Path]:
     if folder is None:
-        return draw_examples(Path(tempfile.mkdtemp(prefix="locatvit-examples-")))
+        drawings = tempfile.mkdtemp(prefix="locatvit-examples-")
+        atexit.register(shutil.rmtree, drawings, ignore_errors=True)
+        return draw_examples(Path(drawings))
     from ..visualization.images import SUFFIXES
 
     found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in SUFFIXES)

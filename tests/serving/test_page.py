@@ -1,6 +1,9 @@
 """The page without a browser: what it answers, and what it refuses in one sentence."""
 
+import os
 import re
+import subprocess
+import sys
 
 import gradio as gr
 import numpy as np
@@ -85,6 +88,13 @@ def test_examples_are_drawn_or_taken_from_a_folder(checkpoints, pictures, tmp_pa
     assert all(Image.open(path).size == (480, 360) and path.stat().st_size < 50_000 for path in drawn)
     with pytest.raises(ValueError, match="holds no pictures"):
         build_page([str(checkpoints / "classifier")], checkpoints)
+
+
+def test_drawn_examples_go_with_the_process(checkpoints, tmp_path):
+    code = "import sys; from locatvit_hf.serving import build_page; build_page(sys.argv[1:])"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code, str(checkpoints / "classifier")], env=environment, check=True)
+    assert not list(tmp_path.glob("locatvit-*"))
 
 
 def test_space_names_its_models_and_this_version(tmp_path, checkpoints):
