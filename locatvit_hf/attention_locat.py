@@ -50,7 +50,8 @@ def eager_attention_forward(
     scores = query @ key.transpose(-2, -1) * scaling
     bias = _additive_bias(query, attention_mask, gaussian)
     if bias is not None:
-        scores = scores + bias
+        # A mask's lowest number and a negative score are -inf together in half precision.
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + bias
     weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     output = F.dropout(weights, p=dropout, training=module.training) @ value
     return output.transpose(1, 2).contiguous(), weights

@@ -135,6 +135,8 @@ class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
             raise ValueError(f"pooling must be 'cls' or 'mean', got {self.pooling!r}.")
         if self.pooling == "cls" and not self.use_class_token:
             raise ValueError("pooling='cls' needs use_class_token=True; use pooling='mean' without a class token.")
+        if self.rope_temperature <= 0:
+            raise ValueError(f"rope_temperature must be above 0, got {self.rope_temperature}.")
         if self.position_embedding_type == "rope_mixed" and self.hidden_size // self.num_attention_heads % 4:
             raise ValueError("position_embedding_type='rope_mixed' needs heads whose channels are a multiple of 4.")
 

@@ -138,9 +138,9 @@ class FamilyConfigMixin(BackboneConfigMixin):
         kinds = ("single_label_classification", "multi_label_classification", "regression")
         if self.problem_type not in (None, *kinds):
             raise ValueError(f"problem_type must be one of {', '.join(kinds)}, got {self.problem_type!r}.")
-        for name in ("layer_norm_eps", "initializer_range"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.layer_norm_eps < 0 or self.initializer_range <= 0:
+            got = f"got {self.layer_norm_eps} and {self.initializer_range}"
+            raise ValueError(f"layer_norm_eps must not be negative and initializer_range must be above 0, {got}.")
 
     def validate_image(self):
         """Sizes are positive, and an image of `image_size` holds at least one patch of the last map."""
@@ -230,19 +230,18 @@ def additive_attention_mask(
     """An additive mask of `dtype`, broadcastable to (batch, heads, tokens, tokens).
 
     attention_mask: (batch, tokens) of bool or 0/1 over the keys, or anything broadcastable to (batch, heads, tokens,
-        tokens): bool or integer (true attends), or additive float. Tokens count the prefix tokens.
+        tokens): bool or integer (true attends), or additive float of 3 or 4 axes. Tokens count the prefix tokens.
     Raises ValueError for any other shape.
     """
     if attention_mask is None:
         return None
     lowest = torch.finfo(dtype).min
     shape = tuple(attention_mask.shape)
-    if attention_mask.ndim == 2 and shape[0] == batch_size and shape[1] == num_tokens:
+    axes = (3, 4) if attention_mask.is_floating_point() else (0, 1, 2, 3, 4)
+    sizes = zip(shape[::-1], (num_tokens, num_tokens, num_heads, batch_size), strict=False)
+    if shape == (batch_size, num_tokens):
         attention_mask = attention_mask.bool()[:, None, None, :]
-    elif attention_mask.ndim > 4 or any(
-        size not in (1, allowed)
-        for size, allowed in zip(shape[::-1], (num_tokens, num_tokens, num_heads, batch_size), strict=False)
-    ):
+    elif len(shape) not in axes or any(size not in (1, allowed) for size, allowed in sizes):
         raise ValueError(
             f"attention_mask must be (batch, tokens) = ({batch_size}, {num_tokens}), or broadcast to "
             f"(batch, heads, tokens, tokens), prefix tokens counted; got {shape}."

@@ -64,7 +64,8 @@ class LocAtViTEmbeddings(nn.Module):
         tokens = [token for token in (self.cls_token, self.register_tokens) if token is not None]
         prefix = torch.cat(tokens, dim=1).expand(patches.shape[0], -1, -1) if tokens else patches[:, :0]
         if self.position_embeddings is None:
-            return self.dropout(torch.cat([prefix, patches], dim=1))
+            tokens = torch.cat([prefix, patches], dim=1)
+            return tokens if self.config.position_embedding_type == "none" else self.dropout(tokens)
         num_prefix = self.num_positioned_prefix_tokens
         positions = resample_position_embeddings(self.position_embeddings, self.config.native_grid, grid, num_prefix)
         if num_prefix:
@@ -286,7 +287,9 @@ class LocAtViTModel(LocAtViTPreTrainedModel):
         if mask is not None and mask.shape[1] == mask.shape[2] == 1:
             blocked = mask[:, 0, 0, self.config.num_prefix_tokens :, None] <= torch.finfo(mask.dtype).min / 2
             weights = (~blocked).to(patches.dtype).expand(patches.shape[0], -1, -1)
-            pooled = (patches * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+            dtype = torch.promote_types(patches.dtype, torch.float32)  # half precision ends at 65504
+            number = weights.sum(dim=1, dtype=dtype).clamp(min=1)
+            pooled = ((patches * weights).sum(dim=1, dtype=dtype) / number).to(patches.dtype)
         else:
             pooled = patches.mean(dim=1)
         return pooled if self.config.normalizes_tokens else self.layernorm(pooled)

@@ -486,9 +486,12 @@ class PaCaViTModel(PaCaViTPreTrainedModel):
         maps of the stem and of each stage; `attentions`, (batch, heads, patches, clusters or patches) for each layer
         (attn_implementation="eager"); with output_cluster_assignments=True `cluster_assignments`, one (batch, clusters,
         patches) for each clustering, in the order of the stages: a row, laid out on the grid of its stage, is a heat
-        map. Sizes of all maps are rounded up. Raises ValueError for images without pixels and other channel counts.
+        map. Sizes of all maps are rounded up. Raises ValueError for images without pixels, other channel counts, and an
+        `attention_mask`.
         """
         check_pixel_values(pixel_values, self.config.num_channels)
+        if kwargs.pop("attention_mask", None) is not None:
+            raise ValueError("pacavit attends to clusters and takes no attention_mask.")
         feature_map = self.embeddings(pixel_values)
         assignments, features = [None] * len(self.stages), [None] * len(self.stages)
         if self.teacher is not None:

@@ -96,6 +96,8 @@ def default_arguments(architecture: str | None) -> dict[str, Any]:
         if match["gap"]:
             # Those of timm without registers pool what the final norm gives.
             arguments.update(class_token=False, global_pool="avg", fc_norm=bool(match["registers"]))
+            if match["size"] == "base" and not match["registers"]:
+                arguments["num_heads"] = 16  # timm's one exception
         return arguments
     if TIMM_NAME.fullmatch(name):
         return timm_vit.default_arguments(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -126,3 +127,16 @@ def test_command_runs_as_a_module(tmp_path):
     assert "reloaded" in process.stdout
     # torch comments on how torchao, where it is installed, calls it; the command itself has nothing to complain of.
     assert all("torch/utils" in line for line in process.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_base_patch16_gap_224", "vit_base_patch16_224", "vit_small_patch14_reg4_dinov2", "deit3_large_patch16_384"],
+)
+def test_names_stand_for_the_sizes_that_timm_builds(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    fields = family.config_fields(name, {})
+    assert fields["num_attention_heads"] == model.blocks[0].attn.num_heads
+    assert (fields["hidden_size"], fields["num_hidden_layers"]) == (model.embed_dim, len(model.blocks))
+    assert fields.get("use_class_token", True) is (model.cls_token is not None)

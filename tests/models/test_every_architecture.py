@@ -452,9 +452,12 @@ def test_presets_have_the_papers_parameter_counts(prefix, sizes):
         config_class.from_preset("huge")
 
 
-def test_swin_takes_no_attention_mask():
+@pytest.mark.parametrize("architecture", ["locatswin", "pacavit"])
+def test_attention_inside_windows_or_to_clusters_takes_no_mask(architecture):
+    model, pixel_values = build(architecture), torch.zeros(1, 3, 32, 32)
+    model(pixel_values, attention_mask=None)
     with pytest.raises(ValueError, match="takes no attention_mask"):
-        build("locatswin")(torch.zeros(1, 3, 32, 32), attention_mask=torch.ones(1, 64))
+        model(pixel_values, attention_mask=torch.ones(1, 64))
 
 
 def test_swin_decides_windows_and_shifts_once_at_its_native_size():

@@ -18,7 +18,7 @@ from locatvit_hf import (
     LocAtViTForSemanticSegmentation,
     LocAtViTModel,
 )
-from locatvit_hf.attention_locat import ALL_ATTENTION_FUNCTIONS
+from locatvit_hf.attention_locat import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 
 SMALL = {
     "image_size": 32,
@@ -207,6 +207,39 @@ class TestAttentionMask:
             expected = model(pixel_values, attention_mask=keep).logits
             torch.testing.assert_close(model(changed, attention_mask=keep).logits, expected, rtol=1e-5, atol=1e-5)
             assert not torch.allclose(model(changed).logits, model(pixel_values).logits, atol=1e-3)
+
+    def test_floats_of_two_axes_mark_tokens_and_those_of_four_add_up(self):
+        model, pixel_values = build(), torch.randn(2, 3, 32, 32)
+        keep = torch.ones(2, 17)
+        keep[:, 5] = 0
+        with torch.no_grad():
+            expected = model(pixel_values, attention_mask=keep.bool()).logits
+            added = (1 - keep[:, None, None]) * -1e4
+            assert model(pixel_values, attention_mask=keep).logits.equal(expected)
+            torch.testing.assert_close(model(pixel_values, attention_mask=added).logits, expected)
+            for ambiguous in (torch.zeros(1, 17), torch.zeros(17, 17)):
+                with pytest.raises(ValueError, match="attention_mask must be"):
+                    model(pixel_values, attention_mask=ambiguous)
+
+    def test_half_precision_pools_large_patches_under_a_mask(self):
+        model = build(LocAtViTModel, pooling="mean").half()
+        tokens = torch.full((1, 17, model.config.hidden_size), 10000.0, dtype=torch.float16)
+        keep = torch.zeros(1, 1, 1, 17, dtype=torch.float16)
+        with torch.no_grad():
+            torch.testing.assert_close(model.pool(tokens, keep), model.pool(tokens))
+
+    def test_half_precision_written_out_stays_finite_without_keys(self):
+        query = torch.full((1, 1, 3, 4), 10.0, dtype=torch.float16)
+        mask = torch.full((1, 1, 1, 3), torch.finfo(torch.float16).min, dtype=torch.float16)
+        output, _ = eager_attention_forward(torch.nn.Identity(), query, -query, query, mask, scaling=1.0)
+        assert output.isfinite().all()
+
+    def test_dropout_of_positions_needs_positions(self):
+        pixel_values = torch.randn(2, 3, 32, 32)
+        for kind, dropped in (("learned", True), ("none", False)):
+            model = build(LocAtViTModel, position_embedding_type=kind, hidden_dropout_prob=0.5).train()
+            embedded = model.embeddings(pixel_values, (4, 4))
+            assert bool((embedded[:, 1:] == 0).any()) is dropped
 
     def test_a_row_without_keys_stays_finite(self):
         model = build()
@@ -527,6 +560,8 @@ class TestCompilers:
         ({"hidden_act": "geluu"}, "hidden_act='geluu' is no activation"),
         ({"problem_type": "guess"}, "problem_type"),
         ({"layer_norm_eps": -1.0}, "layer_norm_eps must not be negative"),
+        ({"initializer_range": 0}, "initializer_range must be above 0"),
+        ({"rope_temperature": 0}, "rope_temperature must be above 0"),
     ],
 )
 def test_bad_configurations_are_one_sentence(overrides, message):
