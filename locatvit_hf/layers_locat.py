@@ -244,7 +244,7 @@ def additive_attention_mask(
     elif len(shape) not in axes or any(size not in (1, allowed) for size, allowed in sizes):
         raise ValueError(
             f"attention_mask must be (batch, tokens) = ({batch_size}, {num_tokens}), or broadcast to "
-            f"(batch, heads, tokens, tokens), prefix tokens counted; got {shape}."
+            f"(batch, heads, tokens, tokens), prefix tokens counted, floats with 3 or 4 axes; got {shape}."
         )
     attention_mask = attention_mask[(None,) * (4 - attention_mask.ndim)]
     if attention_mask.is_floating_point():

@@ -64,8 +64,8 @@ class LocAtViTEmbeddings(nn.Module):
         tokens = [token for token in (self.cls_token, self.register_tokens) if token is not None]
         prefix = torch.cat(tokens, dim=1).expand(patches.shape[0], -1, -1) if tokens else patches[:, :0]
         if self.position_embeddings is None:
-            tokens = torch.cat([prefix, patches], dim=1)
-            return tokens if self.config.position_embedding_type == "none" else self.dropout(tokens)
+            embedded = torch.cat([prefix, patches], dim=1)
+            return embedded if self.config.position_embedding_type == "none" else self.dropout(embedded)
         num_prefix = self.num_positioned_prefix_tokens
         positions = resample_position_embeddings(self.position_embeddings, self.config.native_grid, grid, num_prefix)
         if num_prefix:

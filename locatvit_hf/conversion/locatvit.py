@@ -116,13 +116,14 @@ def _size(size: str, architecture: str) -> dict[str, int]:
 
 
 def default_preprocessing(architecture: str | None) -> dict[str, Any]:
-    """Mean, std and crop of models whose checkpoint does not say: ImageNet's statistics with RoPE, DeiT and DINOv2."""
+    """Mean, std and crop of models whose checkpoint does not say: those of timm and the reference for the name."""
     name = architecture or ""
-    imagenet = "rope" in name or "dinov2" in name or name.startswith("deit")
+    imagenet = "rope" in name or "dinov2" in name or name.startswith(("deit", "vit_small_patch8"))
+    whole = name.startswith(("vit", "deit")) and name.endswith(("_384", "_dinov2"))
     found = {
         "mean": IMAGENET_MEAN if imagenet else [0.5, 0.5, 0.5],
         "std": IMAGENET_STD if imagenet else [0.5, 0.5, 0.5],
-        "crop_pct": 0.9,
+        "crop_pct": 1.0 if whole else 0.9,
     }
     looked_up = TIMM_NAME.fullmatch(name) and not _baseline(name)
     return {**found, **timm_vit.default_preprocessing(name)} if looked_up else found

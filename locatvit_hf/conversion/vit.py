@@ -61,6 +61,8 @@ SPELLINGS = (
 # Tensors that have no place in ours, and are left behind knowingly: masked pretraining and pooling layers.
 LEFT_BEHIND = re.compile(r"embeddings\.mask_token|pooler\..*|decoder\..*")
 HEAD_NAMES = ("classifier.weight", "classifier.bias")
+# Fields that the weights were trained with: another value loads, or lacks tensors, and computes something else.
+TRAINED_WITH = ("hidden_act", "layer_norm_eps", "num_attention_heads", "num_register_tokens", "use_class_token")
 
 
 @dataclasses.dataclass
@@ -89,11 +91,12 @@ def from_vit(cls, checkpoint: str | Path | nn.Module, **config_overrides) -> Pre
     checkpoint: a ViT, DeiT, DINOv2 or DINOv2 with registers of transformers, or a ViT of timm: a folder, a Hub id, or a
         model in memory. DeiT's distillation token becomes a register.
     config_overrides: fields of `LocAtViTConfig`, and `attn_implementation`. `use_refinement=True` refines from the
-        start. For another `image_size` the position embeddings are resampled as the source does.
+        start. For another `image_size` the position embeddings are resampled as the source does. `pooling="mean"` in
+        place of a class token takes the mean of the normed tokens, and a new head.
 
     The new Gaussians start at an amplitude of 5e-5, and `last_hidden_state` is the source's to within 1e-3. The head is
     copied where it has our shape, otherwise it is new and a sentence says so.
-    Raises ValueError, in one sentence, for a checkpoint that is no plain ViT.
+    Raises ValueError, in one sentence, for a checkpoint that is no plain ViT, and for a field that it has fixed.
     """
     attn_implementation = config_overrides.pop("attn_implementation", None)
     known = LocAtViTConfig()
@@ -107,9 +110,15 @@ def from_vit(cls, checkpoint: str | Path | nn.Module, **config_overrides) -> Pre
         fields = {name: value for name, value in fields.items() if name not in labels}
     try:
         native = LocAtViTConfig(**fields)
+        if native.pooling == "cls" and config_overrides.get("pooling") == "mean":
+            config_overrides.setdefault("norm_before_pooling", True)
         config = LocAtViTConfig(**{**fields, **config_overrides})
     except StrictDataclassError as error:
         raise ConversionError(f"{one_line(error.__cause__ or error)}.") from error
+    for name in TRAINED_WITH:
+        trained, asked = getattr(native, name), getattr(config, name)
+        if asked != trained:
+            raise ConversionError(f"{source.description} was trained with {name}={trained!r}; {asked!r} is no start.")
 
     state = dict(source.state)
     if config.native_grid != native.native_grid and source.position_name in state:
@@ -136,13 +145,15 @@ def _load(model: PreTrainedModel, source: PlainViT, config: LocAtViTConfig, stat
         parameters[name].copy_(tensor)
     if "classifier.weight" in parameters:
         shape = parameters["classifier.weight"].shape
-        if source.head is not None and source.head["classifier.weight"].shape == shape:
+        reads_the_same = config.pooling == source.fields.get("pooling", "cls")
+        if reads_the_same and source.head is not None and source.head["classifier.weight"].shape == shape:
             for name in HEAD_NAMES:
                 parameters[name].copy_(source.head[name])
             return
         reason = source.headless
         if source.head is not None:
-            reason = f"has a classifier of {len(source.head['classifier.bias'])} classes"
+            classes = f"of {len(source.head['classifier.bias'])} classes"
+            reason = f"has a classifier {classes if reads_the_same else 'of another pooling'}"
         logger.warning(
             f"{source.description} {reason}: the classifier of {shape[0]} classes is new and must be trained."
         )

@@ -262,6 +262,16 @@ def test_labels_statistics_and_overrides(tmp_path, warnings_of_from_vit):
 
 
 @torch.no_grad()
+def test_mean_pooling_keeps_the_encoder_and_needs_a_new_head(warnings_of_from_vit):
+    source = with_trained_like_weights(ViTForImageClassification(SOURCES["vit"][1])).eval()
+    pixel_values = torch.randn(1, 3, 32, 32)
+    started = LocAtViTForImageClassification.from_vit(source, pooling="mean")
+    expected = source.vit(pixel_values).last_hidden_state
+    torch.testing.assert_close(started.locatvit(pixel_values).last_hidden_state, expected, atol=1e-3, rtol=0)
+    assert not started.classifier.weight.equal(source.classifier.weight)
+    assert len(warnings_of_from_vit()) == 1 and "classifier of another pooling" in warnings_of_from_vit()[0]
+
+
 def test_started_model_is_saved_and_loaded_like_any_other(tmp_path):
     source = with_trained_like_weights(SOURCES["dinov2_registers"][0](SOURCES["dinov2_registers"][1]))
     LocAtViTModel.from_vit(source).save_pretrained(tmp_path)
@@ -352,4 +362,7 @@ class TestRefusals:
         self.refused(model, "no field 'gausian'", gausian=True)
         self.refused(tmp_path / "nowhere", "There is no file or folder")
         self.refused(model, "must be divisible", num_attention_heads=7)
+        self.refused(model, "trained with hidden_act='gelu'; 'relu'", hidden_act="relu")
+        self.refused(model, "trained with num_attention_heads", num_attention_heads=1)
+        self.refused(model, "trained with num_register_tokens=0; 2", num_register_tokens=2)
         self.refused(model, "embeddings.patch_embeddings.projection.weight", patch_size=4)

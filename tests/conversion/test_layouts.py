@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from locatvit_hf import LocAtViTForImageClassification
+from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification
 from locatvit_hf.conversion import locatvit as family
 from tests.conversion.layouts import strangers_outputs, write_mixin, write_run, write_timm
 from tests.golden import GOLDEN, VIT_CHECKPOINTS, load_case, load_models, model_input, rule_weights
@@ -129,14 +129,16 @@ def test_command_runs_as_a_module(tmp_path):
     assert all("torch/utils" in line for line in process.stderr.splitlines())
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["vit_base_patch16_gap_224", "vit_base_patch16_224", "vit_small_patch14_reg4_dinov2", "deit3_large_patch16_384"],
-)
-def test_names_stand_for_the_sizes_that_timm_builds(name):
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    fields = family.config_fields(name, {})
-    assert fields["num_attention_heads"] == model.blocks[0].attn.num_heads
-    assert (fields["hidden_size"], fields["num_hidden_layers"]) == (model.embed_dim, len(model.blocks))
-    assert fields.get("use_class_token", True) is (model.cls_token is not None)
+def test_names_stand_for_what_timm_builds_and_expects():
+    names = [name for name in timm.list_models() if family.BASELINE_NAME.fullmatch(name)]
+    names = [name for name in names if family.BASELINE_NAME.fullmatch(name)["size"] in LocAtViTConfig.presets]
+    assert len(names) > 30
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        fields, preprocessing = family.config_fields(name, {}), family.default_preprocessing(name)
+        assert fields["num_attention_heads"] == model.blocks[0].attn.num_heads, name
+        assert (fields["hidden_size"], fields["num_hidden_layers"]) == (model.embed_dim, len(model.blocks)), name
+        assert fields.get("use_class_token", True) is (model.cls_token is not None), name
+        for key, value in preprocessing.items():
+            assert tuple(np.atleast_1d(value)) == tuple(np.atleast_1d(model.pretrained_cfg[key])), (name, key)
