@@ -1,4 +1,4 @@
-"""How a Gaussian reaches the softmax: one function a back-end.
+"""How masks and Gaussians reach the softmax: one function a back-end.
 
 Every entry of `ALL_ATTENTION_FUNCTIONS` is written here, and no other is ever used: a library function would take the
 `gaussian` keyword, drop it, and compute another model without a word.
@@ -19,6 +19,36 @@ from .locat import Gaussian
 from .triton_locat import fused_attention, unsupported_reason
 
 logger = logging.get_logger(__name__)
+
+
+def additive_attention_mask(
+    attention_mask: torch.Tensor | None, batch_size: int, num_tokens: int, num_heads: int, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """An additive mask of `dtype`, broadcastable to (batch, heads, tokens, tokens).
+
+    attention_mask: (batch, tokens) of bool or 0/1 over the keys, or anything broadcastable to (batch, heads, tokens,
+        tokens): bool or integer (true attends), or additive float of 3 or 4 axes. Tokens count the prefix tokens.
+    Raises ValueError for any other shape.
+    """
+    if attention_mask is None:
+        return None
+    lowest = torch.finfo(dtype).min
+    shape = tuple(attention_mask.shape)
+    axes = (3, 4) if attention_mask.is_floating_point() else (0, 1, 2, 3, 4)
+    sizes = zip(shape[::-1], (num_tokens, num_tokens, num_heads, batch_size), strict=False)
+    if shape == (batch_size, num_tokens):
+        attention_mask = attention_mask.bool()[:, None, None, :]
+    elif len(shape) not in axes or any(size not in (1, allowed) for size, allowed in sizes):
+        raise ValueError(
+            f"attention_mask must be (batch, tokens) = ({batch_size}, {num_tokens}), or broadcast to "
+            f"(batch, heads, tokens, tokens), prefix tokens counted, floats with 3 or 4 axes; got {shape}."
+        )
+    attention_mask = attention_mask[(None,) * (4 - attention_mask.ndim)]
+    if attention_mask.is_floating_point():
+        # Infinities are made finite, so that a query whose keys are all masked gets a mean and not a NaN.
+        return attention_mask.to(dtype).clamp(min=lowest)
+    blocked = ~attention_mask.bool()
+    return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, lowest)
 
 
 def _additive_bias(
@@ -316,4 +346,10 @@ ALL_ATTENTION_FUNCTIONS["locat_fused"] = fused_attention_forward
 AttentionInterface.register("locat_fused", fused_attention_forward)
 
 
-__all__ = ["ALL_ATTENTION_FUNCTIONS", "eager_attention_forward", "flex_attention_forward", "sdpa_attention_forward"]
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "additive_attention_mask",
+    "eager_attention_forward",
+    "flex_attention_forward",
+    "sdpa_attention_forward",
+]

@@ -224,36 +224,6 @@ def pad_to_multiple(pixel_values: torch.Tensor, multiple: tuple[int, int]) -> to
     return F.pad(pixel_values, (0, right, 0, bottom))
 
 
-def additive_attention_mask(
-    attention_mask: torch.Tensor | None, batch_size: int, num_tokens: int, num_heads: int, dtype: torch.dtype
-) -> torch.Tensor | None:
-    """An additive mask of `dtype`, broadcastable to (batch, heads, tokens, tokens).
-
-    attention_mask: (batch, tokens) of bool or 0/1 over the keys, or anything broadcastable to (batch, heads, tokens,
-        tokens): bool or integer (true attends), or additive float of 3 or 4 axes. Tokens count the prefix tokens.
-    Raises ValueError for any other shape.
-    """
-    if attention_mask is None:
-        return None
-    lowest = torch.finfo(dtype).min
-    shape = tuple(attention_mask.shape)
-    axes = (3, 4) if attention_mask.is_floating_point() else (0, 1, 2, 3, 4)
-    sizes = zip(shape[::-1], (num_tokens, num_tokens, num_heads, batch_size), strict=False)
-    if shape == (batch_size, num_tokens):
-        attention_mask = attention_mask.bool()[:, None, None, :]
-    elif len(shape) not in axes or any(size not in (1, allowed) for size, allowed in sizes):
-        raise ValueError(
-            f"attention_mask must be (batch, tokens) = ({batch_size}, {num_tokens}), or broadcast to "
-            f"(batch, heads, tokens, tokens), prefix tokens counted, floats with 3 or 4 axes; got {shape}."
-        )
-    attention_mask = attention_mask[(None,) * (4 - attention_mask.ndim)]
-    if attention_mask.is_floating_point():
-        # Infinities are made finite, so that a query whose keys are all masked gets a mean and not a NaN.
-        return attention_mask.to(dtype).clamp(min=lowest)
-    blocked = ~attention_mask.bool()
-    return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, lowest)
-
-
 def resample_position_embeddings(
     position_embeddings: torch.Tensor, native_grid: tuple[int, int], grid: tuple[int, int], num_prefix_tokens: int
 ) -> torch.Tensor:
@@ -581,17 +551,14 @@ class ImageClassificationMixin:
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """
-        pixel_values, attention_mask and anything else that the encoder takes: as in the family's `…Model`.
+        pixel_values, and anything else that the encoder takes: as in the family's `…Model`.
         labels: (batch,) class ids, or (batch, classes) soft labels; `config.problem_type` may say otherwise.
 
         Returns `loss` where there are labels, `logits` (batch, classes), and what else the encoder was asked for.
         """
-        if attention_mask is not None:  # windows and clusters know none
-            kwargs["attention_mask"] = attention_mask
         outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = classification_loss(logits, labels, self.config) if labels is not None else None
@@ -610,19 +577,16 @@ class ProbeSegmentationMixin(FreezableBackboneMixin):
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SemanticSegmenterOutput:
         """
-        pixel_values, attention_mask and anything else that the encoder takes: as in the family's `…Model`.
+        pixel_values, and anything else that the encoder takes: as in the family's `…Model`.
         labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left out.
 
         Returns `loss` where there are labels and `logits` (batch, classes, grid height, grid width) on the last layer's
         grid, whose cells are `config.output_stride` pixels of the padded image; the processor's
         `post_process_semantic_segmentation` cuts the padding off.
         """
-        if attention_mask is not None:  # windows and clusters know none
-            kwargs["attention_mask"] = attention_mask
         outputs = self.base_model(pixel_values, return_dict=True, **{**kwargs, "output_hidden_states": True})
         grid = patch_grid(pixel_values, self.config.output_stride)
         features = patch_feature_map(outputs.hidden_states[-1], grid, self.config.num_prefix_tokens)
@@ -632,6 +596,20 @@ class ProbeSegmentationMixin(FreezableBackboneMixin):
             ignore_index = self.config.semantic_loss_ignore_index
             loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config.output_stride, ignore_index)
         return SemanticSegmenterOutput(loss=loss, logits=logits, **records(outputs))
+
+
+class TokenMaskMixin:
+    """Names the mask in the `forward` of a head whose encoder takes one: trainers pass on what they find there."""
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModelOutput:
+        """As the head without a mask. attention_mask: as in the family's `…Model`."""
+        return super().forward(pixel_values, labels, attention_mask=attention_mask, **kwargs)
 
 
 class FeatureMapsMixin(BackboneMixin):
@@ -681,7 +659,7 @@ __all__ = [
     "ProbeHead",
     "ProbeSegmentationMixin",
     "ResidualDepthwise",
-    "additive_attention_mask",
+    "TokenMaskMixin",
     "channels_last_map",
     "check_labels",
     "check_pixel_values",

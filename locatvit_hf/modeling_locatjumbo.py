@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_locat import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from .attention_locat import ALL_ATTENTION_FUNCTIONS, additive_attention_mask, eager_attention_forward
 from .configuration_locatjumbo import LocAtJumboConfig
 from .layers_locat import (
     MLP,
@@ -25,7 +25,7 @@ from .layers_locat import (
     MultiHeadProjections,
     ProbeHead,
     ProbeSegmentationMixin,
-    additive_attention_mask,
+    TokenMaskMixin,
     check_pixel_values,
     drop_path_rates,
     pad_to_multiple,
@@ -237,7 +237,7 @@ class LocAtJumboModel(LocAtJumboPreTrainedModel):
             module.requires_grad_(False)
 
 
-class LocAtJumboForImageClassification(ImageClassificationMixin, LocAtJumboPreTrainedModel):
+class LocAtJumboForImageClassification(TokenMaskMixin, ImageClassificationMixin, LocAtJumboPreTrainedModel):
     """The encoder and a linear classifier on its pooled output."""
 
     def __init__(self, config: LocAtJumboConfig):
@@ -251,7 +251,7 @@ class LocAtJumboForImageClassification(ImageClassificationMixin, LocAtJumboPreTr
         self.post_init()
 
 
-class LocAtJumboForSemanticSegmentation(ProbeSegmentationMixin, LocAtJumboPreTrainedModel):
+class LocAtJumboForSemanticSegmentation(TokenMaskMixin, ProbeSegmentationMixin, LocAtJumboPreTrainedModel):
     """The encoder and the paper's probe on the last layer's patches, before the final norm and without refinement."""
 
     def __init__(self, config: LocAtJumboConfig):

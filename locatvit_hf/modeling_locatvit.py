@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_locat import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from .attention_locat import ALL_ATTENTION_FUNCTIONS, additive_attention_mask, eager_attention_forward
 from .configuration_locatvit import LocAtViTConfig
 from .layers_locat import (
     MLP,
@@ -25,7 +25,7 @@ from .layers_locat import (
     MultiHeadProjections,
     ProbeHead,
     ProbeSegmentationMixin,
-    additive_attention_mask,
+    TokenMaskMixin,
     check_pixel_values,
     drop_path_rates,
     pad_to_multiple,
@@ -295,7 +295,7 @@ class LocAtViTModel(LocAtViTPreTrainedModel):
         return pooled if self.config.normalizes_tokens else self.layernorm(pooled)
 
 
-class LocAtViTForImageClassification(ImageClassificationMixin, LocAtViTPreTrainedModel):
+class LocAtViTForImageClassification(TokenMaskMixin, ImageClassificationMixin, LocAtViTPreTrainedModel):
     """The encoder and a linear classifier on its pooled output."""
 
     def __init__(self, config: LocAtViTConfig):
@@ -308,7 +308,7 @@ class LocAtViTForImageClassification(ImageClassificationMixin, LocAtViTPreTraine
         self.post_init()
 
 
-class LocAtViTForSemanticSegmentation(ProbeSegmentationMixin, LocAtViTPreTrainedModel):
+class LocAtViTForSemanticSegmentation(TokenMaskMixin, ProbeSegmentationMixin, LocAtViTPreTrainedModel):
     """The encoder and the paper's probe on the last layer's patches, before the final norm and without refinement."""
 
     def __init__(self, config: LocAtViTConfig):

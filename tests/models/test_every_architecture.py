@@ -5,6 +5,7 @@ in `test_golden*.py`, and remote code in `tests/remote`.
 """
 
 import copy
+import inspect
 import json
 import warnings
 
@@ -455,6 +456,7 @@ def test_presets_have_the_papers_parameter_counts(prefix, sizes):
 @pytest.mark.parametrize("architecture", ["locatswin", "pacavit"])
 def test_attention_inside_windows_or_to_clusters_takes_no_mask(architecture):
     model, pixel_values = build(architecture), torch.zeros(1, 3, 32, 32)
+    assert "attention_mask" not in inspect.signature(model.forward).parameters
     model(pixel_values, attention_mask=None)
     with pytest.raises(ValueError, match="takes no attention_mask"):
         model(pixel_values, attention_mask=torch.ones(1, 64))
