@@ -98,17 +98,13 @@ def sdpa_attention_forward(
     gaussian: Gaussian | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """The fastest way there: the fused kernel on CUDA, blockwise on CPU, else PyTorch's attention with a written bias.
+    """PyTorch's attention with a written bias; on CPU blockwise, where that pays.
 
-    Shapes as in `eager_attention_forward`.
+    Shapes as in `eager_attention_forward`. The fused kernel is never chosen here: it is asked for by its name,
+    'locat_fused', until a table measured on a GPU (`python -m benchmarks.gpu_check`) says that it is right and faster.
     """
     if kwargs.get("output_attentions"):
         logger.warning_once("Attention maps need `attn_implementation='eager'`; 'sdpa' returns none.")
-    if gaussian is not None and query.is_cuda:
-        reason = unsupported_reason(query, key, value, gaussian, attention_mask, dropout)
-        if reason is None:
-            return fused_attention(query, key, value, gaussian, scaling), None
-        logger.warning_once(f"The fused kernel is not used: {reason}")
     if gaussian is not None and attention_mask is None and dropout == 0.0 and runs_blockwise(query):
         scalars = gaussian.inverse_variance, gaussian.amplitude
         return BlockwiseAttention.apply(query, key, value, *scalars, gaussian, scaling), None

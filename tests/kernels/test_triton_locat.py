@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from locatvit_hf import triton_locat
+from locatvit_hf import attention_locat, triton_locat
+from locatvit_hf.attention_locat import ALL_ATTENTION_FUNCTIONS
 
 HERE = Path(__file__).resolve().parent
 HAS_TRITON = triton_locat.triton is not None  # there is none for macOS
@@ -73,6 +75,26 @@ def test_on_cpu_it_says_no():
     tokens = torch.zeros(1, 1, 4, 32)
     gaussian = triton_locat.Gaussian(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4), (2, 2), 0, 1.0)
     assert triton_locat.unsupported_reason(tokens, tokens, tokens, gaussian) in expected
+
+
+@pytest.mark.parametrize(("name", "fused_calls"), (("sdpa", 0), ("locat_fused", 1)))
+def test_on_cuda_it_runs_only_where_its_name_is_asked_for(name, fused_calls, monkeypatch):
+    calls = []
+
+    def fused_attention(query, *arguments):
+        calls.append(query.device.type)
+        return query.transpose(1, 2)
+
+    monkeypatch.setattr(attention_locat, "fused_attention", fused_attention)
+    monkeypatch.setattr(attention_locat, "unsupported_reason", lambda *arguments: None)
+    with FakeTensorMode():  # tensors that say that they are on a GPU; there need be none
+        tokens = torch.empty(1, 2, 5, 32, device="cuda")
+        scalars = torch.empty(1, 2, 4, 2, device="cuda"), torch.empty(1, 2, 4, device="cuda")
+        gaussian = triton_locat.Gaussian(*scalars, (2, 2), 1, 1.0)
+        attend = ALL_ATTENTION_FUNCTIONS[name]
+        output, _ = attend(None, tokens, tokens, tokens, None, scaling=0.2, gaussian=gaussian)
+    assert output.shape == (1, 5, 2, 32)
+    assert calls == ["cuda"] * fused_calls
 
 
 def test_two_copies_of_the_file_live_in_one_process():
