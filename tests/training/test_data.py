@@ -25,7 +25,7 @@ from tests.training.programs import train
 from training.arguments import build_arguments
 from training.checkpointing import list_checkpoints
 from training.data import TrainingSamples, create_evaluation_loader, create_training_loader, load_splits
-from training.data.images import decode_image
+from training.data.images import CorruptImageError, decode_image, read_header
 from training.data.streaming import ForwardReader
 from training.pretrain import PretrainArguments
 
@@ -277,16 +277,32 @@ def test_every_mode_is_converted_as_the_image_processor_does(mode):
 
 
 @pytest.mark.parametrize("rgb", [True, False])
-def test_images_are_turned_as_their_orientation_says(rgb):
+@pytest.mark.parametrize("metadata", ["exif", "xmp"])
+def test_images_are_turned_as_their_orientation_says(rgb, metadata):
     image, exif = Image.new("RGB", (20, 10)), Image.Exif()
     image.paste((250, 250, 250), (0, 0, 5, 10))
     exif[0x0112] = 6  # what is left in the file belongs to the top
     file = io.BytesIO()
-    image.save(file, "JPEG", exif=exif, quality=95)
+    image.save(file, "JPEG", quality=95, **{metadata: exif if metadata == "exif" else b'tiff:Orientation="6"'})
     decoded = decode_image({"bytes": file.getvalue()}, rgb)
     expected = ImageFeature().decode_example({"bytes": file.getvalue(), "path": None})
     assert decoded.size == (10, 20) and decoded.getpixel((5, 2))[0] > 200 > decoded.getpixel((5, 17))[0]
     assert np.array_equal(np.asarray(decoded), np.asarray(expected))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_header_tells_size_and_orientation(format, tmp_path):
+    image, exif = Image.new("RGB", (20, 10)), Image.Exif()
+    exif[0x0112] = 8
+    image.save(tmp_path / "turned", format, exif=exif)
+    content = (tmp_path / "turned").read_bytes()
+    for entry in ({"bytes": content, "path": "a"}, {"bytes": None, "path": str(tmp_path / "turned")}, content):
+        assert read_header(entry) == ((20, 10), 8)
+    assert read_header(image) == ((20, 10), 1)
+    with pytest.raises(CorruptImageError, match="no image file"):
+        read_header(b"nothing")
+    with pytest.raises(CorruptImageError, match="No such file"):
+        read_header(str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -1,7 +1,7 @@
 """Encoded images as they stand in data sets, and what training and evaluation make of them."""
 
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ def decode_image(entry: Any, rgb: bool = False) -> Image.Image:
     """
     try:
         image = _open(entry)
-        if image.format == "JPEG" and rgb and image.mode == "RGB" and "exif" not in image.info:
+        # Orientations stand in EXIF, or in XMP where there is none; Pillow reads both.
+        if image.format == "JPEG" and rgb and image.mode == "RGB" and not {"exif", "xmp"} & image.info.keys():
             return image
         image.load()
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -43,6 +44,42 @@ def decode_image(entry: Any, rgb: bool = False) -> Image.Image:
         raise CorruptImageError("no image file of a known format") from None
     except Exception as error:  # the decoders of Pillow raise errors of a dozen kinds
         raise CorruptImageError(one_line(error)) from None
+
+
+class Header(NamedTuple):
+    """What a file says of its image before the pixels.
+
+    size: width and height of the stored pixels. orientation: 1 to 8, as EXIF has them; `decode_image` turns all but 1.
+    """
+
+    size: tuple[int, int]
+    orientation: int
+
+
+def read_header(entry: Any) -> Header:
+    """Size and orientation of an image without decoding it, for the same entries as `decode_image`.
+
+    Raises CorruptImageError.
+    """
+    try:
+        path = entry.get("path") if isinstance(entry, dict) and entry.get("bytes") is None else entry
+        if isinstance(path, str) and is_local_path(path):
+            with Image.open(path) as image:  # reads no more than it needs
+                return _header_of(image)
+        return _header_of(_open(entry))
+    except UnidentifiedImageError:
+        raise CorruptImageError("no image file of a known format") from None
+    except Exception as error:  # as in `decode_image`
+        raise CorruptImageError(one_line(error)) from None
+
+
+def _header_of(image: Image.Image) -> Header:
+    # The method of the base class: that of PNG files decodes all pixels first.
+    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    size = image.size
+    if hasattr(image, "tag_v2") and orientation in range(5, 9):  # Pillow gives the size of the turned pixels for TIFF
+        size = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
+    return Header(size, orientation if orientation in range(1, 9) else 1)
 
 
 def crop_and_resize(
