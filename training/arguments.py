@@ -134,7 +134,16 @@ class OptimizationArguments:
     ema_decay: float | int | None = field(
         default=None, metadata={"help": "Keep an average of the weights with this decay, evaluate and export it."}
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] = field(
+        default="no", metadata={"help": "Compute in half precision where that is safe; the weights keep their `dtype`."}
+    )
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "Precision of the weights while they train, whatever that of the checkpoint. In bfloat16 they take "
+            "half of the memory, and steps below 1/256 of a weight are lost."
+        },
+    )
     compile: bool = field(default=False, metadata={"help": "torch.compile the model for training."})
     channels_last: bool = field(default=False, metadata={"help": "Keep images and convolutions channels-last."})
     gradient_checkpointing: bool = field(

@@ -67,6 +67,9 @@ class DetectArguments(
     learning_rate: float | int = 1e-4
     max_gradient_norm: float | int | None = None
     batch_size: int = 16
+    dtype: Literal["float32"] = field(
+        default="float32", metadata={"help": "The detector's operations on boxes need it; see mixed_precision."}
+    )
     eval_batch_size: int = 1
 
 

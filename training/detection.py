@@ -539,8 +539,8 @@ def pyramid_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def load_encoder(pretrained: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """The weights of any checkpoint of the family as a backbone of this configuration."""
+    """The weights of any checkpoint of the family as a backbone of this configuration, in float32."""
     # `AutoBackbone.from_pretrained` does not take local folders, but knows the class of a configuration.
     with torch.device("meta"):
         backbone_class = type(AutoBackbone.from_config(config))
-    return backbone_class.from_pretrained(pretrained, config=config)
+    return backbone_class.from_pretrained(pretrained, config=config, dtype=torch.float32)

@@ -56,6 +56,9 @@ class DinoArguments(
     weight_decay: float | int = 0.04
     final_weight_decay: float | int | None = 0.4
     max_gradient_norm: float | int | None = 3.0
+    dtype: Literal["float32"] = field(
+        default="float32", metadata={"help": "A teacher in bfloat16 would not follow; see mixed_precision."}
+    )
     ema_decay: None = field(default=None, metadata={"help": "None: the teacher is the average, see teacher_momentum."})
     export: Literal["last"] = field(default="last", metadata={"help": "Without labels no teacher is known as best."})
     seed: int = 0

@@ -54,7 +54,8 @@ class Distillation:
         if not 0 <= self.weight <= 1 or self.temperature <= 0:
             raise ValueError("distillation_weight must be from 0 to 1, and distillation_temperature above 0.")
         try:
-            teacher = AutoModelForImageClassification.from_pretrained(arguments.teacher)
+            # In float32 as the student, whose images it sees; mixed precision acts on both.
+            teacher = AutoModelForImageClassification.from_pretrained(arguments.teacher, dtype=torch.float32)
             processor = AutoImageProcessor.from_pretrained(arguments.teacher)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")

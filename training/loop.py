@@ -340,7 +340,9 @@ class TrainingLoop:
                 raise ValueError(f"A {type(model).__name__} does not support gradient_checkpointing.")
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-        model.to(accelerator.device)
+        if arguments.dtype != "float32" and arguments.ema_decay is not None:
+            raise ValueError(f"ema_decay needs --dtype float32: in {arguments.dtype} the average would hardly move.")
+        model.to(accelerator.device, getattr(torch, arguments.dtype))
         if arguments.channels_last:
             model.to(memory_format=torch.channels_last)
         self.ema = create_ema(model, arguments)

@@ -97,7 +97,7 @@ def train_classifier(
     )
     with loop:
         for images, targets in loop:
-            logits = loop.model(pixel_values=images).logits
+            logits = loop.model(pixel_values=images).logits.float()
             loss, terms = criterion(logits, targets), {}
             if distill is not None:
                 terms = distill(loss, logits, images)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
@@ -39,7 +40,8 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model of a checkpoint, and the names of its parameters that the checkpoint does not have.
 
-    Any checkpoint of our families will do, whatever its head; anything else goes through `from_vit`.
+    Any checkpoint of our families will do, whatever its head; anything else goes through `from_vit`. The weights are
+    float32, in whatever precision they are stored: steps of half-precision weights are rounded away.
 
     auto_class: `AutoModel` or `AutoModelForImageClassification`.
     pretrained: folder or Hub name.
@@ -68,7 +70,7 @@ def load_pretrained(
     image_size = fields.pop("image_size", source.image_size)
     config = change_config(source, fields)
     model, info = auto_class.from_pretrained(
-        pretrained, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        pretrained, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
     )
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     fresh = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
@@ -113,8 +115,12 @@ def load_processor(pretrained: str | Path, config: PreTrainedConfig) -> BaseImag
 
 
 def change_config(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
-    """A configuration with other values in some of its fields; which stages a backbone returns is left out."""
-    left_out = {"out_features", "out_indices", "stage_names"}
+    """A configuration with other values in some of its fields.
+
+    Left out are which stages a backbone returns, and the precision in which its weights were stored: a model that is
+    built of a configuration takes it over, and trains in it.
+    """
+    left_out = {"out_features", "out_indices", "stage_names", "dtype"}
     if {"id2label", "num_labels"} & fields.keys():
         left_out |= {"id2label", "label2id", "num_labels"}
     values = {name: value for name, value in copy.deepcopy(config.to_dict()).items() if name not in left_out}

@@ -129,7 +129,7 @@ def build_model(arguments: SegmentArguments, label_names: list[str] | None) -> P
         model = AutoModelForSemanticSegmentation.from_config(config)
     try:
         if source is not None and source.architectures == [type(model).__name__] and source.id2label == config.id2label:
-            model = type(model).from_pretrained(arguments.pretrained, config=config)
+            model = type(model).from_pretrained(arguments.pretrained, config=config, dtype=torch.float32)
         elif isinstance(backbone, FamilyConfigMixin):
             earlier = transformers.UperNetForSemanticSegmentation.from_pretrained(arguments.pretrained)
             model.base_model.load_state_dict(earlier.backbone.base_model.state_dict())

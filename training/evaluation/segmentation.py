@@ -12,6 +12,7 @@ from typing import Any
 if not __package__:  # started as a file
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
@@ -65,7 +66,10 @@ def load_segmenter(pretrained: str) -> tuple[PreTrainedModel, LocAtViTImageProce
     Raises ValueError where there is none, or a checkpoint without a segmentation head.
     """
     try:
-        model, info = AutoModelForSemanticSegmentation.from_pretrained(pretrained, output_loading_info=True)
+        # The precision is that of the settings (mixed_precision), not the one in which the weights are stored.
+        model, info = AutoModelForSemanticSegmentation.from_pretrained(
+            pretrained, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"There is no segmentation model at {pretrained}: {str(error).splitlines()[0]}") from None
     if info["missing_keys"]:
