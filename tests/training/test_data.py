@@ -296,7 +296,8 @@ def test_a_header_tells_size_and_orientation(format, tmp_path):
     exif[0x0112] = 8
     image.save(tmp_path / "turned", format, exif=exif)
     content = (tmp_path / "turned").read_bytes()
-    for entry in ({"bytes": content, "path": "a"}, {"bytes": None, "path": str(tmp_path / "turned")}, content):
+    entries = {"bytes": content, "path": "a"}, {"bytes": None, "path": str(tmp_path / "turned")}, io.BytesIO(content)
+    for entry in entries:
         assert read_header(entry) == ((20, 10), 8)
     assert read_header(image) == ((20, 10), 1)
     with pytest.raises(CorruptImageError, match="no image file"):

@@ -1,7 +1,7 @@
 """Reading labelled images, and handing every process its share of every batch."""
 
 from .batches import UpdateSampler, sample_randomness
-from .loading import Splits, load_split, load_splits, spread
+from .loading import Splits, load_split, load_splits, read_label_names, spread
 from .samples import TrainingSamples, create_evaluation_loader, create_training_loader
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "create_training_loader",
     "load_split",
     "load_splits",
+    "read_label_names",
     "sample_randomness",
     "spread",
 ]

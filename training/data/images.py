@@ -57,7 +57,7 @@ class Header(NamedTuple):
 
 
 def read_header(entry: Any) -> Header:
-    """Size and orientation of an image without decoding it, for the same entries as `decode_image`.
+    """Size and orientation of an image without decoding it, for the entries of `decode_image` and for open files.
 
     Raises CorruptImageError.
     """
@@ -132,8 +132,8 @@ def _open(entry: Any) -> Image.Image:
         return entry
     if isinstance(entry, dict):
         entry = entry["bytes"] if entry.get("bytes") is not None else entry.get("path")
-    if isinstance(entry, bytes):
-        return Image.open(io.BytesIO(entry))
+    if isinstance(entry, bytes) or hasattr(entry, "read"):
+        return Image.open(io.BytesIO(entry) if isinstance(entry, bytes) else entry)
     if isinstance(entry, str):
         with open(entry, "rb") if is_local_path(entry) else xopen(entry, "rb") as file:
             return Image.open(io.BytesIO(file.read()))

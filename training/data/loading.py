@@ -55,7 +55,7 @@ def load_splits(arguments: DataArguments, segmentation: bool = False) -> Splits:
         train, validation = _divide(load_split(arguments, arguments.train_split, columns, images), arguments)
     if arguments.dataset_hash is not None:
         _check_hash(arguments, train, validation)
-    label_names = _read_label_names(arguments)
+    label_names = read_label_names(arguments)
     if not segmentation:
         train, validation, label_names = _number_labels(train, validation, arguments.label_column, label_names)
     return Splits(train, validation, label_names)
@@ -254,7 +254,11 @@ def _expand_ranges(pattern: str) -> list[str]:
     ]
 
 
-def _read_label_names(arguments: DataArguments) -> list[str] | None:
+def read_label_names(arguments: DataArguments) -> list[str] | None:
+    """The names that the settings give, themselves or in a JSON file; None where they leave them to the data.
+
+    Raises ValueError for a file that does not name the labels from 0 on.
+    """
     if not isinstance(arguments.label_names, str):
         return arguments.label_names
     try:
