@@ -2,11 +2,17 @@
 
 import functools
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from ..utils.images import MAX_MEGAPIXELS
+
+MaxMegapixels = Annotated[
+    float, typer.Option(min=0, help="Larger images are not read, in millions of pixels, for they may fill the memory.")
+]
 console = Console(highlight=False, soft_wrap=True)
 error_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -31,4 +37,4 @@ def one_sentence_errors(verb: Callable) -> Callable:
     return wrapped
 
 
-__all__ = ["console", "error_console", "one_sentence_errors", "readable"]
+__all__ = ["MAX_MEGAPIXELS", "MaxMegapixels", "console", "error_console", "one_sentence_errors", "readable"]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .console import console, one_sentence_errors
+from .console import MAX_MEGAPIXELS, MaxMegapixels, console, one_sentence_errors
 
 
 @one_sentence_errors
@@ -20,6 +20,7 @@ def look(
     ] = None,
     layer: Annotated[int | None, typer.Option(min=1, help="The layer to ask, from 1; by default a late one.")] = None,
     output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("look"),
+    max_megapixels: MaxMegapixels = MAX_MEGAPIXELS,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model's Hub repository.")] = None,
 ) -> None:
     """Draw where a model looks, how far its Gaussians reach and what its features tell apart."""
@@ -30,18 +31,20 @@ def look(
 
     from .. import LocAtViTImageProcessor
     from ..hub.checkpoints import load_config, load_model
+    from ..utils.images import read_image, readable_name
     from ..visualization import figures
-    from ..visualization.images import read_image
     from ..visualization.layers import read_layers
     from ..visualization.page import build_page
-    from ..writing import write_complete
+    from ..writing import fitting_name, write_complete
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     twice = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
     if twice:
-        raise ValueError(f"Several pictures are named {twice[0]}, and would overwrite each other: look at them apart.")
-    pictures = {path.stem: read_image(path) for path in images}
+        raise ValueError(
+            f"Several pictures are named {readable_name(twice[0])}, and would overwrite each other: look at them apart."
+        )
+    pictures = {path.stem: read_image(path, max_megapixels=max_megapixels) for path in images}
     chosen = [_parse_patch(text) for text in patch or []]
 
     models, processors = {}, {}
@@ -91,10 +94,13 @@ def look(
         if ours[index].assignment is not None:
             drawn["clusters"] = figures.clusters_figure(picture, ours[index])
         for name, figure in drawn.items():
-            write_complete(output / f"{stem}-{name}.png", lambda path, figure=figure: figure.savefig(path, dpi=160))
-        page = build_page(stem, picture, layers, index, patches[0])
-        write_complete(output / f"{stem}.html", lambda path, page=page: path.write_text(page, encoding="utf-8"))
-        console.print(f"[bold]{escape(str(output / stem))}.html[/bold], and {len(drawn)} pictures beside it.")
+            write_complete(
+                output / fitting_name(stem, f"-{name}.png"), lambda path, figure=figure: figure.savefig(path, dpi=160)
+            )
+        page = build_page(readable_name(stem), picture, layers, index, patches[0])
+        report = output / fitting_name(stem, ".html")
+        write_complete(report, lambda path, page=page: path.write_text(page, encoding="utf-8"))
+        console.print(f"[bold]{escape(readable_name(report))}[/bold], and {len(drawn)} pictures beside it.")
 
 
 def _parse_patch(text: str) -> tuple[int, int]:

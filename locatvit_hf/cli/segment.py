@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .console import console, error_console, one_sentence_errors, readable
+from .console import MAX_MEGAPIXELS, MaxMegapixels, console, error_console, one_sentence_errors, readable
 
 
 @one_sentence_errors
@@ -37,12 +37,12 @@ def segment(
     ] = None,
     split: Annotated[str, typer.Option(help="The split of --dataset.")] = "train",
     column: Annotated[str, typer.Option(help="The column of --dataset that holds the images.")] = "image",
+    max_megapixels: MaxMegapixels = MAX_MEGAPIXELS,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model's Hub repository.")] = None,
 ) -> None:
     """Write label maps and colour overlays of images, folders, videos or a data set."""
     if bool(inputs) == bool(dataset):
         raise ValueError("Name images, videos or folders to segment, or a --dataset, and not both.")
-    from PIL import Image
     from transformers import AutoModelForSemanticSegmentation
     from transformers.utils import logging
 
@@ -50,10 +50,9 @@ def segment(
     from ..segmentation import OutputFolder, Segmenter
     from ..segmentation.files import find_sources
 
-    Image.MAX_IMAGE_PIXELS = None  # the user's own images may be as large as they are
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    sources = find_sources(inputs or [], output)
+    sources = find_sources(inputs or [], output, _remark)
     config = load_config(model, revision)
     architecture = (config.architectures or ["a model without a name"])[0]
     if "Segmentation" not in architecture:
@@ -71,15 +70,20 @@ def segment(
         load_model(AutoModelForSemanticSegmentation, model, revision), load_processor(model, revision), window
     )
     if dataset:
-        _segment_dataset(segmenter, dataset, split, column, output, settings, batch_size)
+        _segment_dataset(segmenter, dataset, split, column, output, settings, batch_size, max_megapixels)
     else:
-        _segment_sources(segmenter, sources, OutputFolder(output, segmenter.id2label, settings), batch_size, frame_maps)
+        folder = OutputFolder(output, segmenter.id2label, settings)
+        _segment_sources(segmenter, sources, folder, batch_size, frame_maps, max_megapixels)
 
 
-def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bool) -> None:
+def _remark(sentence: str) -> None:
+    error_console.print(readable(sentence), style="yellow")
+
+
+def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bool, max_megapixels: float) -> None:
     from ..segmentation.files import is_video, segment_files
     from ..segmentation.video import count_frames, segment_video
-    from ..visualization.images import CorruptImageError
+    from ..utils.images import CorruptImageError
 
     images = [source for source in sources if not is_video(source.path)]
     videos = [source for source in sources if is_video(source.path)]
@@ -89,7 +93,8 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
     with _progress() as progress:
         if waiting_images:
             task = progress.add_task("images", total=len(waiting_images))
-            for error in segment_files(segmenter, waiting_images, output, batch_size, lambda: progress.advance(task)):
+            options = {"advance": lambda: progress.advance(task), "max_megapixels": max_megapixels}
+            for error in segment_files(segmenter, waiting_images, output, batch_size, **options):
                 corrupt += 1
                 progress.console.print(readable(f"Skipped: {error}"), style="yellow")
         for source in waiting_videos:
@@ -110,7 +115,7 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
     _summarise(waiting - corrupt, len(sources) - waiting, corrupt, output.folder)
 
 
-def _segment_dataset(segmenter, name, split, column, folder, settings, batch_size: int) -> None:
+def _segment_dataset(segmenter, name, split, column, folder, settings, batch_size: int, max_megapixels: float) -> None:
     import torch
 
     try:
@@ -139,9 +144,8 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
     share = len(rows) * (place[0] + 1) // place[1] - len(rows) * place[0] // place[1]
     with _progress(disable=not state.is_local_main_process) as progress:
         task = progress.add_task("rows", total=share)
-        for error in segment_dataset(
-            segmenter, rows, column, output, batch_size, *place, lambda number: progress.advance(task, number)
-        ):
+        options = {"advance": lambda number: progress.advance(task, number), "max_megapixels": max_megapixels}
+        for error in segment_dataset(segmenter, rows, column, output, batch_size, *place, **options):
             progress.console.print(readable(f"Skipped: {error}"), style="yellow")
     state.wait_for_everyone()
     if state.is_main_process:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 
-from ..visualization.images import CorruptImageError, read_image
+from ..utils.images import MAX_MEGAPIXELS, CorruptImageError, read_image
 from ..writing import write_complete
 from .outputs import OutputFolder
 from .segmenter import Segmenter
@@ -58,6 +58,7 @@ def segment_dataset(
     process: int = 0,
     num_processes: int = 1,
     advance: Callable[[int], None] = lambda rows: None,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> Iterator[CorruptImageError]:
     """Segment this process's part of the rows into one parquet file, and yield what could not be read.
 
@@ -65,6 +66,7 @@ def segment_dataset(
     image cannot be read. Until all rows are there they stand in pieces beside it, with which a killed run continues.
 
     advance: called with a number of rows when they are done or were found done.
+    max_megapixels: larger images are not read.
     """
     path = shard_path(output, process, num_processes)
     start, stop = (len(dataset) * (process + end) // num_processes for end in (0, 1))
@@ -79,7 +81,8 @@ def segment_dataset(
         if not piece.exists():
             label_maps: dict[int, bytes | None] = {}
             for at in range(0, len(rows), batch_size):
-                yield from _segment_rows(segmenter, dataset, column, rows[at : at + batch_size], output, label_maps)
+                batch = rows[at : at + batch_size]
+                yield from _segment_rows(segmenter, dataset, column, batch, output, label_maps, max_megapixels)
             table = Dataset.from_dict(
                 {"index": list(rows), "label_map": [label_maps[row] for row in rows]}, features=FEATURES
             )
@@ -96,6 +99,7 @@ def _segment_rows(
     rows: range,
     output: OutputFolder,
     label_maps: dict[int, bytes | None],
+    max_megapixels: float,
 ) -> Iterator[CorruptImageError]:
     images = {}
     for row in rows:
@@ -104,7 +108,7 @@ def _segment_rows(
             if not entry:
                 raise CorruptImageError(f"Row {row} holds no image.")
             source = io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]
-            images[row] = read_image(source, name=f"Row {row}")
+            images[row] = read_image(source, f"Row {row}", max_megapixels)
         except (CorruptImageError, OSError) as error:
             label_maps[row] = None
             yield CorruptImageError(str(error))

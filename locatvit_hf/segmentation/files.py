@@ -7,34 +7,44 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..visualization.images import SUFFIXES, CorruptImageError, read_image
+from ..utils.images import MAX_MEGAPIXELS, CorruptImageError, list_images, read_image, readable_name
 from .outputs import OutputFolder, Source
 from .segmenter import Segmenter
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"}
 
 
-def find_sources(paths: list[Path], output: Path | None = None) -> list[Source]:
+def find_sources(
+    paths: list[Path], output: Path | None = None, report: Callable[[str], None] = lambda sentence: None
+) -> list[Source]:
     """The files among `paths` and the images and videos below the folders among them, each once, sorted by folder.
 
     Results are named like the file without its suffix, or with it where several files differ in nothing else.
-    output: the folder for results; what lies below it is no source.
-    Raises ValueError where a path leads nowhere or a folder holds neither images nor videos.
+
+    Args:
+        paths: Files and folders; of folders, `list_images` says what is looked at.
+        output: The folder for results; what is below it is no source.
+        report: Called with a sentence for each kind of files that a folder holds and that were left out.
+
+    Raises:
+        ValueError: A path leads nowhere, a folder holds neither images nor videos, or two results would have one name.
     """
-    known = SUFFIXES | VIDEO_SUFFIXES
     found: dict[Path, Path] = {}
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
+            listed = list_images(path, VIDEO_SUFFIXES)
+            inside = [path / name for name in sorted(listed.images, key=Path)]
             if output is not None:
                 inside = [file for file in inside if output.resolve() not in file.resolve().parents]
+            for sentence in listed.remarks:
+                report(sentence)
             if not inside:
-                raise ValueError(f"The folder {path} holds no images and no videos.")
+                raise ValueError(f"The folder {readable_name(path)} holds no images and no videos.")
             found.update((file, file.relative_to(path)) for file in inside)
         elif path.exists():
             found[path] = Path(path.name)
         else:
-            raise ValueError(f"There is no file or folder {path}.")
+            raise ValueError(f"There is no file or folder {readable_name(path)}.")
     shared = Counter(name.with_suffix("") for name in found.values())
     sources = [
         Source(path, name.with_suffix("") if shared[name.with_suffix("")] == 1 else name)
@@ -42,7 +52,9 @@ def find_sources(paths: list[Path], output: Path | None = None) -> list[Source]:
     ]
     twice = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
     if twice:
-        raise ValueError(f"Several inputs are named {twice[0]}, and would overwrite each other: segment them apart.")
+        raise ValueError(
+            f"Several inputs are named {readable_name(twice[0])}, and would overwrite each other: segment them apart."
+        )
     return sources
 
 
@@ -56,10 +68,15 @@ def segment_files(
     output: OutputFolder,
     batch_size: int,
     advance: Callable[[], None] = lambda: None,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> Iterator[CorruptImageError]:
     """Segment image files into a folder, and yield what could not be read.
 
-    advance: called after each file. Files are read and results written beside the model's work.
+    Files are read and results written beside the model's work.
+
+    Args:
+        advance: Called after each file.
+        max_megapixels: Larger images are not read.
     """
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -67,8 +84,8 @@ def segment_files(
         writing: list[Future[None]] = []
         for batch, following in zip(batches, [*batches[1:], []], strict=True):
             images = {}
-            read = reading or [pool.submit(read_image, source.path) for source in batch]
-            reading = [pool.submit(read_image, source.path) for source in following]
+            read = reading or [pool.submit(read_image, source.path, None, max_megapixels) for source in batch]
+            reading = [pool.submit(read_image, source.path, None, max_megapixels) for source in following]
             for source, future in zip(batch, read, strict=True):
                 try:
                     images[source] = future.result()

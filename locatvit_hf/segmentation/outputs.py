@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..visualization.segmentation import label_colors, legend_figure, overlay_segmentation
-from ..writing import write_complete
+from ..writing import fitting_name, write_complete
 
 # Where a label map says which state of its image it was made from.
 SOURCE_STATE = "source"
@@ -68,13 +68,13 @@ class OutputFolder:
         write_complete(path, lambda target: target.write_text(text, encoding="utf-8"))
 
     def map_path(self, name: Path) -> Path:
-        return self.folder / "maps" / name.with_name(name.name + ".png")
+        return self.folder / "maps" / name.with_name(fitting_name(name.name, ".png"))
 
     def overlay_path(self, name: Path) -> Path:
-        return self.folder / "overlays" / name.with_name(name.name + ".jpg")
+        return self.folder / "overlays" / name.with_name(fitting_name(name.name, ".jpg"))
 
     def video_path(self, name: Path) -> Path:
-        return self.folder / "overlays" / name.with_name(name.name + ".mp4")
+        return self.folder / "overlays" / name.with_name(fitting_name(name.name, ".mp4"))
 
     def holds(self, source: Source) -> bool:
         """Whether both pictures of an image are there, and were made from the file as it is now."""

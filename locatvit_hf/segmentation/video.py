@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 from PIL import Image
 
-from ..visualization.images import CorruptImageError
+from ..utils.images import CorruptImageError
 from ..writing import write_complete
 from .outputs import OutputFolder, Source
 from .segmenter import Segmenter

@@ -11,7 +11,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 from PIL import Image
 
-from ..visualization import CorruptImageError, read_image
+from ..utils.images import CorruptImageError, list_images, read_image
 from .examples import draw_examples
 from .exhibit import LARGEST_SIDE, Exhibit
 
@@ -122,9 +122,10 @@ def _examples(folder: Path | None) -> list[Path]:
         drawings = tempfile.mkdtemp(prefix="locatvit-examples-")
         atexit.register(shutil.rmtree, drawings, ignore_errors=True)
         return draw_examples(Path(drawings))
-    from ..visualization.images import SUFFIXES
-
-    found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in SUFFIXES)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder} with pictures to begin with.")
+    found = [folder / name for name in list_images(folder).images if "/" not in name]
     if not found:
         raise ValueError(f"{folder} holds no pictures to begin with.")
     return found

@@ -1,8 +1,8 @@
 """Pictures of what a model sees: attention maps, Gaussians, features, segmentations."""
 
+from ..utils.images import CorruptImageError, read_image
 from .attention import attention_map, draw_attention, read_attentions
 from .gaussians import draw_gaussians, read_gaussians
-from .images import CorruptImageError, read_image
 from .layers import Layer, read_layers
 from .page import build_page
 from .segmentation import draw_legend, draw_segmentation, label_colors, legend_figure, overlay_segmentation

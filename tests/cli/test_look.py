@@ -117,6 +117,7 @@ def test_what_a_model_lacks_is_said_and_the_rest_is_drawn(name, sentences, pictu
         (["photo.jpg", "--model", "nowhere/none"], "There is no checkpoint nowhere/none"),
         (["photo.jpg", "--model", "bert"], "is a bert, not one of locatvit, locatswin, locatjumbo, pacavit"),
         (["photo.jpg", "--layer", "9"], "has 3 layers; there is no layer 9."),
+        (["photo.jpg", "--max-megapixels", "0.003"], "photo.jpg has 0.00307 megapixels, more than the 0.003 that"),
         (["photo.jpg", "--patch", "40,1"], "there is no patch 40,1."),
         (["photo.jpg", "--patch", "0,1"], "--patch takes ROW,COLUMN, two numbers from 1, as in --patch 3,5; got 0,1."),
         (["photo.jpg", "--patch", "middle"], "--patch takes ROW,COLUMN"),

@@ -111,6 +111,24 @@ def test_a_folder_becomes_maps_overlays_and_a_legend(folder, checkpoint, tmp_pat
         assert overlay.size == (25, 50)
 
 
+def test_what_a_folder_holds_besides_is_said_and_names_may_be_long(checkpoint, tmp_path):
+    photos, store, output = tmp_path / "photos", tmp_path / "store", tmp_path / "out"
+    for path in (photos / f"{'a' * 251}.png", store / f"{'b' * 251}.jpg", store / f"{'b' * 251}.png"):
+        path.parent.mkdir(exist_ok=True)
+        picture(8, 8).save(path)
+    (photos / "more").symlink_to(store)
+    (photos / "._a.png").write_bytes(b"Mac OS X")
+    (photos / "notes.txt").write_text("no image")
+    picture(60, 20).save(photos / "wide.png")
+    code, said = run(photos, "--model", checkpoint, "--output", output, "--max-megapixels", 0.001)
+    assert code == 0 and "3 segmented, 1 could not be read" in said
+    assert "Left out 1 file that is not an image: notes.txt." in said
+    assert "wide.png has 0.0012 megapixels, more than the 0.001 that max_megapixels allows." in said
+    assert len(list(output.rglob("maps/**/*.png"))) == 3
+    code, said = run(photos, "--model", checkpoint, "--output", output)
+    assert code == 0 and "1 segmented, 3 were there already" in said
+
+
 def test_a_changed_picture_is_segmented_again_and_results_are_no_sources(folder, checkpoint, tmp_path):
     output = folder / "masks"
     arguments = (folder, "--model", checkpoint, "--output", output)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from locatvit_hf.utils.images import SUFFIXES
 from locatvit_hf.visualization import CorruptImageError, label_colors, legend_figure, read_image
-from locatvit_hf.visualization.images import SUFFIXES
 
 
 def test_nothing_is_handed_to_another_program(tmp_path):

@@ -1,0 +1,1 @@
+"""What several packages share: text files of users, image files and folders of them."""

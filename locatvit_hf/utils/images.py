@@ -1,0 +1,346 @@
+"""Image files: which of them a folder holds, and how each is read, for every program and the command line alike."""
+
+import os
+import threading
+import unicodedata
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from ..image_processing_locatvit import pil_to_rgb
+from ..writing import one_line
+
+try:  # Pillow reads the photos of many telephones only with this package
+    from pillow_heif import register_heif_opener
+except ImportError:
+    pass
+else:
+    register_heif_opener()
+
+# Formats that Pillow hands to other programs, or knows by name without decoding them, are not read.
+FORMATS = sorted(
+    {name for name in Image.registered_extensions().values() if name in Image.OPEN}
+    - {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "FPX", "MIC", "MPEG"}
+)
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} | {".mpo"}
+"""Suffixes of image files in lower case; Pillow opens .mpo, of two lenses, as the JPEG that it begins with."""
+
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"} - SUFFIXES
+"""Suffixes that are images once pillow-heif is installed; empty where it is."""
+
+MAX_MEGAPIXELS = 179
+"""Images with more pixels are not decoded unless asked for: Pillow's own limit, against files made to fill memory."""
+
+SYSTEM_NAMES = {
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",
+    "@eadir",
+    "#recycle",
+    "$recycle.bin",
+    "__macosx",
+    "system volume information",
+    "lost+found",
+}
+"""Files and folders that systems leave among those of people, in lower case."""
+
+MAX_NAMED = 3
+"""Names in a line about what was left out."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to what brings the stored pixels upright; 1 is upright already."""
+
+_TURNED_BY = "turned by EXIF orientation"
+_opening = threading.Lock()
+
+
+class CorruptImageError(ValueError):
+    """An image that cannot be read; the message says why, and that of `read_image` also says which."""
+
+
+class FolderFiles(NamedTuple):
+    """What is below a folder, as paths relative to it with `/` between folders, sorted as text.
+
+    files: All files but those that are hidden or of the system.
+    broken_links: Links that lead nowhere.
+    loops: Links to a folder in which they are themselves, which are not entered.
+    """
+
+    files: list[str]
+    broken_links: list[str]
+    loops: list[str]
+
+
+class FolderImages(NamedTuple):
+    """The images below a folder, as paths relative to it with `/` between folders, sorted as text.
+
+    images: Files with the suffix of an image.
+    loops: As in `FolderFiles`.
+    remarks: A sentence for each kind of what was left out, with the number and the first names.
+    """
+
+    images: list[str]
+    loops: list[str]
+    remarks: list[str]
+
+
+def list_files(folder: str | Path) -> FolderFiles:
+    """List the files below a folder and below the folders that links in it lead to.
+
+    Hidden files and folders, whose names begin with a dot, and those of `SYSTEM_NAMES` are ignored.
+
+    Raises:
+        OSError: The folder, or one below it, cannot be read.
+    """
+    found = FolderFiles([], [], [])
+    _walk(str(folder), "", (_identity(folder),), found)
+    for names in found:
+        names.sort()
+    return found
+
+
+def _walk(folder: str, prefix: str, above: tuple, found: FolderFiles) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name.lower() in SYSTEM_NAMES:
+                continue
+            name = prefix + entry.name
+            if entry.is_dir():
+                if entry.is_symlink() and _identity(entry.path) in above:
+                    found.loops.append(name)
+                else:
+                    _walk(entry.path, f"{name}/", (*above, _identity(entry.path)), found)
+            elif entry.is_file():
+                found.files.append(name)
+            elif entry.is_symlink():
+                found.broken_links.append(name)
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def list_images(folder: str | Path, also: Collection[str] = ()) -> FolderImages:
+    """List the images below a folder, see `list_files`, and say what was left out.
+
+    Args:
+        folder: An existing folder.
+        also: Further suffixes in lower case, such as those of videos, that count as images.
+    """
+    found = list_files(folder)
+    images, remarks = choose_images(found.files, also)
+    return FolderImages(images, found.loops, remarks + remarks_on_links(found))
+
+
+def choose_images(names: Iterable[str], also: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """Divide names of files: those of images, and a sentence for each kind of the others."""
+    images, heic, others = [], [], []
+    for name in names:
+        suffix = os.path.splitext(name)[1].lower()
+        kind = images if suffix in SUFFIXES or suffix in also else heic if suffix in HEIC_SUFFIXES else others
+        kind.append(name)
+    remarks = []
+    if heic:
+        remarks.append(left_out(heic, "HEIC image", "HEIC images", "pip install pillow-heif lets them be read"))
+    if others:
+        remarks.append(left_out(others, "file that is not an image", "files that are not images"))
+    return images, remarks
+
+
+def remarks_on_links(found: FolderFiles) -> list[str]:
+    """A sentence for each kind of links that were not followed."""
+    remarks = []
+    if found.broken_links:
+        remarks.append(left_out(found.broken_links, "link that leads nowhere", "links that lead nowhere"))
+    if found.loops:
+        kinds = "link to a folder in which it is itself", "links to folders in which they are themselves"
+        remarks.append(left_out(found.loops, *kinds))
+    return remarks
+
+
+def left_out(names: list[str], one: str, several: str, remedy: str = "") -> str:
+    """A sentence about what was left out: how many, of what kind, and the first names.
+
+    Args:
+        names: Names of what was left out.
+        one, several: What one of them is, and what several are.
+        remedy: What to do about it, the end of the sentence.
+    """
+    shown = ", ".join(map(readable_name, names[:MAX_NAMED])) + (", …" if len(names) > MAX_NAMED else "")
+    return f"Left out {len(names)} {one if len(names) == 1 else several}: {shown}{remedy and '; '}{remedy}."
+
+
+def readable_name(name: str | Path) -> str:
+    """The name of a file as text: bytes that are not UTF-8, as older systems wrote them, are read as Latin-1."""
+    name = str(name)
+    try:
+        name.encode()
+        return name
+    except UnicodeEncodeError:
+        return os.fsencode(name).decode("latin-1")
+
+
+def stem_of(name: str) -> str:
+    """What pairs an image with its label map: the relative path without the suffix.
+
+    In one Unicode form: macOS writes é as two characters, most others as one.
+    """
+    return unicodedata.normalize("NFC", os.path.splitext(readable_name(name))[0])
+
+
+def open_image(source: str | Path | BinaryIO, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+    """Open an image file and read its header; the pixels are decoded when they are first used.
+
+    Raises:
+        CorruptImageError: The file is not an image, or has too many pixels. The message is the end of a sentence that
+            begins with its name.
+        OSError: There is no such file.
+    """
+    try:
+        with _opening:  # Pillow's own limit is one for the whole process
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(source, formats=FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+    except UnidentifiedImageError:
+        raise CorruptImageError(_describe_unknown(_first_bytes(source))) from None
+    except OSError as error:
+        if error.errno is not None:  # of the system; the decoders raise some without a number
+            raise
+        raise CorruptImageError(f"cannot be decoded: {one_line(error)}") from None
+    except Exception as error:  # the decoders of Pillow raise errors of a dozen kinds
+        raise CorruptImageError(f"cannot be decoded: {one_line(error)}") from None
+    megapixels = image.width * image.height / 1e6
+    if megapixels > max_megapixels:
+        raise CorruptImageError(
+            f"has {megapixels:.3g} megapixels, more than the {max_megapixels:.3g} that max_megapixels allows"
+        )
+    return image
+
+
+def load_upright(image: Image.Image) -> Image.Image:
+    """Decode the pixels of an image and turn it as its EXIF orientation says, as viewers do.
+
+    `orientation_of` tells afterwards by which orientation it was turned. Damaged EXIF turns nothing.
+
+    Raises:
+        CorruptImageError: The pixels cannot be decoded; the message as that of `open_image`.
+    """
+    orientation = _read_orientation(image)
+    try:
+        image.load()
+    except Exception as error:  # the decoders of Pillow raise errors of a dozen kinds
+        raise CorruptImageError(f"cannot be decoded: {one_line(error)}") from None
+    remaining = _read_orientation(image)  # Pillow has turned TIFF files by itself
+    if remaining in TURNS:
+        orientation, image = remaining, image.transpose(TURNS[remaining])
+        for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+            image.info.pop(name, None)
+    if orientation in TURNS:
+        image.info[_TURNED_BY] = orientation
+    return image
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation by which `load_upright` turned an image; 1 where it did not."""
+    return image.info.get(_TURNED_BY, 1)
+
+
+def _read_orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # the pixels may be good nevertheless
+        return 1
+
+
+def read_image(
+    source: str | Path | BinaryIO, name: str | None = None, max_megapixels: float = MAX_MEGAPIXELS
+) -> Image.Image:
+    """An image of any mode as 8-bit RGB, turned as its EXIF orientation says, transparency composited on white.
+
+    Args:
+        source: A file, by its path or opened for reading bytes.
+        name: What messages call it; by default its path.
+        max_megapixels: Larger images are refused.
+
+    Raises:
+        CorruptImageError: There is a file without an image that can be read.
+        OSError: There is no file.
+    """
+    name = readable_name(source) if name is None else name
+    if isinstance(source, str | Path):
+        source = Path(source)
+        if not source.exists():
+            raise FileNotFoundError(f"There is no image file {name}.")
+        if source.is_dir():
+            raise IsADirectoryError(f"{name} is a folder; an image file is needed here.")
+    try:
+        with open_image(source, max_megapixels) as image:
+            pixels = pil_to_rgb(load_upright(image))
+    except CorruptImageError as error:
+        raise CorruptImageError(f"{name} {error}.") from None
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _first_bytes(source: str | Path | BinaryIO) -> bytes:
+    if isinstance(source, str | Path):
+        with open(source, "rb") as file:
+            return file.read(64)
+    source.seek(0)
+    return source.read(64)
+
+
+_SIGNATURES = {
+    b"\x89PNG": "is a PNG file with a damaged header",
+    b"\xff\xd8": "is a JPEG file with a damaged header",
+    b"RIFF": "is a WebP or another RIFF file that Pillow cannot read",
+    b"%PDF": "is a PDF document, not an image",
+    b"version https://git-lfs": "is a Git LFS pointer, not the image itself: git lfs pull fetches it",
+    b"<": "is text in HTML or XML, not an image",
+}
+
+
+def _describe_unknown(head: bytes) -> str:
+    """Why a file that begins with these bytes is not read, as the end of a sentence."""
+    if not head:
+        return "is empty"
+    if head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf"):
+        return "is a HEIC image: pip install pillow-heif lets it be read"
+    for start, reason in _SIGNATURES.items():
+        if head.lstrip().startswith(start):
+            return reason
+    return "is no image file of a known format"
+
+
+__all__ = [
+    "FORMATS",
+    "MAX_MEGAPIXELS",
+    "SUFFIXES",
+    "CorruptImageError",
+    "FolderFiles",
+    "FolderImages",
+    "choose_images",
+    "left_out",
+    "list_files",
+    "list_images",
+    "load_upright",
+    "open_image",
+    "orientation_of",
+    "read_image",
+    "readable_name",
+    "remarks_on_links",
+    "stem_of",
+]
