@@ -33,7 +33,8 @@ class DistillationArguments:
 class Distillation:
     """The loss of a student with the term of its teacher mixed in.
 
-    The teacher sees the same augmented images as the student, normalised its own way and at its own size.
+    The teacher sees the same augmented images as the student, normalised its own way and at its own size. Its weights
+    are float32, in whatever precision they are stored.
 
     num_labels: classes of the student, in the same order as the teacher's.
     mean, std: of the channels of the student's images, in 0 to 1.
@@ -54,7 +55,6 @@ class Distillation:
         if not 0 <= self.weight <= 1 or self.temperature <= 0:
             raise ValueError("distillation_weight must be from 0 to 1, and distillation_temperature above 0.")
         try:
-            # In float32 as the student, whose images it sees; mixed precision acts on both.
             teacher = AutoModelForImageClassification.from_pretrained(arguments.teacher, dtype=torch.float32)
             processor = AutoImageProcessor.from_pretrained(arguments.teacher)
         except (OSError, ValueError) as error:
