@@ -3,6 +3,9 @@
 Recipe and command line are one mechanism. `--learning_rate 1e-3` is the YAML entry `learning_rate: 1e-3`; a dotted key
 (`--model.use_gaussian false`) is an entry of a mapping; a key without a value means `true`. What comes later wins; an
 unknown key or a value of the wrong type ends the program with one sentence.
+
+What an option takes decides how a word is read: an option of text gets the word as typed (`--output_dir 010`), and only
+an option of numbers makes a number of it.
 """
 
 import dataclasses
@@ -12,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from locatvit_hf.writing import one_line
+from training import trainer_names
 
 Arguments = TypeVar("Arguments")
 console = Console(soft_wrap=True, highlight=False)
@@ -209,17 +213,38 @@ RUNTIME_OPTIONS = {
 """Options that may change between an interrupted run and its continuation: they leave the weights alone."""
 
 
+class TextLoader(yaml.SafeLoader):
+    """YAML in which every scalar is the text that stands there."""
+
+    yaml_implicit_resolvers = {}
+
+
 class RecipeLoader(yaml.SafeLoader):
-    """YAML in which only `true` and `false` are booleans: `no`, `off`, `on` and `yes` are the words that they are."""
+    """YAML that takes a scalar for something else than text only where nothing of the text is lost.
+
+    `true` and `false` are booleans; `no`, `off`, `on` and `yes` are words. `8` and `0.5` are numbers; `010`, `1_000`,
+    `1.10`, `12:30` and dates, which YAML 1.1 reads as numbers and dates, are words too. An option that takes numbers
+    makes numbers of those that are such, see `_number`.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [entry for entry in resolvers if entry[0].rpartition(":")[2] in ("null", "merge", "value")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-RecipeLoader.yaml_implicit_resolvers = {
-    first: [entry for entry in resolvers if entry[0] != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+def _construct_float(loader: RecipeLoader, node: yaml.ScalarNode) -> float | str:
+    value = float(node.value)
+    return value if repr(value) == node.value else node.value
+
+
+for kind, pattern, first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"0|-?[1-9]\d*", "-0123456789"),
+    ("recipe-float", r"-?\d+\.\d+", "-0123456789"),
+):
+    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), list(first))
+RecipeLoader.add_constructor("tag:yaml.org,2002:recipe-float", _construct_float)
 
 
 def parse_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
@@ -228,7 +253,7 @@ def parse_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
     Raises:
         ValueError: unknown option, unreadable recipe, value of the wrong type; the message is one sentence.
     """
-    given = _parse_command_line(argv)
+    given = _parse_command_line(argv, cls)
     recipe = given.pop("config", None)
     values = load_recipe(recipe) if recipe is not None else {}
     # Where an option has other names, the command line overrules it under any of them.
@@ -266,16 +291,26 @@ def build_arguments(cls: type[Arguments], values: dict[str, Any]) -> Arguments:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
-            close = difflib.get_close_matches(str(name), fields, n=1)
-            raise ValueError(f"Unknown option {name!r}{f'; did you mean {close[0]!r}' if close else ''}.")
-    types = typing.get_type_hints(cls)
-    values = {name: _coerce(value, types[name]) for name, value in values.items()}
+            raise ValueError(_unknown_option(str(name), fields))
+    hints = typing.get_type_hints(cls)
+    values = {name: _coerce(value, hints[name], name) for name, value in values.items()}
     try:
         arguments = cls(**values)
     except StrictDataclassError as error:
         raise ValueError(describe(error)) from None
     _check_ranges(arguments)
     return arguments
+
+
+def _unknown_option(name: str, known: Collection[str]) -> str:
+    """One sentence about an option that there is not, with the one that is meant where that can be told."""
+    if name in trainer_names.REMARKS:
+        return f"There is no option {name!r}: {trainer_names.REMARKS[name]}."
+    ours = {**trainer_names.OPTIONS, **trainer_names.OTHER_TOOLS}.get(name)
+    if ours is not None and ours.split(".")[0] in known:
+        return f"Unknown option {name!r}; here it is {ours!r}."
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"Unknown option {name!r}{f'; did you mean {close[0]!r}' if close else ''}."
 
 
 def _check_ranges(arguments: Any) -> None:
@@ -316,8 +351,13 @@ def run_program(main: Callable[[Arguments], Any], cls: type[Arguments]) -> None:
         raise SystemExit(1) from None
 
 
-def _parse_command_line(argv: list[str]) -> dict[str, Any]:
-    """`--a 1 --b.c=x --flag` as `{"a": 1, "b": {"c": "x"}, "flag": True}`."""
+def _parse_command_line(argv: list[str], cls: type) -> dict[str, Any]:
+    """`--a 1 --b.c=x --flag` as `{"a": 1, "b": {"c": "x"}, "flag": True}`; see `_read_word`.
+
+    cls: whose fields say what the options take.
+    """
+    fields, hints = {f.name for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    others = {name: getattr(cls, "other_names", {})[name] for name in getattr(cls, "other_names_of_text", ())}
     given: dict[str, Any] = {}
     words = list(argv)
     while words:
@@ -325,16 +365,48 @@ def _parse_command_line(argv: list[str]) -> dict[str, Any]:
         if not key.startswith("--") or key == "--":
             raise ValueError(f"Expected an option that starts with '--', got {key!r}.")
         if not has_value:
-            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+            value = words.pop(0) if words and not words[0].startswith("--") else True
         *parents, name = key[2:].replace("-", "_").split(".")
         target = given
         for parent in parents:
             target = target.setdefault(parent, {})
-        try:
-            target[name] = yaml.load(value, RecipeLoader)
-        except yaml.YAMLError:
-            target[name] = value
+        option = others.get(name, name)
+        annotation = hints[option] if not parents and option in fields else Any
+        target[name] = value if value is True else _read_word(value, annotation)
     return given
+
+
+def _read_word(word: str, annotation: Any) -> Any:
+    """The value of one word of the command line, for an option of this type.
+
+    Where the type takes text and no number, it is the word itself: `010`, `12:30`, `a: b`, `runs #2` and `true` are the
+    text that was typed. `null` is None where the type takes None, and `[a, b]` a list where it takes one.
+    """
+    kinds = _kinds(annotation)
+    texts = {kind for kind in kinds if kind is str or _texts_of(kind)}
+    lists = {kind for kind in kinds if kind == list[str]}
+    try:
+        if not (texts or lists) or kinds - texts - lists - {type(None)}:
+            return yaml.load(word, RecipeLoader)
+        if type(None) in kinds and yaml.load(word, RecipeLoader) is None:
+            return None
+        if lists and word.lstrip().startswith("["):
+            return yaml.load(word, TextLoader)
+    except yaml.YAMLError:
+        pass
+    return word
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a union is made of, or the only one."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return set(typing.get_args(annotation)) if union else {annotation}
+
+
+def _texts_of(annotation: Any) -> tuple[str, ...]:
+    """The words of a Literal of nothing but words."""
+    words = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+    return words if all(isinstance(word, str) for word in words) else ()
 
 
 def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
@@ -346,29 +418,45 @@ def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _coerce(value: Any, annotation: Any) -> Any:
-    """Undo two habits of YAML: `1e-3` is a string there, and `16` a number where a name is meant.
+def _coerce(value: Any, annotation: Any, name: str) -> Any:
+    """A value of a recipe as the type of its option means it.
 
-    A single value where a list is meant is a list of one.
+    A word becomes a number where the type takes numbers, and a number becomes text where it takes text alone. A single
+    value where a list is meant is a list of one. name: of the option.
+    Raises ValueError for a boolean where text is meant: what stood there is not known any more.
     """
+    kinds = _kinds(annotation)
     if isinstance(value, dict):
-        return {name: _coerce(entry, float | str | int | dict) for name, entry in value.items()}
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    accepted = set(typing.get_args(annotation)) if union else {annotation}
-    of_lists = [kind for kind in accepted if typing.get_origin(kind) is list]
-    if of_lists and value is not None and (isinstance(value, list) or not accepted & {str, int, float}):
+        return {key: _coerce(entry, str | float | int | dict | bool, name) for key, entry in value.items()}
+    of_lists = [kind for kind in kinds if typing.get_origin(kind) is list]
+    if of_lists and value is not None and (isinstance(value, list) or not kinds & {str, int, float}):
         entries = value if isinstance(value, list) else [value]
-        return [_coerce(entry, typing.get_args(of_lists[0])[0]) for entry in entries]
-    if isinstance(value, str) and float in accepted and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    if (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and str in accepted
-        and type(value) not in accepted
-    ):
+        return [_coerce(entry, typing.get_args(of_lists[0])[0], name) for entry in entries]
+    if isinstance(value, list):
+        return [_coerce(entry, annotation, name) for entry in value]
+    if isinstance(value, str) and kinds & {int, float}:
+        number = _number(value, float in kinds)
+        # A recipe writes a number that is spelled like this only in quotes where it means text.
+        return value if str in kinds and str(number) == value else number
+    if isinstance(value, bool) and str in kinds and bool not in kinds:
+        raise ValueError(
+            f"{name} takes text: give it a value, and write {str(value).lower()} in quotes where it is meant."
+        )
+    if isinstance(value, int | float) and not isinstance(value, bool) and str in kinds and type(value) not in kinds:
         return str(value)
     return value
+
+
+def _number(word: str, fractions: bool) -> float | int | str:
+    """`1_000` as 1000 and, where fractions are taken, `1e-3`, `1.10` and `.inf` as such; any other word as it is.
+
+    `010` stays a word, because it is 8 to YAML and 10 to most people.
+    """
+    if re.fullmatch(r"[+-]?(0|[1-9]\d*(_\d+)*)", word):
+        return int(word)
+    if fractions and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+|[+-]?(\d+\.\d*|\.\d+|\.inf)", word):
+        return float(word.replace(".inf", "inf"))
+    return word
 
 
 def _help(main: Callable, arguments: Any) -> Table:

@@ -29,7 +29,7 @@ from training.export import save_pretrained
 from training.loop import create_accelerator
 from training.pretrain import train_classifier
 from training.pretrained import load_pretrained, rebuild
-from training.trainer_names import OPTIONS, translate
+from training.trainer_names import OF_TEXT, OPTIONS, translate
 
 
 @strict
@@ -38,6 +38,7 @@ class FinetuneArguments(DataArguments, OptimizationArguments, ClassificationAugm
     """Settings of `finetune`; the defaults are our choice for a few thousand images or more."""
 
     other_names: ClassVar[dict[str, str]] = OPTIONS
+    other_names_of_text: ClassVar[tuple[str, ...]] = OF_TEXT
 
     pretrained: str | None = field(
         default=None,

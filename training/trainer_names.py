@@ -1,4 +1,4 @@
-"""Options of the `Trainer` of transformers, and of its image examples, under our names."""
+"""Options of other tools under our names: those of the `Trainer` of transformers and its examples are translated."""
 
 import os
 from collections.abc import Callable
@@ -32,6 +32,7 @@ OPTIONS = {
     "report_to": "trackers",
     "logging_steps": "log_every",
     "eval_strategy": "evaluate_every",
+    "evaluation_strategy": "evaluate_every",
     "eval_steps": "evaluate_every",
     "save_strategy": "checkpoint_every",
     "save_steps": "checkpoint_every",
@@ -47,6 +48,104 @@ WITHOUT_COUNTERPART = (
     "logging_strategy", "logging_first_step", "logging_dir", "run_name", "dataloader_pin_memory",
     "ddp_find_unused_parameters",
 )  # fmt: skip
+# Those whose value is text, taken as it was typed.
+OF_TEXT = (
+    "model_name_or_path", "dataset_name", "dataset_config_name", "image_column_name", "label_column_name",
+    "hub_model_id",
+)  # fmt: skip
+
+# Where we do the same in another way: names of the Trainer, its examples, timm, mmengine and Detectron2.
+OTHER_TOOLS = {
+    "model_name": "pretrained",
+    "initial_checkpoint": "pretrained",
+    "load_from": "pretrained",
+    "finetune": "pretrained",
+    "data_dir": "dataset",
+    "data_path": "dataset",
+    "data_root": "dataset",
+    "train_file": "train_split",
+    "validation_file": "validation_split",
+    "train_split_name": "train_split",
+    "val_split": "validation_split",
+    "class_map": "label_names",
+    "num_classes": "label_names",
+    "num_labels": "label_names",
+    "img_size": "model.image_size",
+    "image_size": "model.image_size",
+    "input_size": "model.image_size",
+    "drop_path": "model.drop_path_rate",
+    "drop_path_rate": "model.drop_path_rate",
+    "epochs": "length",
+    "num_epochs": "length",
+    "max_epochs": "length",
+    "max_iters": "length",
+    "lr": "learning_rate",
+    "lr_base": "learning_rate",
+    "lr_base_size": "learning_rate_batch_size",
+    "min_lr": "final_learning_rate",
+    "warmup_lr": "start_learning_rate",
+    "warmup_epochs": "warmup",
+    "warmup_iters": "warmup",
+    "decay_milestones": "milestones",
+    "sched": "schedule",
+    "lr_scheduler": "schedule",
+    "opt": "optimizer",
+    "opt_betas": "optimizer_options",
+    "opt_eps": "optimizer_options",
+    "adam_beta1": "optimizer_options",
+    "adam_beta2": "optimizer_options",
+    "adam_epsilon": "optimizer_options",
+    "momentum": "optimizer_options",
+    "wd": "weight_decay",
+    "weight_decay_end": "final_weight_decay",
+    "clip_grad": "max_gradient_norm",
+    "grad_accum_steps": "gradient_accumulation_steps",
+    "train_batch_size": "batch_size",
+    "samples_per_gpu": "batch_size",
+    "ims_per_batch": "batch_size",
+    "validation_batch_size": "eval_batch_size",
+    "model_ema": "ema_decay",
+    "model_ema_decay": "ema_decay",
+    "amp": "mixed_precision",
+    "amp_dtype": "mixed_precision",
+    "torch_dtype": "dtype",
+    "param_dtype": "dtype",
+    "model_dtype": "dtype",
+    "torchcompile": "compile",
+    "grad_checkpointing": "gradient_checkpointing",
+    "aa": "auto_augment",
+    "reprob": "random_erasing",
+    "smoothing": "label_smoothing",
+    "hflip": "horizontal_flip",
+    "ratio": "crop_ratio",
+    "aug_repeats": "repeated_augmentation",
+    "freeze_backbone": "freeze",
+    "workers": "num_workers",
+    "output": "output_dir",
+    "work_dir": "output_dir",
+    "log_interval": "log_every",
+    "val_interval": "evaluate_every",
+    "checkpoint_hist": "keep_checkpoints",
+    "log_wandb": "trackers",
+    "teacher_model_name_or_path": "teacher",
+}
+
+_CONTINUES = "a run that stopped continues with the same command, from the newest checkpoint in its output_dir"
+_FOLDERS = (
+    "name the folder with train/ and validation/ in it as --dataset, or one of class folders with "
+    "--validation_share 0.1"
+)
+_BEST = "each program has one metric for the best model, and --export best or last says which weights are exported"
+REMARKS = {
+    **dict.fromkeys(WITHOUT_COUNTERPART, "leave it out, it is always so here or nothing here depends on it"),
+    **dict.fromkeys(("resume", "resume_from", "resume_from_checkpoint", "auto_resume", "ignore_data_skip"), _CONTINUES),
+    **dict.fromkeys(("train_dir", "validation_dir", "val_dir", "test_dir"), _FOLDERS),
+    **dict.fromkeys(("metric_for_best_model", "greater_is_better"), _BEST),
+    **dict.fromkeys(
+        ("token", "use_auth_token", "hub_token", "push_to_hub_token"), "log in with `hf auth login` instead"
+    ),
+}
+"""Names that no single option stands for, and what to do instead."""
 
 # Those whose value is written differently.
 VALUES: dict[str, Callable[[Any], Any]] = {
@@ -83,6 +182,8 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError where an option is given under both names, and for a strategy that the Trainer does not know.
     """
     values = {name: value for name, value in values.items() if name not in WITHOUT_COUNTERPART}
+    if "evaluation_strategy" in values:  # its name before transformers 4.41
+        values.setdefault("eval_strategy", values.pop("evaluation_strategy"))
     changed = {}
     if {"adam_beta1", "adam_beta2"} & values.keys():
         changed["betas"] = [values.pop("adam_beta1", 0.9), values.pop("adam_beta2", 0.999)]
@@ -92,7 +193,8 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
         values["optimizer_options"] = {**values.get("optimizer_options", {}), **changed}
     theirs = {name: value for name, value in values.items() if name in OPTIONS}
     ours = {name: value for name, value in values.items() if name not in OPTIONS}
-    if isinstance(push := ours.get("push_to_hub"), bool):
+    push = {"true": True, "false": False}.get(str(ours.get("push_to_hub")).lower())
+    if push is not None:
         # A switch for the Trainer, which names the repository apart.
         del ours["push_to_hub"]
         repository = theirs.pop("hub_model_id", None)

@@ -3,6 +3,8 @@ import pytest
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification
 from tests.training.conftest import SMALL_MODEL
 from training.arguments import load_recipe, parse_arguments
+from training.evaluation.knn import KNNArguments
+from training.finetune import FinetuneArguments
 from training.optimization import (
     create_optimizer,
     learning_rate_at,
@@ -42,6 +44,18 @@ def test_command_line_wins_over_recipe(tmp_path):
         (["--image_sizes", "[64, 0]"], "image_sizes must be at least 1, got 0"),
         (["--freeze", "no"], "Unknown option 'freeze'"),
         (["--streaming", "no"], "streaming"),
+        (["--batch_size", "010"], "batch_size"),
+        (["--seed", "12:30"], "seed"),
+        (["--output_dir"], "output_dir takes text: give it a value"),
+        # Names of other tools, which spelling alone would take for something else.
+        (["--train_dir", "photos"], "no option 'train_dir': name the folder with train/ and validation/ in it"),
+        (["--resume_from_checkpoint", "x"], "a run that stopped continues with the same command"),
+        (["--evaluation_strategy", "epoch"], "'evaluation_strategy'; here it is 'evaluate_every'"),
+        (["--metric_for_best_model", "f1"], "each program has one metric for the best model"),
+        (["--torch_dtype", "float16"], "'torch_dtype'; here it is 'dtype'"),
+        (["--img_size", "64"], "'img_size'; here it is 'model.image_size'"),
+        (["--do_train"], "no option 'do_train': leave it out"),
+        (["--trainer", "8"], r"Unknown option 'trainer'\.$"),
     ],
 )
 def test_mistakes_are_one_sentence(options, message):
@@ -60,6 +74,60 @@ def test_words_are_words_and_one_value_is_a_list_of_one(tmp_path):
     assert parse_arguments(PretrainArguments, ["--mixed_precision", "no"]).mixed_precision == "no"
     assert parse_arguments(PretrainArguments, ["--label_names", "names.json"]).label_names == "names.json"
     assert parse_arguments(PretrainArguments, ["--crop_scale", "[2e-1, 1]"]).crop_scale == [0.2, 1]
+
+
+WORDS = ["001", "010", "0x10", "1_000", "12:30", "1.10", "+7", "1e3", "2024-11-27", ".5", "yes"]
+
+
+@pytest.mark.parametrize("word", [*WORDS, "runs #2", "a: b", "- x", "{x}", "[x]", "true", "'quoted'", "*x"])
+def test_options_of_text_are_taken_as_typed(word):
+    for program, option in (
+        (FinetuneArguments, "output_dir"),
+        (SegmentArguments, "dataset"),
+        (KNNArguments, "pretrained"),
+    ):
+        assert getattr(parse_arguments(program, [f"--{option}", word]), option) == word
+        assert getattr(parse_arguments(program, [f"--{option}={word}"]), option) == word
+    assert parse_arguments(PretrainArguments, ["--train_split", word]).train_split == word
+    assert parse_arguments(FinetuneArguments, ["--model_name_or_path", word]).pretrained == word
+    assert parse_arguments(FinetuneArguments, ["--unfreeze", word]).unfreeze == ["x" if word == "[x]" else word]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_options_of_text_are_what_stands_in_a_recipe(tmp_path, word):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: {word}\nlabel_names: [a, {word}]\nunfreeze: {word}\n")
+    arguments = parse_arguments(FinetuneArguments, ["--config", str(recipe)])
+    assert arguments.output_dir == word and arguments.unfreeze == [word]
+    assert arguments.label_names == ["a", word]
+
+
+def test_null_is_none_and_a_list_keeps_its_words():
+    arguments = parse_arguments(FinetuneArguments, ["--dataset_hash", "null", "--auto_augment", "null"])
+    assert arguments.dataset_hash is None and arguments.auto_augment is None
+    words = ["true", "null", "1.10", "010"]
+    assert parse_arguments(FinetuneArguments, ["--label_names", f"[{', '.join(words)}]"]).label_names == words
+
+
+def test_booleans_where_text_is_meant_are_a_sentence(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("label_names: [true, false]\n")
+    with pytest.raises(ValueError, match=r"label_names takes text: .* write true in quotes"):
+        parse_arguments(PretrainArguments, ["--config", str(recipe)])
+
+
+def test_options_of_numbers_read_every_notation(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "learning_rate: 1.0e-3\nweight_decay: 0.050\nmax_gradient_norm: .inf\nbatch_size: 1_024\nmixup: 1\n"
+        "crop_scale: [.5, 1.]\noptimizer_options: {betas: [0.90, 9.5e-1], eps: 1e-8, name: '10', fused: true}\n"
+    )
+    arguments = parse_arguments(PretrainArguments, ["--config", str(recipe), "--seed", "+7", "--cutmix", "-0.0"])
+    found = arguments.learning_rate, arguments.weight_decay, arguments.max_gradient_norm, arguments.batch_size
+    assert found == (1e-3, 0.05, float("inf"), 1024)
+    assert (arguments.mixup, arguments.seed, arguments.cutmix) == (1, 7, 0)
+    assert arguments.crop_scale == [0.5, 1.0]
+    assert arguments.optimizer_options == {"betas": [0.9, 0.95], "eps": 1e-8, "name": "10", "fused": True}
 
 
 def test_recipes_extend_each_other(tmp_path):

@@ -256,6 +256,8 @@ def test_options_of_the_trainer(monkeypatch):
     arguments = parse_arguments(FinetuneArguments, pasted.split())
     assert (arguments.length, arguments.warmup, arguments.checkpoint_every) == ("50 steps", "5 steps", "1 epochs")
     assert arguments.evaluate_every == "100 %" and arguments.optimizer_options == {}
+    arguments = parse_arguments(FinetuneArguments, ["--evaluation_strategy", "epoch", "--push_to_hub", "false"])
+    assert arguments.evaluate_every == "1 epochs" and arguments.push_to_hub is None
     recipe = {"optimizer_options": {"betas": [0.9, 0.95], "eps": 1e-6}, "adam_beta1": 0.9, "adam_beta2": 0.999}
     assert translate(recipe) == {"optimizer_options": {"betas": [0.9, 0.999], "eps": 1e-6}}
     both = ["--num_train_epochs", "3", "--max_steps", "100", "--warmup_ratio", "0.1", "--warmup_steps", "5"]
@@ -301,7 +303,7 @@ def test_mistakes_are_one_sentence(settings, message, squares, source, tmp_path)
         ({"push_to_hub": True}, "Name the repository"),
         ({"max_steps": 3, "max_train_steps": 2}, "Give max_steps or max_train_steps, not both"),
         ({"max_steps": "many"}, "max_steps must be a number, got 'many'"),
-        ({"metric_for_best_model": "f1"}, "Unknown option 'metric_for_best_model'"),
+        ({"metric_for_best_model": "f1"}, "There is no option 'metric_for_best_model': each program has one metric"),
         ({"eval_strategy": "never"}, "eval_strategy must be one of no, epoch, steps"),
     ],
 )
