@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from locatvit_hf.utils.images import MAX_MEGAPIXELS
+from locatvit_hf.utils.io import read_text
 from locatvit_hf.writing import one_line
 from training import trainer_names
 
@@ -86,6 +88,9 @@ class DataArguments:
     max_corrupt_share: float | int = field(
         default=0.01,
         metadata={"help": "Images that cannot be decoded are replaced; stop where they are more than this."},
+    )
+    max_megapixels: float | int = field(
+        default=MAX_MEGAPIXELS, metadata={"help": "Larger images, in millions of pixels, are not decoded."}
     )
     num_workers: int = field(default=0, metadata={"help": "Data-loading processes beside every training process."})
 
@@ -188,6 +193,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("learning_rate", "start_learning_rate", "final_learning_rate", "weight_decay"), (0, math.inf)),
     **dict.fromkeys(("num_workers", "mixup", "cutmix", "num_local_crops"), (0, math.inf)),
     "max_gradient_norm": (1e-6, math.inf),
+    "max_megapixels": (0, math.inf),
     **dict.fromkeys(("horizontal_flip", "random_erasing", "photometric_distortion", "max_corrupt_share"), (0, 1)),
     **dict.fromkeys(("label_smoothing", "ema_decay", "layer_decay", "max_class_share", "teacher_momentum"), (0, 1)),
     **dict.fromkeys(("color_jitter", "grayscale", "solarize", "blur"), (0, 1)),
@@ -269,7 +275,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     The recipe that `extends` names, a file beside it, is read first; its entries stay where this one is silent.
     """
     try:
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), RecipeLoader)
+        recipe = yaml.load(read_text(path), RecipeLoader)
     except OSError as error:
         raise ValueError(f"Cannot read the recipe {path}: {error.strerror}.") from None
     except yaml.YAMLError as error:

@@ -1,11 +1,9 @@
 """Augmentation and regularisation of the recipes, by timm and torchvision; image and label map move together."""
 
 import copy
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +19,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
 
 from locatvit_hf.image_processing_locatvit import pil_to_rgb
+from locatvit_hf.utils.images import TURNS, orientation_of
+from locatvit_hf.utils.io import read_json
 from training.data.images import crop_and_resize, to_rgb
 
 IGNORE_INDEX = 255
@@ -81,6 +81,13 @@ class LabelArguments:
         metadata={
             "help": "Class id of every id or, quoted as '#804080', of every colour in the masks, or a JSON file with "
             "that; what it leaves out becomes 255, no class."
+        },
+    )
+    label_orientation: Literal["turned", "stored"] | None = field(
+        default=None,
+        metadata={
+            "help": "Whether masks belong to images turned as their EXIF orientation says, or to their pixels as they "
+            "are stored and are to be turned too; by default the first, with a warning where it cannot be seen."
         },
     )
 
@@ -224,6 +231,7 @@ class LabelReader:
 
     def __init__(self, arguments: LabelArguments, num_labels: int | None):
         self.reduce_labels, self.num_labels = arguments.reduce_labels, num_labels
+        self.of_stored_pixels = arguments.label_orientation == "stored"
         self.mapping = _parse_label_mapping(arguments.label_mapping)
         if self.mapping is not None and self.reduce_labels:
             raise ValueError("Give reduce_labels or label_mapping, not both: the mapping can leave label 0 out.")
@@ -234,10 +242,17 @@ class LabelReader:
             )
 
     def __call__(self, image: Image.Image, label_map: Image.Image) -> torch.Tensor:
+        orientation = orientation_of(image)
+        if self.of_stored_pixels and orientation in TURNS and orientation_of(label_map) == 1:
+            label_map = label_map.transpose(TURNS[orientation])
         if label_map.size != image.size:
+            reason = ""
+            if orientation >= 5 and label_map.size == image.size[::-1]:
+                stored = "turned" if self.of_stored_pixels else "stored"
+                reason = f" after the turn that its EXIF orientation asks for: give --label_orientation {stored}"
             raise ValueError(
                 f"the label map is {label_map.width} x {label_map.height} pixels, but its image {image.width} x "
-                f"{image.height}."
+                f"{image.height}{reason}."
             )
         if self.mapping is not None and self.mapping.of_colors:
             red, green, blue = tvF.pil_to_tensor(label_map.convert("RGB")).to(torch.int64)
@@ -285,9 +300,9 @@ def _parse_label_mapping(mapping: dict | str | None) -> LabelMapping | None:
     if isinstance(mapping, str):
         path = mapping
         try:
-            mapping = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ValueError(f"{path} is not a JSON file of the form {{'id or #colour': class id}}.") from None
+            mapping = read_json(path)
+        except OSError as error:
+            raise ValueError(f"{path} is not a JSON file: {error.strerror}.") from None
     if not mapping:
         return None
     try:

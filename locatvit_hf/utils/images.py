@@ -249,6 +249,11 @@ def load_upright(image: Image.Image) -> Image.Image:
         orientation, image = remaining, image.transpose(TURNS[remaining])
         for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
             image.info.pop(name, None)
+    return mark_turned(image, orientation)
+
+
+def mark_turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Note in an image for `orientation_of` that it was turned; conversions forget it."""
     if orientation in TURNS:
         image.info[_TURNED_BY] = orientation
     return image
@@ -329,6 +334,7 @@ __all__ = [
     "FORMATS",
     "MAX_MEGAPIXELS",
     "SUFFIXES",
+    "TURNS",
     "CorruptImageError",
     "FolderFiles",
     "FolderImages",
@@ -337,6 +343,7 @@ __all__ = [
     "list_files",
     "list_images",
     "load_upright",
+    "mark_turned",
     "open_image",
     "orientation_of",
     "read_image",

@@ -28,6 +28,7 @@ from training.data import TrainingSamples, create_evaluation_loader, create_trai
 from training.data.images import CorruptImageError, decode_image, read_header
 from training.data.streaming import ForwardReader
 from training.pretrain import PretrainArguments
+from training.segment import SegmentArguments
 
 NUM_IMAGES = 48
 ONE_PROCESS = SimpleNamespace(process_index=0, num_processes=1)
@@ -200,7 +201,7 @@ def test_corrupt_images_are_replaced_counted_and_named(tmp_path, capsys, streami
     loader = create_training_loader(samples, arguments, ONE_PROCESS, 0, 8)
     assert len(list(loader)) == 8
     assert loader.num_corrupt >= 6 and loader.num_images == 96 + loader.num_corrupt  # each of them once an epoch
-    assert sorted(name.split(" ")[0] for name in loader.corrupt_images) == ["20.png", "33.png", "7.png"]
+    assert sorted(name.split(",")[0] for name in loader.corrupt_images) == ["20.png", "33.png", "7.png"]
     assert capsys.readouterr().out.count("Skipped a corrupt image: 20.png") == 1
 
 
@@ -231,6 +232,45 @@ def test_evaluation_sees_every_good_image_once(tmp_path, streaming, processes, w
         assert all(label == image.getpixel((0, 0))[0] % 3 for image, label in rows)
         seen += [image.getpixel((0, 0))[0] for image, _ in rows]
     assert sorted(seen) == sorted(set(range(NUM_IMAGES)) - set(CORRUPT))
+
+
+@pytest.mark.parametrize("option", [None, "turned"])
+def test_turned_images_whose_maps_may_be_either_are_named_and_counted(tmp_path, capsys, option):
+    """Ten square images of twelve are turned; nothing tells whether their maps are made for that."""
+    for column in ("image", "label"):
+        (tmp_path / column).mkdir()
+    for number in range(12):
+        image, exif = Image.new("RGB", (8, 8 if number else 4)), Image.Exif()
+        exif[0x0112] = 6 if number < 11 else 1
+        image.save(tmp_path / "image" / f"{number:02d}.jpg", exif=exif)
+        Image.new("L", (8, 8) if number else (4, 8)).save(tmp_path / "label" / f"{number:02d}.png")
+    columns = {"image_column": "image", "label_column": "label"}
+    (tmp_path / "all.txt").write_text("".join(f"{number:02d}\n" for number in range(12)))
+    settings = {"dataset": str(tmp_path), **columns, "train_split": "all.txt", "validation_split": "all.txt"}
+    settings |= {"batch_size": 12, "eval_batch_size": 4}
+    arguments = build_arguments(SegmentArguments, {**settings, "label_orientation": option})
+    splits = load_splits(arguments, segmentation=True)
+    samples = TrainingSamples(splits.train, list(columns.values()), lambda image, label: (0,), 0)
+    for loader in (
+        create_training_loader(samples, arguments, ONE_PROCESS, 0, 1),
+        create_evaluation_loader(splits.train, list(columns.values()), list, arguments, ONE_PROCESS),
+    ):
+        for _ in range(2):
+            list(loader)
+        said = capsys.readouterr().out
+        assert len(loader.unclear_images) == (0 if option else 10)
+        assert said.count("is turned as its EXIF orientation says") == (0 if option else 2)
+        assert option or re.search(r"\d\d.jpg is turned .* \(10 such so far\).*--label_orientation stored", said)
+
+
+def test_pixels_beyond_the_limit_are_not_decoded(folders, capsys):
+    arguments = arguments_for(folders["parquet"], max_megapixels=5e-5, max_corrupt_share=1.0, streaming=False)
+    splits = load_splits(arguments)
+    assert list(create_evaluation_loader(splits.validation, columns_of(arguments), list, arguments, ONE_PROCESS)) == []
+    assert "which has 6.4e-05 megapixels, more than the 5e-05 that max_megapixels allows" in capsys.readouterr().out
+    samples = TrainingSamples(splits.train, columns_of(arguments), number_of, arguments.seed)
+    with pytest.raises(ValueError, match=r"in a row cannot be decoded; the last is .* has 6\.4e-05 megapix"):
+        list(create_training_loader(samples, arguments, ONE_PROCESS, 0, 1))
 
 
 def test_a_sample_that_does_not_fit_is_named(folders):

@@ -1,5 +1,6 @@
 """Label maps of every kind, and the joint augmentation of the recipe beside `test_augmentation.py`."""
 
+import io
 import json
 import struct
 import zlib
@@ -18,6 +19,7 @@ from training.augmentation import (
     SegmentationTransform,
 )
 from training.data import sample_randomness
+from training.data.images import decode_image
 
 IDS = np.array([[0, 1, 2], [3, 255, 1]])
 
@@ -91,6 +93,37 @@ def test_bad_maps_are_one_sentence(label_map, settings, message):
     with pytest.raises(ValueError, match=message) as caught:
         read(label_map, **settings)
     assert "\n" not in str(caught.value)
+
+
+def photo(height: int, width: int, orientation: int) -> tuple[Image.Image, Image.Image]:
+    """White and of class 1 in a quarter of the stored pixels; the photo as training reads it, the map as it is."""
+    labels = np.zeros((height, width), np.uint8)
+    labels[: height // 2, : width // 2] = 1
+    image, file = Image.fromarray(labels * 255).convert("RGB"), io.BytesIO()
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(file, "JPEG", exif=exif, quality=95)
+    return decode_image(file.getvalue(), rgb=True), Image.fromarray(labels)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_maps_of_stored_pixels_are_turned_with_their_image(orientation, size):
+    image, label_map = photo(*size, orientation)
+    labels = LabelReader(LabelArguments(label_orientation="stored"), 2)(image, label_map).numpy()
+    assert ((np.asarray(image)[..., 0] > 127) == (labels == 1)).mean() > 0.98
+    turned = Image.fromarray(labels.astype(np.uint8))
+    assert (LabelReader(LabelArguments(label_orientation="turned"), 2)(image, turned).numpy() == labels).all()
+
+
+def test_a_map_of_the_unturned_size_names_exif():
+    image, label_map = photo(24, 40, 6)
+    for settings, other in (({}, "stored"), ({"label_orientation": "turned"}, "stored")):
+        with pytest.raises(ValueError, match=rf"40 x 24 .* its image 24 x 40 after the turn that its EXIF.* {other}\."):
+            LabelReader(LabelArguments(**settings), 2)(image, label_map)
+    turned = label_map.transpose(Image.Transpose.ROTATE_270)
+    with pytest.raises(ValueError, match=r"EXIF orientation asks for: give --label_orientation turned\."):
+        LabelReader(LabelArguments(label_orientation="stored"), 2)(image, turned)
 
 
 def test_more_classes_than_labels_are_refused():

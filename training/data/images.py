@@ -1,49 +1,62 @@
 """Encoded images as they stand in data sets, and what training and evaluation make of them."""
 
 import io
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets.utils.file_utils import is_local_path, xopen
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvF
 
 from locatvit_hf.image_processing_locatvit import pil_to_rgb
+from locatvit_hf.utils.images import (
+    MAX_MEGAPIXELS,
+    CorruptImageError,
+    load_upright,
+    mark_turned,
+    open_image,
+    orientation_of,
+)
 from locatvit_hf.writing import one_line
 
 MIN_REDUCED = 2
 """Pillow calls 2 fast and 3 almost indistinguishable (`reducing_gap`); a crop is interpolated in any case."""
 
 
-class CorruptImageError(ValueError):
-    """An image that cannot be decoded; the message says why."""
+def decode_image(entry: Any, rgb: bool = False, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+    """Decode an image of a dataset, turned as its EXIF orientation says, as pipelines and `datasets` do.
 
+    Args:
+        entry: A dict with `bytes` or `path`, these alone, pixels as an array, or a decoded image.
+        rgb: Convert to 8-bit RGB as `LocAtViTImageProcessor` does. A JPEG file that needs neither a turn nor a
+            conversion is returned with its pixels still encoded: they are decoded where they are first used, see
+            `crop_and_resize`.
+        max_megapixels: Larger images are not decoded.
 
-def decode_image(entry: Any, rgb: bool = False) -> Image.Image:
-    """An image of a data set, turned as its EXIF orientation says, as pipelines and `datasets` do.
+    Returns:
+        The image; `orientation_of` tells by which orientation it was turned.
 
-    entry: a dict with `bytes` or `path`, these alone, pixels as an array, or a decoded image.
-    rgb: convert to 8-bit RGB as `LocAtViTImageProcessor` does. A JPEG file that needs neither a turn nor a conversion
-        is returned with its pixels still encoded: they are decoded where they are first used, see `crop_and_resize`.
-    Raises CorruptImageError.
+    Raises:
+        CorruptImageError: The image cannot be decoded; the message is the end of a sentence that begins with its name.
     """
+    image = _open(entry, max_megapixels)
+    # Orientations stand in EXIF, or in XMP where there is none; Pillow reads both.
+    if image.format == "JPEG" and rgb and image.mode == "RGB" and not {"exif", "xmp"} & image.info.keys():
+        return image
+    image = load_upright(image)
+    if not rgb:
+        return image
+    orientation = orientation_of(image)
     try:
-        image = _open(entry)
-        # Orientations stand in EXIF, or in XMP where there is none; Pillow reads both.
-        if image.format == "JPEG" and rgb and image.mode == "RGB" and not {"exif", "xmp"} & image.info.keys():
-            return image
-        image.load()
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        return to_rgb(image) if rgb else image
-    except UnidentifiedImageError:
-        raise CorruptImageError("no image file of a known format") from None
-    except Exception as error:  # the decoders of Pillow raise errors of a dozen kinds
-        raise CorruptImageError(one_line(error)) from None
+        image = to_rgb(image)
+    except Exception as error:  # such as a palette that is not whole
+        raise CorruptImageError(f"cannot be decoded: {one_line(error)}") from None
+    return mark_turned(image, orientation)
 
 
 class Header(NamedTuple):
@@ -61,21 +74,22 @@ def read_header(entry: Any) -> Header:
 
     Raises CorruptImageError.
     """
-    try:
-        path = entry.get("path") if isinstance(entry, dict) and entry.get("bytes") is None else entry
-        if isinstance(path, str) and is_local_path(path):
-            with Image.open(path) as image:  # reads no more than it needs
+    path = entry.get("path") if isinstance(entry, dict) and entry.get("bytes") is None else entry
+    if isinstance(path, str) and is_local_path(path):
+        try:
+            with open_image(path, math.inf) as image:  # reads no more than it needs
                 return _header_of(image)
-        return _header_of(_open(entry))
-    except UnidentifiedImageError:
-        raise CorruptImageError("no image file of a known format") from None
-    except Exception as error:  # as in `decode_image`
-        raise CorruptImageError(one_line(error)) from None
+        except OSError as error:
+            raise CorruptImageError(f"cannot be read: {error.strerror or one_line(error)}") from None
+    return _header_of(_open(entry, math.inf))
 
 
 def _header_of(image: Image.Image) -> Header:
-    # The method of the base class: that of PNG files decodes all pixels first.
-    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    try:
+        # The method of the base class: that of PNG files decodes all pixels first.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF turns nothing, as in `load_upright`
+        orientation = 1
     size = image.size
     if hasattr(image, "tag_v2") and orientation in range(5, 9):  # Pillow gives the size of the turned pixels for TIFF
         size = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
@@ -127,16 +141,23 @@ def name_of(entry: Any, default: str) -> str:
     return path or default
 
 
-def _open(entry: Any) -> Image.Image:
+def _open(entry: Any, max_megapixels: float) -> Image.Image:
+    """An image whose pixels may be encoded still; of a file with all its bytes in memory."""
     if isinstance(entry, Image.Image):
         return entry
     if isinstance(entry, dict):
         entry = entry["bytes"] if entry.get("bytes") is not None else entry.get("path")
-    if isinstance(entry, bytes) or hasattr(entry, "read"):
-        return Image.open(io.BytesIO(entry) if isinstance(entry, bytes) else entry)
-    if isinstance(entry, str):
-        with open(entry, "rb") if is_local_path(entry) else xopen(entry, "rb") as file:
-            return Image.open(io.BytesIO(file.read()))
-    if entry is None:
-        raise ValueError("there is no image")
-    return Image.fromarray(np.asarray(entry))
+    try:
+        if isinstance(entry, str):
+            with open(entry, "rb") if is_local_path(entry) else xopen(entry, "rb") as file:
+                entry = file.read()
+        if isinstance(entry, bytes) or hasattr(entry, "read"):
+            return open_image(io.BytesIO(entry) if isinstance(entry, bytes) else entry, max_megapixels)
+        if entry is not None:
+            return Image.fromarray(np.asarray(entry))
+    except CorruptImageError:
+        raise
+    except Exception as error:  # those of remote file systems, and of arrays that are no images
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise CorruptImageError(f"cannot be read: {reason}") from None
+    raise CorruptImageError("holds no image")

@@ -1,7 +1,6 @@
 """From the name of a data set to its splits and the names of its classes."""
 
 import hashlib
-import json
 import re
 import tarfile
 from pathlib import Path
@@ -11,6 +10,7 @@ import datasets
 import numpy as np
 import PIL.Image
 
+from locatvit_hf.utils.io import read_json
 from locatvit_hf.writing import one_line
 from training.arguments import DataArguments
 
@@ -262,9 +262,15 @@ def read_label_names(arguments: DataArguments) -> list[str] | None:
     if not isinstance(arguments.label_names, str):
         return arguments.label_names
     try:
-        id2label = json.loads(Path(arguments.label_names).read_text(encoding="utf-8"))
+        id2label = read_json(arguments.label_names)
+    except OSError as error:
+        reason = f"a list of names, as [cat, dog], nor a JSON file: {error.strerror}"
+        raise ValueError(f"label_names is {arguments.label_names!r}, neither {reason}.") from None
+    try:
+        if isinstance(id2label, list):
+            return list(map(str, id2label))
         return [id2label[str(label_id)] for label_id in range(len(id2label))]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise ValueError(f"{arguments.label_names} is not a JSON file of the form {{'0': name, '1': name}}.") from None
 
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from locatvit_hf.utils.images import MAX_MEGAPIXELS, orientation_of
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, console
 
 from .batches import StreamSampler, UpdateSampler, reseed, sample_randomness
@@ -52,6 +53,18 @@ class NumberedReader:
         return [(*row, key[1]) for row, key in zip(self.reader.read(keys), keys, strict=True)]
 
 
+class Loaded(NamedTuple):
+    """Samples or rows, and what has to be said about others.
+
+    corrupt: of each image that cannot be decoded its name and what is wrong with it.
+    unclear: names of turned images whose label map may or may not be made for the turned pixels, see `_is_unclear`.
+    """
+
+    samples: list[tuple]
+    corrupt: list[str]
+    unclear: list[str]
+
+
 class TrainingSamples(Dataset):
     """Augmented samples, addressed by (epoch, index) or (epoch, index, repeat).
 
@@ -67,6 +80,7 @@ class TrainingSamples(Dataset):
         self, dataset: datasets.Dataset | StreamedRows, columns: list[str], transform: Callable[..., tuple], seed: int
     ):
         self.dataset, self.columns, self.transform, self.seed = dataset, columns, transform, seed
+        self.max_megapixels = MAX_MEGAPIXELS
         self.is_image = [isinstance(dataset.features[column], datasets.Image) for column in columns]
         if isinstance(dataset, StreamedRows):
             self.reader = ForwardReader(dataset, columns, 1, READ_AHEAD, seed)
@@ -80,19 +94,21 @@ class TrainingSamples(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[tuple[int, ...]]) -> list[tuple]:
-        return self.load(keys)[0]
+        return self.load(keys).samples
 
-    def load(self, keys: list[tuple[int, ...]]) -> tuple[list[tuple], list[str]]:
-        """The samples of `keys`, and of each image that had to be replaced its name and what is wrong with it."""
+    def load(self, keys: list[tuple[int, ...]]) -> Loaded:
+        """The samples of `keys`; an image that cannot be decoded is replaced by another one."""
         with sample_randomness(self.seed):  # entering and leaving takes longer than seeding: once for all samples
             return self._load(keys)
 
-    def _load(self, keys: list[tuple[int, ...]]) -> tuple[list[tuple], list[str]]:
-        samples, corrupt = [], []
+    def _load(self, keys: list[tuple[int, ...]]) -> Loaded:
+        loaded = samples, corrupt, unclear = Loaded([], [], [])
         for key, row in zip(keys, self.reader.read(keys), strict=True):
             for attempt in range(1, MAX_SUBSTITUTES + 2):
                 try:
-                    samples.append(self._augment(key, row))
+                    values = _decode(row, self.is_image, f"training sample {key[1]}", self.max_megapixels, rgb=True)
+                    samples.append(self._augment(key, row, values))
+                    unclear += _unclear(values, row, self.is_image, f"training sample {key[1]}")
                     break
                 except CorruptImageError as error:
                     corrupt.append(str(error))
@@ -100,11 +116,10 @@ class TrainingSamples(Dataset):
                 if other is None:
                     raise ValueError(f"{attempt} images in a row cannot be decoded; the last is {corrupt[-1]}.")
                 row = self.reader.read([other])[0]
-        return samples, corrupt
+        return loaded
 
-    def _augment(self, key: tuple[int, ...], row: tuple) -> tuple:
+    def _augment(self, key: tuple[int, ...], row: tuple, values: tuple) -> tuple:
         transform = self.transform.at_epoch(key[0]) if hasattr(self.transform, "at_epoch") else self.transform
-        values = _decode(row, self.is_image, f"training sample {key[1]}", rgb=True)
         reseed(self.seed, *key)
         try:
             return transform(*values)
@@ -112,32 +127,40 @@ class TrainingSamples(Dataset):
             raise ValueError(f"Training sample {key[1]}: {error}") from None
         except (OSError, SyntaxError) as error:  # of pixels that are decoded where they are first used
             name = name_of(row[self.is_image.index(True)], f"training sample {key[1]}")
-            raise CorruptImageError(f"{name} ({error})") from None
+            raise CorruptImageError(f"{name}, which cannot be decoded: {error}") from None
 
 
 class EvaluationSamples(Dataset):
     """Rows as they are, each a tuple of the values of `columns`; those with a corrupt image are left out."""
 
-    def __init__(self, reader: IndexedReader | ForwardReader, is_image: list[bool]):
-        self.reader, self.is_image = reader, is_image
+    def __init__(
+        self, reader: IndexedReader | ForwardReader, is_image: list[bool], max_megapixels: float = MAX_MEGAPIXELS
+    ):
+        self.reader, self.is_image, self.max_megapixels = reader, is_image, max_megapixels
 
-    def load(self, indices: list[int]) -> tuple[list[tuple], list[str]]:
-        """The rows, and of each image that was left out its name and what is wrong with it."""
-        rows, corrupt = [], []
+    def load(self, indices: list[int]) -> Loaded:
+        """The rows; an image that cannot be decoded is left out."""
+        loaded = rows, corrupt, unclear = Loaded([], [], [])
         for index, row in zip(indices, self.reader.read([(0, index) for index in indices]), strict=True):
+            name = f"evaluation sample {index}"
             try:
-                rows.append(_decode(row, self.is_image, f"evaluation sample {index}"))
+                rows.append(_decode(row, self.is_image, name, self.max_megapixels))
+                unclear += _unclear(rows[-1], row, self.is_image, name)
             except CorruptImageError as error:
                 corrupt.append(str(error))
-        return rows, corrupt
+        return loaded
 
 
 class Part(NamedTuple):
-    """What a worker hands over: a batch or a part of one, None where it is empty, and what it tried to decode."""
+    """What a worker hands over: a batch or a part of one, None where it is empty, and what it tried to decode.
+
+    corrupt, unclear: as in `Loaded`.
+    """
 
     batch: Any
     num_images: int
     corrupt: list[str]
+    unclear: list[str]
 
 
 class _Parts(Dataset):
@@ -148,13 +171,13 @@ class _Parts(Dataset):
 
     def __getitems__(self, keys: list) -> Part:
         if not keys:
-            return Part(None, 0, [])
+            return Part(None, 0, [], [])
         if hasattr(self.samples, "load"):
-            samples, corrupt = self.samples.load(keys)
+            samples, corrupt, unclear = self.samples.load(keys)
         else:
-            samples, corrupt = [self.samples[key] for key in keys], []
+            samples, corrupt, unclear = [self.samples[key] for key in keys], [], []
         try:
-            return Part(self.collate(samples) if samples else None, len(samples) + len(corrupt), corrupt)
+            return Part(self.collate(samples) if samples else None, len(samples) + len(corrupt), corrupt, unclear)
         except ValueError as error:
             raise ValueError(f"{self._culprit(keys, samples)}{error}") from None
 
@@ -169,12 +192,13 @@ class _Parts(Dataset):
 
 
 class ImageLoader:
-    """Batches of one process; counts and names the images that could not be decoded.
+    """Batches of one process; counts and names the images that could not be decoded, and those of unclear orientation.
 
     samples: what the keys of the sampler stand for; any data set that takes them, without the counting.
     sampler: of lists of keys, one a batch or a part of a batch.
     parts: where in their batch the samples of each part stand, for every batch of a cycle; None for whole batches.
     max_corrupt_share, share_of: of this number of images at least, that many may be corrupt before a ValueError.
+    ask_orientation: print the names of turned images whose label map fits the stored pixels as well.
     """
 
     def __init__(
@@ -186,6 +210,7 @@ class ImageLoader:
         max_corrupt_share: float,
         share_of: float,
         parts: list[list[np.ndarray]] | None = None,
+        ask_orientation: bool = True,
     ):
         # A generator of its own: a loader without one draws from the global stream, which dropout also reads.
         options = {"num_workers": num_workers, "generator": torch.Generator(), "pin_memory": torch.cuda.is_available()}
@@ -194,6 +219,7 @@ class ImageLoader:
         self.loader = DataLoader(_Parts(samples, collate), batch_sampler=sampler, collate_fn=_as_it_is, **options)
         self.parts, self.max_corrupt_share, self.share_of = parts, max_corrupt_share, share_of
         self.num_images, self.num_corrupt, self.corrupt_images = 0, 0, {}
+        self.ask_orientation, self.unclear_images = ask_orientation, set()
 
     def __len__(self) -> int:
         return len(self.loader) // (len(self.parts[0]) if self.parts is not None else 1)
@@ -220,7 +246,23 @@ class ImageLoader:
                 f"{self.num_corrupt} of {self.num_images} images cannot be decoded, more than the share "
                 f"{self.max_corrupt_share} that max_corrupt_share allows; the last is {description}."
             )
+        if self.ask_orientation:
+            for name in part.unclear:
+                self._ask_orientation(name)
         return part.batch
+
+    def _ask_orientation(self, name: str) -> None:
+        """Prints the first such image, the tenth, the hundredth, …"""
+        number = len(self.unclear_images)
+        self.unclear_images.add(name)
+        if len(self.unclear_images) > number and len(self.unclear_images) in (10**power for power in range(10)):
+            console.print(
+                f"{name} is turned as its EXIF orientation says, its label map, of the same size, is not "
+                f"({len(self.unclear_images)} such so far). Give --label_orientation stored where the maps belong to "
+                "the pixels as they are stored, turned where they belong to the turned image.",
+                markup=False,
+                style="yellow",
+            )
 
 
 def create_training_loader(
@@ -260,7 +302,18 @@ def create_training_loader(
         sampler = UpdateSampler(len(samples), **options)
     share_of = len(samples) / accelerator.num_processes
     collate = collate or default_collate
-    return ImageLoader(samples, sampler, collate, arguments.num_workers, arguments.max_corrupt_share, share_of, parts)
+    if isinstance(samples, TrainingSamples):
+        samples.max_megapixels = arguments.max_megapixels
+    return ImageLoader(
+        samples,
+        sampler,
+        collate,
+        arguments.num_workers,
+        arguments.max_corrupt_share,
+        share_of,
+        parts,
+        getattr(arguments, "label_orientation", None) is None,
+    )
 
 
 def create_evaluation_loader(
@@ -294,19 +347,40 @@ def create_evaluation_loader(
         batches = [mine[done : done + size] for done in range(0, len(mine), size)]
     if numbered:
         reader, is_image = NumberedReader(reader), [*is_image, False]
-    samples = EvaluationSamples(reader, is_image)
-    share_of = len(dataset) / processes
-    return ImageLoader(samples, batches, collate, arguments.num_workers, arguments.max_corrupt_share, share_of)
+    samples = EvaluationSamples(reader, is_image, arguments.max_megapixels)
+    return ImageLoader(
+        samples,
+        batches,
+        collate,
+        arguments.num_workers,
+        arguments.max_corrupt_share,
+        len(dataset) / processes,
+        ask_orientation=getattr(arguments, "label_orientation", None) is None,
+    )
 
 
-def _decode(row: tuple, is_image: list[bool], name: str, rgb: bool = False) -> tuple:
+def _decode(row: tuple, is_image: list[bool], name: str, max_megapixels: float, rgb: bool = False) -> tuple:
     values = []
     for position, (value, image) in enumerate(zip(row, is_image, strict=True)):
         try:
-            values.append(decode_image(value, rgb and position == 0) if image else value)
+            values.append(decode_image(value, rgb and position == 0, max_megapixels) if image else value)
         except CorruptImageError as error:
-            raise CorruptImageError(f"{name_of(value, name)} ({error})") from None
+            raise CorruptImageError(f"{name_of(value, name)}, which {error}") from None
     return tuple(values)
+
+
+def _unclear(values: tuple, row: tuple, is_image: list[bool], name: str) -> list[str]:
+    """The name of the first image where it was turned, and a label map of its size was not.
+
+    Whether a map belongs to the turned or to the stored pixels then shows nowhere: sizes that differ would tell.
+    """
+    images = [(value, entry) for value, entry, image in zip(values, row, is_image, strict=True) if image]
+    if len(images) < 2 or orientation_of(images[0][0]) == 1:
+        return []
+    (image, entry), (label_map, _) = images[:2]
+    quarter = orientation_of(image) >= 5 and image.width != image.height
+    same = label_map.size == image.size and orientation_of(label_map) == 1
+    return [name_of(entry, name)] if same and not quarter else []
 
 
 def _join(parts: list[tuple[Any, np.ndarray]]) -> Any:
