@@ -28,6 +28,7 @@ from torchvision.transforms.v2 import functional as tvF
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from locatvit_hf.image_processing_locatvit import channel_values, pair
+from locatvit_hf.utils.io import read_text
 from training.arguments import DataArguments
 from training.data import load_split, spread
 
@@ -174,7 +175,7 @@ def read_coco(folder: Path, file: Path, masks: bool) -> _Annotated:
     unknown images or categories, boxes that are no four numbers, and with `masks` objects without segmentation.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
         images, annotations, categories = (content[key] for key in ("images", "annotations", "categories"))
         objects = {
             image["id"]: {
