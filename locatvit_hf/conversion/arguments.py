@@ -20,19 +20,22 @@ SAME_VALUE = {
     "gaug": "use_gaussian",
     "prr": "use_refinement",
 }
-# Arguments that do not change what a trained model computes: ours takes every image size, and dropout is chosen anew.
+# Dropout rate -> field. It acts in training alone, so a rate changes no output, but it does change fine-tuning.
+RATES = {
+    "drop_path_rate": "drop_path_rate",
+    "attn_drop_rate": "attention_probs_dropout_prob",
+    # timm's name of the dropout after the embeddings, the projections and in the MLPs, and what it was called before.
+    "proj_drop_rate": "hidden_dropout_prob",
+    "drop_rate": "hidden_dropout_prob",
+}
+# Dropout of parts that our models do not drop on their own.
+OTHER_RATES = ("pos_drop_rate", "patch_drop_rate", "drop_block_rate")
+# Arguments that do not change what a trained model computes: ours takes every image size.
 WITHOUT_EFFECT = {
-    *(
-        "dynamic_img_size",
-        "dynamic_img_pad",
-        "strict_img_size",
-        "store_metrics",
-        "pretrained",
-        "weight_init",
-        "fix_init",
-    ),
-    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
-    *("drop_block_rate", "init_std", "head_init_scale", "device", "dtype"),
+    *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "store_metrics", "pretrained", "weight_init"),
+    *("fix_init", "init_std", "head_init_scale", "device", "dtype"),
+    *RATES,
+    *OTHER_RATES,
 }
 # Kind of the value, where it has one in all families.
 KINDS = {
@@ -44,6 +47,7 @@ KINDS = {
     **dict.fromkeys(("qkv_bias", "gaug", "prr", "class_token", "no_embed_class", "no_pos_emb"), "true or false"),
     **dict.fromkeys(("mlp_ratio", "rope_temperature", "layer_norm_eps"), "a number"),
     "init_values": "a number or null",
+    **dict.fromkeys((*RATES, *OTHER_RATES), "a number or null"),
 }
 ACTIVATIONS = {None: "gelu", "gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 ACTIVATIONS |= {"relu": "relu", "silu": "silu", "swish": "silu"}
@@ -80,7 +84,55 @@ def translate(
             fields["hidden_act"] = ACTIVATIONS[value]
         elif name not in WITHOUT_EFFECT and name not in elsewhere:
             raise ConversionError(f"The model was built with the unknown argument {name}={value!r}.")
+    return {**fields, **dropout_fields(arguments)}
+
+
+def dropout_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a configuration for the dropout rates that a source names.
+
+    Args:
+        arguments: Init arguments of timm or the reference; a rate that is None stands for the default of the model.
+
+    Returns:
+        Field -> rate, from 0 to 1, for the named rates alone.
+
+    Raises:
+        ConversionError: A rate is not a number.
+    """
+    fields: dict[str, Any] = {}
+    for name, field in RATES.items():
+        check_kind("The model was built with", name, arguments.get(name), KINDS[name])
+        if arguments.get(name) is not None:
+            fields.setdefault(field, arguments[name])  # proj_drop_rate stands before drop_rate
     return fields
+
+
+def changed_rates(arguments: Mapping[str, Any]) -> list[str]:
+    """Tell what becomes of dropout rates that our models do not have as such.
+
+    Args:
+        arguments: Init arguments of timm or the reference.
+
+    Returns:
+        One sentence for the rates that are left out, and one for a rate that is taken for another.
+    """
+    hidden = dropout_fields(arguments).get("hidden_dropout_prob", 0.0)
+    # Ours drops after the embeddings at the rate of the projections.
+    held = {"drop_rate": hidden, "pos_drop_rate": hidden}
+    left_out = [
+        f"{name}={arguments[name]}"
+        for name in ("drop_rate", *OTHER_RATES)
+        if arguments.get(name) and arguments[name] != held.get(name)
+    ]
+    sentences = []
+    if left_out:
+        sentences.append(f"Left out {', '.join(left_out)}: our models have no such dropout; it acts in training alone.")
+    if arguments.get("drop_rate") and arguments.get("proj_drop_rate") is None:
+        sentences.append(
+            f"Took drop_rate={arguments['drop_rate']} for hidden_dropout_prob, which acts after the embeddings, the "
+            "projections and in the MLPs; newer versions of timm mean a dropout before the classifier."
+        )
+    return sentences
 
 
 def preset_of(config_class: type[PreTrainedConfig], size: str, architecture: str) -> dict[str, Any]:
@@ -91,4 +143,4 @@ def preset_of(config_class: type[PreTrainedConfig], size: str, architecture: str
     return dict(presets[size])
 
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "preset_of", "translate"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "changed_rates", "dropout_fields", "preset_of", "translate"]

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +16,18 @@ from transformers.image_utils import PILImageResampling
 
 from .. import __version__
 from ..hub.card import UNKNOWN, Card, Conversion, public_name, write_card
-from ..image_processing_locatvit import LocAtViTImageProcessor
+from ..image_processing_locatvit import LocAtViTImageProcessor, pair
 from ..writing import one_line
+from .arguments import changed_rates
 from .errors import ConversionError
 from .export import check_destination, complete_or_absent, licence_text
 from .families import Family, family_of
 from .keys import load_renamed
-from .sources import Reference, find, read_reference, read_state
+from .sources import Reference, find, load_tensors, read_reference, read_state, shapes_of
 
 LARGEST_LOGIT_DIFFERENCE = 1e-6
+# What timm does with an image that is not of the crop's aspect ratio: cut it, or change it.
+CROP_MODES = ("center", "squash")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ def convert(
     family = family_of(reference)
     report(f"Found {reference.architecture or family.name} ({reference.layout}).")
     config = configure(family, reference)
+    for sentence in losses(reference, config):
+        report(sentence)
     state, where = read_state(reference, ema)
     report(f"Took {where} of {reference.weights_file.name}: {len(state)} tensors.")
     stored, state = state, family.prepare_state(state)
@@ -104,7 +110,11 @@ def describe(reference: Reference, name: str, where: str, tensors: str, differen
 
 def configure(family: Family, reference: Reference, **fields: Any) -> PreTrainedConfig:
     """The configuration of a checkpoint, with its own mean, std and crop. `fields` win over what it says."""
-    arguments = reference.arguments if reference.shapes is None else family.infer_arguments(reference.shapes)
+    arguments = reference.arguments
+    if family.infer_arguments is not None:
+        shapes = reference.shapes
+        shapes = shapes_of(load_tensors(reference.weights_file)) if shapes is None else shapes
+        arguments = family.infer_arguments(shapes, arguments)
     preprocessing = {**family.default_preprocessing(reference.architecture), **reference.preprocessing}
     fields = {
         "image_mean": list(preprocessing["mean"]),
@@ -120,6 +130,26 @@ def configure(family: Family, reference: Reference, **fields: Any) -> PreTrained
         config.id2label = dict(enumerate(map(str, reference.label_names)))
         config.label2id = {label: index for index, label in config.id2label.items()}
     return config
+
+
+def losses(reference: Reference, config: PreTrainedConfig) -> list[str]:
+    """Tell what a checkpoint says of itself that the converted one does not keep as it is.
+
+    Args:
+        reference: The checkpoint.
+        config: Of the converted one.
+
+    Returns:
+        A sentence for each kind.
+    """
+    found = [*reference.remarks, *changed_rates(reference.arguments)]
+    names = reference.label_names
+    if names and len(names) != config.num_labels:
+        found.append(f"Left out the names of {len(names)} classes: the model has {config.num_labels}.")
+    if reference.preprocessing.get("crop_mode") not in (None, *CROP_MODES):
+        mode = reference.preprocessing["crop_mode"]
+        found.append(f"Left out crop_mode={mode!r}: the image processor crops the center.")
+    return found
 
 
 def account(stored: dict[str, torch.Tensor], prepared: dict[str, torch.Tensor]) -> str:
@@ -154,17 +184,19 @@ def build_model(family: Family, config: PreTrainedConfig, state: dict[str, torch
 def build_processor(reference: Reference, config: PreTrainedConfig, segmentation: bool = False):
     """The image processor of a checkpoint: of the configuration, and of what only the checkpoint's evaluation says."""
     arguments: dict[str, Any] = {"segmentation": segmentation}
-    interpolation = reference.preprocessing.get("interpolation", "bicubic")
+    # mmsegmentation, which segmentation checkpoints come from, resizes bilinearly.
+    interpolation = reference.preprocessing.get("interpolation", "bilinear" if segmentation else "bicubic")
     if interpolation != "bicubic":
         arguments["resample"] = PILImageResampling[interpolation.upper()]
-    processor = LocAtViTImageProcessor.from_model_config(config, **arguments)
     size = reference.preprocessing.get("size")
-    if size is not None and list(size) != [processor.crop_size.height, processor.crop_size.width]:
+    if size is not None and list(size) != list(pair(config.image_size)):
         # Evaluated at another size than it was built for.
-        shown = copy.deepcopy(config)
-        shown.image_size = list(size)
-        processor = LocAtViTImageProcessor.from_model_config(shown, **arguments)
-    return processor
+        config = copy.deepcopy(config)
+        config.image_size = list(size)
+    if reference.preprocessing.get("crop_mode") == "squash" and not segmentation:
+        height, width = (math.floor(side / config.crop_pct) for side in pair(config.image_size))
+        arguments["size"] = {"height": height, "width": width}
+    return LocAtViTImageProcessor.from_model_config(config, **arguments)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from .. import modeling_locatjumbo, modeling_locatswin, modeling_locatvit, model
 from . import locatjumbo, locatswin, locatvit, pacavit
 from .errors import ConversionError
 from .keys import KeyTable
-from .sources import Reference, Shapes
+from .sources import Reference, Shapes, unnamed
 
 
 class Family(NamedTuple):
@@ -25,7 +25,8 @@ class Family(NamedTuple):
     classifier, encoder: our model with and without a head.
     prepare_state: the tensors of a checkpoint -> those of the key table, where some are stored twice or not learned.
     recognise_shapes: (name -> shape) -> whether tensors that come without any arguments are of this family.
-    infer_arguments: (name -> shape) -> the arguments of such a checkpoint.
+    infer_arguments: (name -> shape, arguments) -> the arguments of a checkpoint whose tensors say what it is, and of
+        those that it names what the tensors leave open.
     build_model: (configuration, tensors) -> our model, where its class depends on the tensors.
     """
 
@@ -38,7 +39,7 @@ class Family(NamedTuple):
     encoder: type[PreTrainedModel]
     prepare_state: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] = dict
     recognise_shapes: Callable[[Shapes], bool] | None = None
-    infer_arguments: Callable[[Shapes], dict[str, Any]] | None = None
+    infer_arguments: Callable[[Shapes, Mapping[str, Any]], dict[str, Any]] | None = None
     build_model: Callable[[PreTrainedConfig, Mapping[str, torch.Tensor]], PreTrainedModel] | None = None
 
 
@@ -62,10 +63,7 @@ def family_of(reference: Reference) -> Family:
         for family in FAMILIES:
             if family.recognise_shapes is not None and family.recognise_shapes(reference.shapes):
                 return family
-        file = reference.weights_file
-        raise ConversionError(
-            f"There is no args.yaml beside {file.name} in {file.parent}; without it the model is unknown."
-        )
+        raise ConversionError(unnamed(reference))
     for family in FAMILIES:
         if family.recognise(reference.architecture, reference.arguments):
             return family

@@ -35,6 +35,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "a list of whole numbers": _is_whole_list,
     "a list of numbers": _is_list_of(_is_number),
     "a list": lambda value: isinstance(value, list),
+    "a list or a mapping": lambda value: isinstance(value, list | dict),
     "a mapping": lambda value: isinstance(value, dict),
 }
 

@@ -1,6 +1,7 @@
 """PaCa-ViT: names and shapes of a checkpoint -> `PaCaViTConfig`, and the table of tensor names.
 
-Its releases carry no arguments, so everything is read from the tensors. A classifier holds the encoder and `head`; an
+Its releases carry no arguments, so everything is read from the tensors; a training run also says in args.yaml what
+they cannot. A classifier holds the encoder and `head`; an
 ADE20K checkpoint the encoder below `backbone.` and a `decode_head` (the PaCa head, or UPerNet's with an
 `auxiliary_head`); a COCO checkpoint the encoder beside a Mask R-CNN, of which only the backbone is taken.
 """
@@ -14,11 +15,15 @@ from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegme
 
 from ..configuration_pacavit import PaCaViTConfig
 from ..modeling_pacavit import PaCaViTForImageClassification, PaCaViTForSemanticSegmentation, PaCaViTModel
+from .arguments import dropout_fields
 from .errors import ConversionError
 from .keys import KeyTable, load_renamed
+from .kinds import check_kind
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# `pacavit_tiny_p2cconv_100_0`, `pacavit_convmixer_base_100`: what the reference's training program calls its models.
+NAME = re.compile(r"pacavit_\w+")
 # Every release has these; heads leave no trace in the shapes.
 HEADS = [2, 4, 8, 16]
 # What surrounds the backbone in a Mask R-CNN of mmdetection.
@@ -27,8 +32,8 @@ ADE20K_IMAGE_SIZE = 512
 
 
 def recognise(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
-    """Never: the releases name no architecture. See `recognise_shapes`."""
-    return False
+    """Whether a training run is of this family. The releases name no architecture, see `recognise_shapes`."""
+    return bool(NAME.fullmatch(architecture or ""))
 
 
 def recognise_shapes(shapes: Shapes) -> bool:
@@ -74,16 +79,34 @@ def task(names: Iterable[str]) -> str:
     return "upernet" if "decode_head.psp_modules.0.1.conv.weight" in names else "encoder"
 
 
-def infer_arguments(shapes: Shapes) -> dict[str, Any]:
-    """Fields of `PaCaViTConfig` from the names and shapes of a checkpoint.
+def infer_arguments(shapes: Shapes, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `PaCaViTConfig` for a checkpoint.
 
-    Raises ConversionError for tensors that are not those of a whole PaCa-ViT.
+    Args:
+        shapes: Name -> shape of its tensors, under any prefix.
+        arguments: Those of a training run, or none. The reference takes the number of classes and the size of the
+            images alone and ignores others; of these the dropout rates are kept.
+
+    Returns:
+        Field -> value.
+
+    Raises:
+        ConversionError: The tensors are not those of a whole PaCa-ViT, or the arguments contradict them.
     """
     shapes = {ours: tuple(shapes[name]) for name, ours in _kept(shapes)}
     try:
-        return _infer(shapes)
+        fields = _infer(shapes)
     except KeyError as error:
         raise ConversionError(f"The checkpoint is no whole PaCa-ViT: it lacks {error.args[0]}.") from error
+    for argument, field, what in (("num_classes", "num_labels", "classes"), ("in_chans", "num_channels", "channels")):
+        given, found = arguments.get(argument), fields[field]
+        if given not in (None, found):
+            raise ConversionError(f"The tensors of the checkpoint are for {found} {what}, but its run says {given}.")
+    size = arguments.get("image_size") or arguments.get("img_size")
+    if size is not None:
+        check_kind("The model was built with", "image_size", size, "a whole number or two of them")
+        fields["image_size"] = size
+    return {**fields, **dropout_fields(arguments)}
 
 
 def _infer(shapes: Shapes) -> dict[str, Any]:

@@ -28,9 +28,10 @@ RUN_SUFFIXES = (".pth.tar", ".pth", ".pt")
 RUN_FILES = ("model_best.pth.tar", "last.pth.tar")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
-# What training runs store besides tensors: settings and histories. None of it is needed, and none of it is imported.
+# The class in which training programs keep their settings, those of args.yaml.
+NAMESPACE = "argparse.Namespace"
+# What training runs store besides tensors and settings: histories, paths. None of it is needed or imported.
 INERT_GLOBALS = (
-    "argparse.Namespace",
     "builtins.getattr",
     "mmengine.logging.history_buffer.HistoryBuffer",
     "numpy._core.multiarray._reconstruct",
@@ -60,6 +61,28 @@ class Inert:
         pass
 
 
+class StoredSettings(Inert):
+    """Stands for the settings that a training program stored in a checkpoint: what they are, and no methods."""
+
+    def __setstate__(self, state):
+        self.settings = dict(state) if isinstance(state, Mapping) else {}
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """YAML whose tags of Python become plain lists, mappings and texts: nothing is imported and nothing called."""
+
+    def construct_python(self, suffix: str, node: yaml.Node) -> Any:
+        """The content of a node with a tag of Python: `!!python/tuple [3, 4]` is a list."""
+        if isinstance(node, yaml.SequenceNode):
+            return self.construct_sequence(node, deep=True)
+        if isinstance(node, yaml.MappingNode):
+            return self.construct_mapping(node, deep=True)
+        return self.construct_scalar(node)
+
+
+SettingsLoader.add_multi_constructor("tag:yaml.org,2002:python/", SettingsLoader.construct_python)
+
+
 # Where in a file the weights are, the first that it has; and the moving average of them.
 WEIGHT_KEYS, EMA_KEY = ("state_dict", "model"), "state_dict_ema"
 
@@ -69,13 +92,28 @@ KINDS_OF_PREPROCESSING = {
     "mean": "a list of numbers",
     "std": "a list of numbers",
     "crop_pct": "a number",
+    "crop_mode": "text",
     "interpolation": "text",
     "input_size": "three whole numbers",
     "img_size": "a whole number or two of them",
 }
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
-# Left around the whole model by distributed training and by torch.compile, in either order.
-WRAPPERS = ("module.", "_orig_mod.")
+# Around the whole model, in any order: distributed training, torch.compile, and timm's models in transformers.
+WRAPPERS = ("module.", "_orig_mod.", "timm_model.")
+# Setting of timm's and the reference's training programs -> argument of the model.
+SETTINGS = {
+    "num_classes": "num_classes",
+    "gp": "global_pool",
+    "in_chans": "in_chans",
+    "drop": "drop_rate",
+    "drop_path": "drop_path_rate",
+    "drop_block": "drop_block_rate",
+}
+RATES = ("drop_rate", "drop_path_rate", "drop_block_rate")
+# Entries of config.json with the names of the classes; the second is that of timm's first repositories.
+LABEL_NAMES = ("label_names", "labels")
+# The `model_type` of timm's models in transformers, whose config.json is timm's.
+TIMM_WRAPPER = "timm_wrapper"
 
 
 @dataclass(frozen=True)
@@ -85,9 +123,11 @@ class Reference:
     source: as the user wrote it. layout: in words. weights_file: where the tensors are.
     architecture: the reference's (or timm's) name, None where the layout stores only arguments.
     arguments: init arguments of the model, on top of what the name stands for.
-    preprocessing: any of "mean", "std", "crop_pct", "interpolation" and "size" ([height, width] in pixels).
+    preprocessing: any of "mean", "std", "crop_pct", "crop_mode", "interpolation" and "size" ([height, width] in
+        pixels).
     label_names: names of the classes in order, or None.
     shapes: of the tensors, where they are all there is; None where something names the model.
+    remarks: sentences about what it says of itself more than once.
     """
 
     source: str
@@ -98,6 +138,7 @@ class Reference:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     label_names: list[str] | None = None
     shapes: Shapes | None = None
+    remarks: list[str] = field(default_factory=list)
 
 
 def find(source: str, revision: str | None = None) -> Path:
@@ -127,7 +168,7 @@ def read_reference(path: Path, source: str | None = None) -> Reference:
     """
     source = source or str(path)
     if path.is_file():
-        if path.name.endswith(RUN_SUFFIXES):
+        if path.name.endswith(RUN_SUFFIXES) or not (path.parent / "config.json").is_file():
             return _read_run(path, source)
         return _read_configured(path.parent, path, source)
     if (path / "config.json").is_file():
@@ -135,11 +176,12 @@ def read_reference(path: Path, source: str | None = None) -> Reference:
         if not weights:
             raise ConversionError(f"{source} holds config.json but no weights; expected {' or '.join(WEIGHT_FILES)}.")
         return _read_configured(path, weights[0], source)
-    checkpoints = sorted(file for file in path.iterdir() if file.name.endswith(RUN_SUFFIXES))
-    chosen = [path / name for name in RUN_FILES if path / name in checkpoints] or checkpoints
+    checkpoints = sorted(file for file in path.iterdir() if file.name.endswith((*RUN_SUFFIXES, *WEIGHT_FILES)))
+    preferred = (*RUN_FILES, *WEIGHT_FILES)
+    chosen = [path / name for name in preferred if path / name in checkpoints] or checkpoints
     if not chosen:
         raise ConversionError(f"{source} holds neither config.json with weights nor a training run (*.pth.tar).")
-    if chosen[0].name not in RUN_FILES and len(chosen) > 1:
+    if chosen[0].name not in preferred and len(chosen) > 1:
         raise ConversionError(f"{source} holds {len(chosen)} checkpoints and no {RUN_FILES[0]}; name one of the files.")
     return _read_run(chosen[0], source)
 
@@ -147,25 +189,27 @@ def read_reference(path: Path, source: str | None = None) -> Reference:
 def _read_configured(folder: Path, weights: Path, source: str) -> Reference:
     """config.json beside the weights: of timm (with "architecture"), or the init arguments of the reference's model."""
     file = folder / "config.json"
-    if not file.is_file():
-        raise ConversionError(f"There is no config.json beside {weights.name} in {folder}.")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ConversionError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise ConversionError(f"{file} holds no JSON object.")
-    if "model_type" in config:
+    if "model_type" in config and config["model_type"] != TIMM_WRAPPER:
         kind = config["model_type"]
         advice = (
             "it is in our format already" if str(kind).startswith(("loca", "paca")) else "start from it with from_vit"
         )
         raise ConversionError(f"{source} is a transformers checkpoint of model_type {kind!r}: {advice}.")
-    if "architecture" not in config:
+    # timm's first repositories have the entries of `pretrained_cfg` beside those around it.
+    _check_kinds(file, config, {"model_args": "a mapping", "pretrained_cfg": "a mapping"})
+    cfg, arguments = config.get("pretrained_cfg") or config, dict(config.get("model_args") or {})
+    architecture = config.get("architecture") or cfg.get("architecture")
+    if architecture is None:
         return Reference(source, "init arguments in config.json", weights, None, config)
-    kinds = {"architecture": "text", "num_classes": "a whole number", "label_names": "a list"}
-    _check_kinds(file, config, {**kinds, "model_args": "a mapping", "pretrained_cfg": "a mapping"})
-    cfg, arguments = config.get("pretrained_cfg") or {}, dict(config.get("model_args") or {})
+    for entries in (config, cfg):
+        kinds = {"architecture": "text", "num_classes": "a whole number", "global_pool": "text"}
+        _check_kinds(file, entries, {**kinds, **dict.fromkeys(LABEL_NAMES, "a list or a mapping")})
     if config.get("global_pool") is not None:
         arguments.setdefault("global_pool", config["global_pool"])
     num_classes = config.get("num_classes", cfg.get("num_classes"))
@@ -177,51 +221,100 @@ def _read_configured(folder: Path, weights: Path, source: str) -> Reference:
         arguments.setdefault("in_chans", size[0])
         if cfg.get("fixed_input_size", True):
             arguments.setdefault("img_size", list(size[1:]))
+    given = (entries[name] for entries in (config, cfg) for name in LABEL_NAMES if entries.get(name))
     return Reference(
         source,
         "timm's config.json",
         weights,
-        _without_tag(config["architecture"]),
+        _without_tag(architecture),
         arguments,
         preprocessing,
-        config.get("label_names") or cfg.get("label_names"),
+        _in_order(file, next(given, None)),
     )
 
 
 def _read_run(weights: Path, source: str) -> Reference:
-    """args.yaml beside a checkpoint of the reference's training program, or weights alone."""
-    file = weights.parent / "args.yaml"
-    if not file.is_file():
+    """A checkpoint of a training program with its settings, in args.yaml beside it or in itself; or weights alone."""
+    file, where = weights.parent / "args.yaml", f"training run, {weights.name}"
+    if file.is_file():
+        settings = read_settings(file)
+    else:
         content = load_tensors(weights)
-        wrapped = [content[key] for key in (*WEIGHT_KEYS, EMA_KEY) if isinstance(content.get(key), Mapping)]
-        tensors = without_wrappers(wrapped[0] if wrapped else content).items()
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
-        return Reference(source, "weights alone", weights, None, {}, shapes=shapes)
+        stored = content.get("args")
+        settings = stored.settings if isinstance(stored, StoredSettings) else {}
+        if not settings.get("model"):
+            return Reference(source, "weights alone", weights, None, {}, shapes=shapes_of(content))
+        file = weights
+    kinds = dict.fromkeys(("num_classes", "in_chans"), "a whole number")
+    kinds |= dict.fromkeys(("drop", "drop_path", "drop_block"), "a number")
+    _check_kinds(file, settings, {"model": "text", "model_kwargs": "a mapping", "gp": "text", **kinds})
+    arguments = dict(settings.get("model_kwargs") or {})
+    # `img_size` of the training program sets the loader, not the model: only these and `model_kwargs` reach the model.
+    remarks = []
+    for setting, argument in SETTINGS.items():
+        value = settings.get(setting)
+        if value is None or arguments.setdefault(argument, value) == value:
+            continue
+        given = f"{setting}={value!r} but {argument}={arguments[argument]!r} in model_kwargs"
+        if argument not in RATES:
+            raise ConversionError(f"{file} gives {given}.")
+        remarks.append(f"Took the rate in model_kwargs: {file.name} gives {given}.")
+    architecture = _without_tag(settings["model"])
+    preprocessing = _preprocessing(file, settings)
+    return Reference(source, where, weights, architecture, arguments, preprocessing, remarks=remarks)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read an args.yaml without running what it names.
+
+    Args:
+        file: In UTF-8, or in UTF-16 with a byte order mark; tags of Python become plain data.
+
+    Returns:
+        Setting -> value, `model` among them.
+
+    Raises:
+        ConversionError: It is not valid YAML, or names no model.
+    """
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = yaml.load(file.read_bytes(), SettingsLoader)
+    except (yaml.YAMLError, ValueError) as error:
         raise ConversionError(f"{file} is not valid YAML: {one_line(error)}.") from error
     if not isinstance(settings, dict) or not settings.get("model"):
         raise ConversionError(f"{file} does not name a model.")
-    kinds = dict.fromkeys(("num_classes", "in_chans"), "a whole number")
-    _check_kinds(file, settings, {"model": "text", "model_kwargs": "a mapping", **kinds})
-    arguments = dict(settings.get("model_kwargs") or {})
-    # `img_size` of the training program sets the loader, not the model: only `model_kwargs` reach the model.
-    for setting, argument in (("num_classes", "num_classes"), ("gp", "global_pool"), ("in_chans", "in_chans")):
-        value = settings.get(setting)
-        if value is None:
-            continue
-        if arguments.setdefault(argument, value) != value:
-            raise ConversionError(
-                f"{file} gives {setting}={value!r} but {argument}={arguments[argument]!r} in model_kwargs."
-            )
-    return Reference(
-        source,
-        f"training run, {weights.name}",
-        weights,
-        _without_tag(settings["model"]),
-        arguments,
-        _preprocessing(file, settings),
+    return settings
+
+
+def shapes_of(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights in a checkpoint.
+
+    Args:
+        content: What `load_tensors` read.
+
+    Returns:
+        Name without prefixes around the whole model -> shape.
+    """
+    wrapped = [content[key] for key in (*WEIGHT_KEYS, EMA_KEY) if isinstance(content.get(key), Mapping)]
+    tensors = without_wrappers(wrapped[0] if wrapped else content).items()
+    return {name: tuple(tensor.shape) for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
+
+
+def unnamed(reference: Reference) -> str:
+    """Say what to write beside weights whose model nothing names.
+
+    Args:
+        reference: Of weights alone, with their shapes.
+
+    Returns:
+        The sentence, with the number of classes where the head shows it.
+    """
+    file, shapes = reference.weights_file, reference.shapes or {}
+    head = next((shapes[name] for name in ("head.weight", "head.fc.weight") if name in shapes), None)
+    classes = f" and `num_classes: {head[0]}`" if head else ""
+    return (
+        f"There is no args.yaml beside {file.name} in {file.parent}; without it the model is unknown. "
+        f"{'Two lines' if head else 'One line'} in it are enough: `model: vit_tiny_patch16_224`, or what else timm or "
+        f"the reference calls the model{classes}."
     )
 
 
@@ -237,10 +330,21 @@ def _check_kinds(file: Path, settings: Mapping[str, Any], kinds: Mapping[str, st
             check_kind(f"{file} gives", name, settings[name], kind)
 
 
+def _in_order(file: Path, names: Any) -> list[str] | None:
+    """Names of classes in the order of their ids, from a list or from a mapping of id to name."""
+    if isinstance(names, Mapping):
+        try:
+            names = {int(index): name for index, name in names.items()}
+            names = [names[index] for index in range(len(names))]
+        except (KeyError, TypeError, ValueError):
+            raise ConversionError(f"{file} names its classes by other keys than their ids from 0.") from None
+    return [str(name) for name in names] if names else None
+
+
 def _preprocessing(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `settings`, read from `file`, say about the images. Raises ConversionError for a value of a wrong kind."""
     _check_kinds(file, settings, KINDS_OF_PREPROCESSING)
-    found = {name: settings.get(name) for name in ("mean", "std", "crop_pct", "interpolation")}
+    found = {name: settings.get(name) for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
     size, side = settings.get("input_size"), settings.get("img_size")
     if size or side:
         found["size"] = list(size[1:]) if size else [side, side] if isinstance(side, int) else list(side)
@@ -293,7 +397,8 @@ def load_tensors(file: Path) -> dict[str, Any]:
         except (SafetensorError, OSError, ValueError) as error:
             raise ConversionError(f"{file.name} is damaged or incomplete: {_first_line(error)}.") from error
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([(Inert, name) for name in INERT_GLOBALS]):
+        known = [(StoredSettings, NAMESPACE), *((Inert, name) for name in INERT_GLOBALS)]
+        with warnings.catch_warnings(), torch.serialization.safe_globals(known):
             warnings.simplefilter("ignore")  # about pickles of another protocol, which are refused below
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the damaged byte led to, and advises to run the code
@@ -305,7 +410,7 @@ def load_tensors(file: Path) -> dict[str, Any]:
 
 def _why_refused(file: Path, error: Exception) -> str:
     """One sentence of ours for what torch said about a pickle."""
-    code, protocol = code_in(file, INERT_GLOBALS), protocol_of(file)
+    code, protocol = code_in(file, (NAMESPACE, *INERT_GLOBALS)), protocol_of(file)
     if code is not None:
         return f"{file.name} is refused: its pickle asks for {code}, which is code and not data."
     if "unrecognized function" in str(error):
@@ -323,4 +428,4 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines and " " in lines[0] else type(error).__name__
 
 
-__all__ = ["Inert", "Reference", "find", "load_tensors", "read_reference", "read_state"]
+__all__ = ["Inert", "Reference", "find", "load_tensors", "read_reference", "read_state", "shapes_of", "unnamed"]

@@ -58,11 +58,31 @@ def describe(model: nn.Module, description: str) -> dict[str, Any]:
         "gaug": False,
         "prr": False,
     }
+    arguments |= _rates(model)
     if "blocks.0.ls1.gamma" in names or "blocks.0.gamma_1" in names:
         arguments["init_values"] = 1e-5  # only whether there is layer scale matters: its values are copied
     if model.global_pool == "avg" and "fc_norm.weight" not in names:
         arguments["fc_norm"] = False
     return arguments
+
+
+def _rates(model: nn.Module) -> dict[str, float]:
+    """The dropout rates of a model, under the names of timm's arguments."""
+    block = model.blocks[-1]  # where stochastic depth is strongest
+    modules = {
+        "drop_rate": getattr(model, "head_drop", None),
+        "pos_drop_rate": getattr(model, "pos_drop", None),
+        "patch_drop_rate": getattr(model, "patch_drop", None),
+        "proj_drop_rate": getattr(block.attn, "proj_drop", None),
+        "attn_drop_rate": getattr(block.attn, "attn_drop", None),
+        "drop_path_rate": getattr(block, "drop_path1", None),
+    }
+    found = {}
+    for name, module in modules.items():
+        # nn.Dropout, DropPath and PatchDropout call their rate otherwise; an identity has none.
+        rates = (getattr(module, rate, None) for rate in ("p", "drop_prob", "prob"))
+        found[name] = float(next((rate for rate in rates if rate is not None), 0.0))
+    return found
 
 
 def _kind(parent: nn.Module | None, name: str) -> str:
@@ -91,7 +111,9 @@ def _default_arguments(architecture: str) -> dict[str, Any]:
         raise ConversionError(f"The architecture {architecture} is unknown, to timm {timm.__version__} too.")
     with torch.device("meta"):
         model = timm.create_model(architecture, pretrained=False)
-    return describe(model, f"The architecture {architecture}")
+    arguments = describe(model, f"The architecture {architecture}")
+    # No rate is no argument: one of the arguments that come on top may stand for several.
+    return {name: value for name, value in arguments.items() if name not in _rates(model) or value}
 
 
 def default_arguments(architecture: str) -> dict[str, Any]:

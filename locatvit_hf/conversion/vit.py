@@ -24,9 +24,10 @@ from ..configuration_locatvit import LocAtViTConfig
 from ..layers_locat import resample_position_embeddings
 from ..writing import one_line
 from . import locatvit, timm_vit
+from .arguments import changed_rates
 from .errors import ConversionError
 from .keys import KeyTable, expand, rename, restrict
-from .sources import find, read_reference, read_state
+from .sources import TIMM_WRAPPER, find, read_reference, read_state, unnamed
 
 logger = logging.get_logger(__name__)
 
@@ -194,12 +195,13 @@ def open_vit(checkpoint: str | Path | nn.Module) -> PlainViT:
 
 
 def _transformers_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a folder of transformers; None for any other file or folder, which `read_reference` judges."""
+    """config.json of a folder of transformers; None for what `read_reference` judges, timm's models among it."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return None
-    return config if isinstance(config, dict) and "model_type" in config else None
+    known = isinstance(config, dict) and config.get("model_type") not in (None, TIMM_WRAPPER)
+    return config if known else None
 
 
 @contextlib.contextmanager
@@ -361,8 +363,7 @@ def _of_checkpoint(path: Path, description: str) -> PlainViT:
     """A plain ViT of timm, or of a training run of the reference's program."""
     reference = read_reference(path, description)
     if reference.shapes is not None:
-        file = reference.weights_file
-        raise ConversionError(f"There is no args.yaml beside {file.name} in {file.parent}; the model is unknown.")
+        raise ConversionError(unnamed(reference))
     if reference.architecture is None:
         raise ConversionError(f"{description} holds the arguments of a LocAtViT; convert it with `locatvit convert`.")
     # The distilled DeiT has a second token and a second head; their mean is no linear head on the class token.
@@ -382,6 +383,8 @@ def _of_checkpoint(path: Path, description: str) -> PlainViT:
         fields["id2label"] = dict(enumerate(map(str, labels)))
         fields["label2id"] = {label: index for index, label in fields["id2label"].items()}
     state, _ = read_state(reference)
+    for sentence in changed_rates(arguments):
+        logger.warning(f"{description}: {sentence}")
     return _of_timm(fields, state, description)
 
 
@@ -389,7 +392,10 @@ def _of_timm_model(model: nn.Module) -> PlainViT:
     """A `VisionTransformer` of timm in memory. What it has besides a plain ViT shows up as tensors without a place."""
     description = f"The timm model {type(model).__name__}"
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    fields = locatvit.config_fields(None, timm_vit.describe(model, description))
+    arguments = timm_vit.describe(model, description)
+    for sentence in changed_rates(arguments):
+        logger.warning(f"{description}: {sentence}")
+    fields = locatvit.config_fields(None, arguments)
     cfg = model.pretrained_cfg or {}
     fields["image_mean"], fields["image_std"] = list(cfg.get("mean", [0.5] * 3)), list(cfg.get("std", [0.5] * 3))
     fields["crop_pct"] = cfg.get("crop_pct") or 0.9

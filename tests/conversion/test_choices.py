@@ -1,16 +1,21 @@
 """What the converter decides: which file, which weights, which configuration and which processor."""
 
+import argparse
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor, LocAtViTModel
 from locatvit_hf.conversion import locatvit as family
-from locatvit_hf.conversion.families import FAMILIES
-from locatvit_hf.conversion.sources import load_tensors
-from tests.conversion.layouts import write_mixin, write_run, write_timm
+from locatvit_hf.conversion.convert import configure
+from locatvit_hf.conversion.families import FAMILIES, family_of
+from locatvit_hf.conversion.sources import load_tensors, read_reference
+from tests.conversion.layouts import run_settings, write_mixin, write_run, write_timm
 from tests.golden import load_case
 
 
@@ -197,3 +202,206 @@ def test_histories_of_training_runs_are_read_without_their_library(tmp_path, mon
     assert "mmengine" not in sys.modules
     assert type(content["message_hub"]["loss"]).__name__ == "Inert"
     assert not vars(content["message_hub"]["loss"])
+
+
+SMALL_VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "num_classes": 5}
+
+
+@pytest.fixture(scope="module")
+def small_vit():
+    """A small ViT of timm in evaluation mode."""
+    import timm
+
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **SMALL_VIT).eval()
+
+
+def assert_same_logits(source, folder, size=32):
+    pixel_values = torch.randn(1, 3, size, size)
+    model = LocAtViTForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).logits, source(pixel_values), atol=1e-5, rtol=1e-4)
+    return model.config
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ({"drop_path_rate": 0.0}, (0.0, 0.0, 0.0)),
+        ({"drop_path_rate": 0.3, "proj_drop_rate": 0.1, "attn_drop_rate": 0.2}, (0.3, 0.1, 0.2)),
+        ({"drop_rate": 0.1}, (None, 0.1, 0.0)),
+        ({"drop_rate": 0.1, "proj_drop_rate": 0.0, "attn_drop_rate": None}, (None, 0.0, 0.0)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("name", "default"), [("locatvit", 0.0), ("locatswin", 0.1), ("locatjumbo", 0.0)])
+def test_dropout_rates_of_the_source_are_kept(name, default, rates, expected, tmp_path):
+    """In every layout; a rate that the source does not name is the default of its architecture."""
+    case = load_case(name)
+    arguments = {key: value for key, value in case.arguments.items() if key not in ("num_classes", "drop_path_rate")}
+    settings = {"drop_path": None, "model_kwargs": {**arguments, **rates}}
+    pool = {"global_pool": "avg" if name == "locatswin" else "token"}
+    sources = [
+        write_timm(case, tmp_path / "timm", model_args={**arguments, **rates}, pretrained_cfg=None, **pool),
+        write_run(case, tmp_path / "run", **settings),
+    ]
+    if rates.keys() <= {"drop_rate", "drop_path_rate"}:  # those that the training program has options for
+        options = {name.removesuffix("_rate"): rate for name, rate in rates.items()}
+        sources.append(write_run(case, tmp_path / "options", **{**settings, "model_kwargs": arguments, **options}))
+    for source in sources:
+        reference = read_reference(source)
+        config = configure(family_of(reference), reference)
+        found = config.drop_path_rate, config.hidden_dropout_prob, config.attention_probs_dropout_prob
+        assert found == tuple(default if rate is None else rate for rate in expected), source
+
+
+def test_rates_that_ours_does_not_have_are_named(tmp_path, locatvit):
+    case = load_case("locatvit")
+    arguments = {**run_settings(case)["model_kwargs"], "patch_drop_rate": 0.25, "drop_path_rate": 0.2}
+    source = write_run(case, tmp_path / "run", drop=0.3, drop_path=0.1, model_kwargs=arguments)
+    result = locatvit("convert", source, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    printed = result.output
+    assert "Left out patch_drop_rate=0.25: our models have no such dropout" in printed
+    assert "Took drop_rate=0.3 for hidden_dropout_prob" in printed
+    assert "args.yaml gives drop_path=0.1 but drop_path_rate=0.2 in model_kwargs" in printed
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["drop_path_rate"], config["hidden_dropout_prob"]) == (0.2, 0.3)
+
+
+@pytest.mark.parametrize("file", ["weights.pth", "model.safetensors"])
+def test_two_lines_are_enough_beside_weights_alone(tmp_path, locatvit, refuses, file):
+    """The sentence that asks for them says which, and they are."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3).eval()
+    (tmp_path / "run").mkdir()
+    write = save_file if file.endswith("safetensors") else torch.save
+    write(model.state_dict(), tmp_path / "run" / file)
+    sentence = refuses("convert", tmp_path / "run", tmp_path / "out")
+    assert f"There is no args.yaml beside {file}" in sentence and "Two lines in it are enough" in sentence
+    lines = re.findall("`(.*?)`", sentence)
+    assert lines == ["model: vit_tiny_patch16_224", "num_classes: 3"]
+    (tmp_path / "run" / "args.yaml").write_text("\n".join(lines))
+    for source in ("run", f"run/{file}"):
+        assert locatvit("convert", tmp_path / source, tmp_path / "out", "--overwrite").exit_code == 0
+        assert_same_logits(model, tmp_path / "out", size=224)
+
+
+def test_settings_inside_the_checkpoint_stand_for_args_yaml(tmp_path, locatvit, small_vit):
+    """As the program of timm, which the reference's is made of, stores them."""
+    from timm.utils import CheckpointSaver
+
+    settings = argparse.Namespace(
+        model="vit_tiny_patch16_224",
+        num_classes=None,
+        model_kwargs=SMALL_VIT,
+        drop_path=0.2,
+        crop_pct=0.875,
+        mean=(0.1, 0.2, 0.3),
+        output=Path("output"),
+    )
+    optimizer = torch.optim.SGD(small_vit.parameters(), lr=0.1)
+    saver = CheckpointSaver(small_vit, optimizer, args=settings, checkpoint_dir=str(_made(tmp_path / "run")))
+    saver.save_checkpoint(epoch=3, metric=71.5)
+    for name in ("model_best.pth.tar", "last.pth.tar"):
+        source = tmp_path / "run" / name
+        result = locatvit("convert", source, tmp_path / "out", "--overwrite")
+        assert result.exit_code == 0, result.output
+        config = assert_same_logits(small_vit, tmp_path / "out")
+        assert (config.drop_path_rate, config.crop_pct, config.image_mean) == (0.2, 0.875, [0.1, 0.2, 0.3])
+
+
+def test_tags_of_python_in_args_yaml_are_read_and_not_run(tmp_path, locatvit, small_vit):
+    """What `yaml.dump` makes of settings that hold more than YAML knows."""
+    torch.save({"state_dict": small_vit.state_dict()}, _made(tmp_path / "run") / "model_best.pth.tar")
+    settings = {
+        "model": "vit_tiny_patch16_224",
+        "model_kwargs": {**SMALL_VIT, "img_size": (32, 32)},
+        "mean": (0.1, 0.2, 0.3),
+        "output": Path("output"),
+        "kinds": {1, 2},
+        "loss": torch.nn.CrossEntropyLoss,
+    }
+    for content in (settings, argparse.Namespace(**settings)):
+        text = yaml.dump(content)
+        assert "!!python/tuple" in text and "!!python/name:torch.nn" in text
+        mark = tmp_path / "mark"
+        text += f"hook: !!python/object/apply:os.system ['touch {mark}']\n"
+        for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+            (tmp_path / "run" / "args.yaml").write_text(text, encoding=encoding)
+            result = locatvit("convert", tmp_path / "run", tmp_path / "out", "--overwrite")
+            assert result.exit_code == 0, result.output
+            config = assert_same_logits(small_vit, tmp_path / "out")
+            assert config.image_mean == [0.1, 0.2, 0.3] and config.image_size == [32, 32]
+            assert not mark.exists()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+NAMES = ["ant", "bee", "crab", "dog", "eel"]
+PREPROCESSING = {"crop_pct": 0.8, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
+
+
+@pytest.mark.parametrize("form", ["nested", "flat", "labels_by_id", "in_the_middle", "transformers"])
+def test_every_form_of_timms_config_json(tmp_path, locatvit, small_vit, form):
+    folder, model_args = _made(tmp_path / "source"), {k: v for k, v in SMALL_VIT.items() if k != "num_classes"}
+    cfg = {"input_size": [3, 32, 32], "first_conv": "patch_embed.proj", "classifier": "head", **PREPROCESSING}
+    top = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "num_features": 48, "global_pool": "token"}
+    config, prefix = {**top, "model_args": model_args}, ""
+    if form == "nested":
+        config |= {"pretrained_cfg": cfg, "label_names": NAMES}
+    elif form == "flat":  # as the first repositories of timm
+        config |= {**cfg, "labels": NAMES}
+    elif form == "labels_by_id":
+        config |= {"pretrained_cfg": {**cfg, "label_names": {str(i): NAMES[i] for i in (4, 0, 1, 2, 3)}}}
+    elif form == "in_the_middle":
+        moved = {name: config.pop(name) for name in ("architecture", "num_classes")}
+        config |= {"pretrained_cfg": {**cfg, **moved, "label_names": NAMES}, "label_names": None}
+    else:
+        config |= {"model_type": "timm_wrapper", "pretrained_cfg": cfg, "label_names": NAMES}
+        prefix = "timm_model."
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8-sig" if form == "flat" else "utf-8")
+    save_file({prefix + name: tensor for name, tensor in small_vit.state_dict().items()}, folder / "model.safetensors")
+    result = locatvit("convert", folder, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    converted = assert_same_logits(small_vit, tmp_path / "out")
+    assert [converted.id2label[index] for index in range(5)] == NAMES
+    processor = LocAtViTImageProcessor.from_pretrained(tmp_path / "out")
+    assert processor.size.shortest_edge == 40 and processor.crop_size.height == 32 and processor.resample == 2
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3] and list(processor.image_std) == [0.4, 0.5, 0.6]
+    started = LocAtViTForImageClassification.from_vit(folder)
+    assert [started.config.id2label[index] for index in range(5)] == NAMES
+
+
+def test_a_model_of_timm_that_transformers_saved(tmp_path, locatvit, small_vit):
+    """With all that its own `save_pretrained` writes."""
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    fields = {"architecture": "vit_tiny_patch16_224", "num_labels": 5, "id2label": dict(enumerate(NAMES))}
+    arguments = {name: value for name, value in SMALL_VIT.items() if name != "num_classes"}
+    wrapped = TimmWrapperForImageClassification(TimmWrapperConfig(**fields, model_args=arguments)).eval()
+    wrapped.timm_model.load_state_dict(small_vit.state_dict())
+    wrapped.save_pretrained(tmp_path / "source")
+    result = locatvit("convert", tmp_path / "source", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    config = assert_same_logits(small_vit, tmp_path / "out")
+    assert [config.id2label[index] for index in range(5)] == NAMES
+
+
+def test_crop_modes_and_names_that_do_not_fit(tmp_path, locatvit):
+    case = load_case("locatvit")
+    cfg = {"input_size": [3, 64, 64], "crop_pct": 0.8}
+    for mode, size in (("squash", {"height": 80, "width": 80}), ("border", {"shortest_edge": 80})):
+        names = {"label_names": ["one", "two"]}
+        source = write_timm(case, tmp_path / mode, pretrained_cfg={**cfg, "crop_mode": mode}, **names)
+        result = locatvit("convert", source, tmp_path / f"{mode}_out")
+        assert result.exit_code == 0, result.output
+        processor = json.loads((tmp_path / f"{mode}_out" / "preprocessor_config.json").read_text())
+        assert {side: pixels for side, pixels in processor["size"].items() if pixels} == size
+        assert ("Left out crop_mode='border'" in result.output) == (mode == "border")
+        assert "Left out the names of 2 classes: the model has 7." in result.output

@@ -366,3 +366,17 @@ class TestRefusals:
         self.refused(model, "trained with num_attention_heads", num_attention_heads=1)
         self.refused(model, "trained with num_register_tokens=0; 2", num_register_tokens=2)
         self.refused(model, "embeddings.patch_embeddings.projection.weight", patch_size=4)
+
+
+def test_dropout_rates_of_the_source_are_kept(warnings_of_from_vit):
+    rates = {"drop_path_rate": 0.3, "proj_drop_rate": 0.1, "attn_drop_rate": 0.2}
+    source = timm.create_model("vit_tiny_patch16_224", **TIMM_SIZES, **rates, drop_rate=0.4, patch_drop_rate=0.25)
+    config = LocAtViTForImageClassification.from_vit(source).config
+    assert config.drop_path_rate == pytest.approx(0.3)  # read from a list of float32
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.1, 0.2)
+    assert any("Left out drop_rate=0.4, patch_drop_rate=0.25" in sentence for sentence in warnings_of_from_vit())
+    theirs = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
+    source = Dinov2Model(Dinov2Config(**SIZES, **theirs, drop_path_rate=0.3))
+    config = LocAtViTModel.from_vit(source).config
+    found = config.drop_path_rate, config.hidden_dropout_prob, config.attention_probs_dropout_prob
+    assert found == (0.3, 0.1, 0.2)

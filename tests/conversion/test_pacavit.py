@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
@@ -105,12 +106,36 @@ def test_wrappers_and_prefixes(convert, wrapper, prefix):
     assert_equal_outputs(model, PaCaViTForImageClassification.from_pretrained(convert(content, *options)))
 
 
+def test_a_training_run_with_its_settings(tmp_path, locatvit, refuses):
+    """Tensors say what the model is; args.yaml adds its dropout and its images."""
+    model = randomized(PaCaViTForImageClassification(config(**VARIANTS["teacher"])))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"state_dict": reference_state(model), "epoch": 3}, folder / "model_best.pth.tar")
+    settings = {"model": "pacavit_convmixer_tiny_100", "num_classes": 7, "drop": 0.0, "drop_path": 0.2, "img_size": 96}
+    settings |= {"crop_pct": 0.75, "mean": (0.1, 0.2, 0.3), "interpolation": "bilinear", "gp": None, "model_kwargs": {}}
+    (folder / "args.yaml").write_text(yaml.dump(settings))
+    result = locatvit("convert", folder, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "Found pacavit_convmixer_tiny_100 (training run, model_best.pth.tar)" in result.output
+    converted = PaCaViTForImageClassification.from_pretrained(tmp_path / "out")
+    assert_equal_outputs(model, converted)
+    assert (converted.config.drop_path_rate, converted.config.hidden_dropout_prob) == (0.2, 0.0)
+    processor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert processor["size"]["shortest_edge"] == 128 and processor["crop_size"] == {"height": 96, "width": 96}
+    assert processor["image_mean"] == [0.1, 0.2, 0.3] and processor["resample"] == 2
+    (folder / "args.yaml").write_text(yaml.dump({**settings, "num_classes": 8}))
+    sentence = refuses("convert", folder, tmp_path / "other")
+    assert sentence == "The tensors of the checkpoint are for 7 classes, but its run says 8."
+
+
 def test_paca_head(convert):
     model = randomized(PaCaViTForSemanticSegmentation(config(segmentation_hidden_size=16)))
     folder = convert({"state_dict": reference_state(model, "backbone."), "meta": {"epoch": 1}}, name="pacahead.pth")
     assert_equal_outputs(model, PaCaViTForSemanticSegmentation.from_pretrained(folder))
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     assert processor["size_divisor"] == 32 and processor["size"]["shortest_edge"] == 512
+    assert processor["resample"] == 2  # bilinear, as in mmsegmentation
 
 
 @pytest.mark.parametrize("auxiliary", [True, False])

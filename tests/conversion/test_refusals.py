@@ -165,15 +165,17 @@ def test_transformers_checkpoint(tmp_path, out, refuses):
 def test_missing_args_yaml(tmp_path, out, refuses):
     source = write_run(CASE, tmp_path / "run")
     (source / "args.yaml").unlink()
-    assert "no args.yaml beside model_best.pth.tar" in refuses("convert", source, out)
+    torch.save({"state_dict": CASE.state}, source / "model_best.pth.tar")
+    sentence = refuses("convert", source, out)
+    assert "no args.yaml beside model_best.pth.tar" in sentence and "`num_classes: 7`" in sentence
 
 
 def test_args_yaml_that_is_no_yaml(tmp_path, out, refuses):
     source = write_run(CASE, tmp_path / "run")
     (source / "args.yaml").write_text("model: [")
     assert "not valid YAML" in refuses("convert", source, out)
-    (source / "args.yaml").write_text(yaml.dump(RunsCode("true")))
-    assert "not valid YAML" in refuses("convert", source, out)
+    (source / "args.yaml").write_text(yaml.dump(RunsCode(f"touch {tmp_path / 'mark'}")))
+    assert "does not name a model" in refuses("convert", source, out) and not (tmp_path / "mark").exists()
     (source / "args.yaml").write_bytes(b"model: \xff\xfe")
     assert "not valid YAML" in refuses("convert", source, out)
 
@@ -281,7 +283,7 @@ def test_images_of_no_size_and_unknown_interpolation(tmp_path, out, refuses):
         ({"pretrained_cfg": "a"}, "a mapping"),
         ({"architecture": 5}, "text"),
         ({"num_classes": "7"}, "a whole number"),
-        ({"label_names": "abcdefg"}, "a list"),
+        ({"label_names": "abcdefg"}, "a list or a mapping"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
