@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -31,6 +31,7 @@ from training.data import TrainingSamples, create_training_loader
 from training.data.batches import seed_everything
 from training.dry_run import ActivationMeter, memory_table, model_table, tensor_bytes
 from training.export import open_repository, push, save_model, save_pretrained, write_card
+from training.finite import are_finite, first_not_finite, gradient_norm, scale_gradients, tensors_in
 from training.optimization import (
     create_ema,
     learning_rate_at,
@@ -44,6 +45,9 @@ from training.tracking import GaussianReader, Trackers, check_trackers
 
 DRY_RUN_IMAGES = 8
 
+MAX_SKIPPED_IN_A_ROW = 30
+"""Steps that the loss scaler of fp16 may skip one after the other: each halves its scale, 65,536 at first."""
+
 
 @dataclasses.dataclass
 class RunState:
@@ -51,6 +55,8 @@ class RunState:
 
     seconds: of training, without evaluations and checkpoints; waited: of these, for data.
     num_corrupt: images that could not be decoded, over all processes, and that others replaced.
+    num_skipped: steps in which the loss scaler of fp16 kept the weights, and how many of them are the last ones
+        (`skipped_in_a_row`).
     window: sums since the last point of the training curve, and of how many updates (`updates`).
     best, best_step: largest value of the metric, and after how many updates.
     exported, exported_step: metrics of the exported weights, and their update.
@@ -61,6 +67,8 @@ class RunState:
     seconds: float = 0.0
     waited: float = 0.0
     num_corrupt: int = 0
+    num_skipped: int = 0
+    skipped_in_a_row: int = 0
     window: dict = dataclasses.field(default_factory=dict)
     best: float = -math.inf
     best_step: int | None = None
@@ -119,6 +127,10 @@ class TrainingLoop:
     `record(metrics)` where `evaluation_due` says so. A checkpoint in `output_dir` is continued at the exact update.
     While the loop is open, SIGTERM, SIGUSR1 and Ctrl-C end it after the current update, with a checkpoint.
 
+    A loss or a gradient that is not finite ends the run before the weights move; with fp16, whose loss scaler skips
+    such steps until its scale fits, only a long row of them does. Weights that are not finite are neither exported nor
+    kept in a checkpoint.
+
     accelerator: from `create_accelerator`.
     arguments: settings of the program, a dataclass with those of `OptimizationArguments` and `RunArguments`.
     model: not yet prepared by the accelerator.
@@ -165,12 +177,12 @@ class TrainingLoop:
         if not 0 <= self.warmup <= self.total or self.total == 0:
             raise ValueError(f"A run of {self.total} updates cannot warm up for {self.warmup}.")
 
-        self.state = RunState()
+        self.state, self._holders, self._checked_step = RunState(), state, None
         self._prepare_model(model, optimizer)
         accelerator.register_for_checkpointing(self.state, *([self._averaged_state()] if self.ema else []), *state)
         checkpoints = list_checkpoints(self.output / "checkpoints")
         if checkpoints and not arguments.dry_run:
-            load_checkpoint(accelerator, checkpoints[-1])
+            self._load_newest(checkpoints)
             self.print(f"Continuing at update {self.state.step} of {self.total}.")
         self.loader = create_training_loader(
             samples, self._loader_arguments(), accelerator, start=self.state.step, stop=self.total, collate=collate
@@ -243,23 +255,18 @@ class TrainingLoop:
         self.accelerator.backward(loss)
         if not self._last_micro_step or self.arguments.dry_run:
             return
-        losses, stop = self._agree()
-        if not math.isfinite(losses["loss"]):
-            raise ValueError(
-                f"The loss became {losses['loss']} at update {self.state.step + 1}; its batch is in "
-                f"{self._keep_batches()}, and the checkpoints in {self.output / 'checkpoints'} are from before. Start "
-                "again in another --output_dir, with a lower learning_rate or a longer warmup."
-            )
         if self.before_step is not None:
             self.before_step()
-        if self.arguments.max_gradient_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_gradient_norm)
+        # The norm travels to the host together with the loss: asking for it costs no transfer of its own.
+        losses, norm, stop = self._agree(self._gradient_norm())
+        self._check_finite(losses["loss"], norm)
+        self._clip_gradients(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step += 1
         if self.ema is not None:
             self.ema.update(self._unwrapped(), step=self.state.step)
-        self._account(losses)
+        self._account(losses, norm)
         self._stop, self._update_complete = stop, True
 
     def record(self, metrics: dict[str, Any], examples: Callable[[], list[Image.Image]] | None = None) -> None:
@@ -306,6 +313,7 @@ class TrainingLoop:
             "images_per_second": state.images / max(state.seconds, 1e-9),
             "data_wait_share": state.waited / max(state.seconds, 1e-9),
             "num_corrupt_images": state.num_corrupt,
+            "num_skipped_steps": state.num_skipped,
             "parameters": sum(p.numel() for p in self._evaluated_module().parameters()),
             "num_processes": self.accelerator.num_processes,
             "seed": self.arguments.seed,
@@ -390,6 +398,7 @@ class TrainingLoop:
         step = self.state.step
         best = self.arguments.export == "best" and step == self.state.best_step
         if self._stop or best or step % self.checkpoint_every == 0 or step == self.total:
+            self._check_weights()
             save_checkpoint(
                 self.accelerator,
                 self.output / "checkpoints",
@@ -405,21 +414,125 @@ class TrainingLoop:
             self.print(f"Stopped after update {step} of {self.total}; the same command continues there.")
             raise SystemExit(128 + self._stop)
 
-    def _agree(self) -> tuple[dict[str, float], int]:
-        """The mean losses over the processes, and the largest signal that any of them received (0 for none).
+    def _agree(self, norm: torch.Tensor) -> tuple[dict[str, float], float, int]:
+        """The mean losses over the processes, the norm of the gradients, and the largest signal received (0 for none).
 
         Counts the corrupt images of all processes, too.
         """
         own = [float(self._interruption.signal or 0), float(self.loader.num_corrupt - self._counted_corrupt)]
         self._counted_corrupt = self.loader.num_corrupt
         own = torch.tensor(own, device=self.accelerator.device)
-        everyone = self.accelerator.gather(torch.cat([own, torch.stack([*self._losses.values()])])[None])
+        values = torch.stack([*self._losses.values(), norm])
+        everyone = self.accelerator.gather(torch.cat([own, values])[None])
         self.state.num_corrupt += int(everyone[:, 1].sum().item())
-        means = everyone.mean(dim=0)[2:].tolist()
-        return dict(zip(self._losses, means, strict=True)), int(everyone[:, 0].max().item())
+        *losses, norm = everyone.mean(dim=0)[2:].tolist()
+        return dict(zip(self._losses, losses, strict=True)), norm, int(everyone[:, 0].max().item())
+
+    def _gradient_norm(self) -> torch.Tensor:
+        """Norm of the gradients of all parameters, before they are clipped; a scalar on the device."""
+        device = self.accelerator.device
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # The engine clips, and moves the weights, in its backward pass.
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_gradient_norm or 0.0)
+            return torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=device)
+        self.accelerator.unscale_gradients()
+        return gradient_norm(self.model.parameters(), device)
+
+    def _clip_gradients(self, norm: float) -> None:
+        most = self.arguments.max_gradient_norm
+        if most is None or not math.isfinite(norm) or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return
+        factor = most / (norm + 1e-6)
+        if factor < 1:
+            scale_gradients(self.model.parameters(), factor)
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        """Raises ValueError where a step with this loss and this norm of the gradients would spoil the weights."""
+        state, step = self.state, self.state.step + 1
+        if not math.isfinite(loss):
+            self._end_not_finite(f"The loss became {loss} at step {step}")
+        if math.isfinite(norm):
+            state.skipped_in_a_row = 0
+            return
+        where = ""
+        if self.accelerator.mixed_precision == "fp16":
+            state.num_skipped, state.skipped_in_a_row = state.num_skipped + 1, state.skipped_in_a_row + 1
+            if state.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+                return
+            where = f", and so it was in the {MAX_SKIPPED_IN_A_ROW} steps up to this one, at every loss scale"
+        gradients = ((n, p.grad) for n, p in self._unwrapped().named_parameters() if p.grad is not None)
+        name = first_not_finite(gradients)
+        first = f" (first in {name})" if name is not None else ""
+        self._end_not_finite(
+            f"The norm of the gradients became {norm}{first} at step {step}, although the loss is {loss:.4g}{where}"
+        )
+
+    def _end_not_finite(self, what: str) -> NoReturn:
+        folder = self._keep_batches()
+        raise ValueError(f"{what}; its batch is in {folder}. {self._way_back()}")
+
+    def _way_back(self) -> str:
+        """From where the run can go on, and what to change where it ends in the same way again."""
+        checkpoints = list_checkpoints(self.output / "checkpoints")
+        way = "There is no checkpoint yet, so the same command starts anew."
+        if checkpoints:
+            way = (
+                f"The newest checkpoint is {checkpoints[-1]}, whose weights are finite: the same command goes on there."
+            )
+        return (
+            f"{way} Where the run ends here again, start in another --output_dir with a lower learning_rate, a longer "
+            "warmup or a smaller max_gradient_norm."
+        )
+
+    def _check_weights(self) -> None:
+        """Raises ValueError where weights that are about to be kept are not finite, the same in all processes."""
+        if self._checked_step != self.state.step and not self._weights_are_finite():
+            name = first_not_finite(self._kept_tensors())
+            first = f" (first in {name})" if name is not None else ""
+            raise ValueError(
+                f"The weights are not finite after step {self.state.step}{first}, so they were not kept. "
+                f"{self._way_back()}"
+            )
+        self._checked_step = self.state.step
+
+    def _weights_are_finite(self) -> bool:
+        mine = are_finite(tensor for _, tensor in self._kept_tensors())
+        return bool(self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).all())
+
+    def _kept_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights that a checkpoint keeps: those of the model, of its average, and of what else has a state."""
+        yield from self._unwrapped().state_dict().items()
+        if self.ema is not None:
+            yield from ((f"average of {name}", tensor) for name, tensor in self.ema.module.state_dict().items())
+        for holder in self._holders:
+            yield from ((type(holder).__name__, tensor) for tensor in tensors_in(holder.state_dict()))
+
+    def _load_newest(self, checkpoints: list[Path]) -> None:
+        """Load the newest checkpoint with finite weights; newer ones, which earlier versions wrote, are set aside.
+
+        Raises ValueError where there is none.
+        """
+        left = list(checkpoints)
+        while left:
+            load_checkpoint(self.accelerator, left[-1])
+            if self._weights_are_finite():
+                break
+            left.pop()
+        else:
+            raise ValueError(
+                f"No checkpoint in {checkpoints[0].parent} holds finite weights: --overwrite the run, with a lower "
+                "learning_rate, a longer warmup or a smaller max_gradient_norm."
+            )
+        for bad in checkpoints[len(left) :]:
+            aside = bad.with_name(f"not_finite_{bad.name}")
+            self.print(f"{bad} holds weights that are not finite: it is now {aside.name}, and {left[-1].name} goes on.")
+            if self.accelerator.is_main_process:
+                shutil.rmtree(aside, ignore_errors=True)
+                bad.rename(aside)
+        self.accelerator.wait_for_everyone()
 
     def _keep_batches(self) -> Path:
-        """Write what led to a loss that is not finite, one file a process; returns their folder."""
+        """Write what led to a loss or a gradient that is not finite, one file a process; returns their folder."""
         folder = self.output / "not_finite"
         content = {"update": self.state.step + 1, "batches": self._batches, "losses": self._losses}
         folder.mkdir(parents=True, exist_ok=True)
@@ -427,23 +540,27 @@ class TrainingLoop:
         write_complete(folder / name, lambda path: torch.save(content, path))
         return folder
 
-    def _account(self, losses: dict[str, float]) -> None:
+    def _account(self, losses: dict[str, float], norm: float) -> None:
         state, log_every = self.state, self.arguments.log_every
         state.seconds += time.perf_counter() - self._clock
         state.images += self.arguments.batch_size
-        for name, value in {**losses, "updates": 1}.items():
+        norms = {"grad_norm": norm, "norms": 1} if math.isfinite(norm) else {}
+        for name, value in {**losses, **norms, "updates": 1}.items():
             state.window[name] = state.window.get(name, 0) + value
         speed, wait = state.images / state.seconds, state.waited / state.seconds
         due = state.step % log_every == 0 or state.step == self.total
         if due:
-            count = state.window.pop("updates")
-            point = {name: value / count for name, value in state.window.items()}
+            count, norms = state.window.pop("updates"), state.window.pop("norms", 0)
+            mean_norm = state.window.pop("grad_norm", 0.0) / norms if norms else math.nan
+            point = {name: value / count for name, value in state.window.items()} | {"grad_norm": mean_norm}
+            if self.accelerator.mixed_precision == "fp16":
+                point["skipped_steps"] = state.num_skipped
             point |= {"learning_rate": self._learning_rate(-1), "images_per_second": speed, "data_wait_share": wait}
             state.window = {}
             state.train_curve.append({**self._position(), **point})
             self.trackers.log("train", point, state.step)
-        status = f"loss {losses['loss']:.3f} · lr {self._learning_rate(-1):.1e} · {speed:.0f} images/s"
-        status += f" · {wait:.0%} waiting for data"
+        status = f"loss {losses['loss']:.3f} · grad norm {norm:.2g} · lr {self._learning_rate(-1):.1e}"
+        status += f" · {speed:.0f} images/s · {wait:.0%} waiting for data"
         if due and not console.is_terminal:
             self.print(f"{state.step}/{self.total} · {status}")
         self._bar.update(self._task, completed=state.step, status=status)
@@ -455,6 +572,7 @@ class TrainingLoop:
         return {"step": self.state.step, "epoch": self.state.step / self.updates_per_epoch}
 
     def _export(self) -> None:
+        self._check_weights()
         model = self.evaluation_model
         if self.accelerator.is_main_process:
             save_model(self.output / "model", model, self.processor, self.save)

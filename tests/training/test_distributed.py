@@ -12,7 +12,7 @@ from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 from tests.training.conftest import SMALL_MODEL
-from tests.training.programs import ROOT, train
+from tests.training.programs import ROOT, spoil_third_step_of_second_process, train
 from training.checkpointing import list_checkpoints
 
 LAUNCH = ROOT / "training" / "launch"
@@ -73,6 +73,20 @@ def test_processes_and_accumulation_share_a_batch(settings, tmp_path):
         assert other_weights.keys() == weights.keys()
         for key, weight in weights.items():
             torch.testing.assert_close(other_weights[key], weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["copied", "sharded"])
+def test_all_processes_end_where_the_gradient_of_one_is_spoiled(settings, tmp_path, sharded):
+    output = tmp_path / "run"
+    settings = {**settings, "output_dir": str(output), "checkpoint_every": "1 steps"}
+    processes = train(settings, num_processes=2, sharded=sharded, fault=spoil_third_step_of_second_process)
+    assert processes.wait() == [1, 1]
+    assert [path.name for path in list_checkpoints(output / "checkpoints")] == ["step_00000001", "step_00000002"]
+    assert not (output / "all_results.json").exists()
+    files = sorted(path.name for path in (output / "not_finite").iterdir())
+    assert files == ["update_3_process_0.pt", "update_3_process_1.pt"]
+    losses = [torch.load(output / "not_finite" / name, weights_only=False)["losses"]["loss"] for name in files]
+    assert all(loss.isfinite() for loss in losses)
 
 
 @pytest.mark.slow

@@ -44,7 +44,8 @@ def test_curves_reach_the_tracker(tracked):
     losses = events.Scalars("train/loss")
     assert [event.step for event in losses] == list(range(1, 9))
     assert [event.value for event in losses] == pytest.approx([point["loss"] for point in results["train_curve"]])
-    assert {"train/learning_rate", "train/images_per_second", "train/data_wait_share"} <= set(events.Tags()["scalars"])
+    expected = {"train/learning_rate", "train/grad_norm", "train/images_per_second", "train/data_wait_share"}
+    assert expected <= set(events.Tags()["scalars"])
     accuracy = events.Scalars("validation/accuracy")
     assert [(event.step, event.value) for event in accuracy] == [
         (point["step"], pytest.approx(point["accuracy"])) for point in results["validation_curve"]
