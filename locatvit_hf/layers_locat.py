@@ -209,17 +209,31 @@ def check_pixel_values(pixel_values: torch.Tensor, num_channels: int) -> None:
         raise ValueError(f"pixel_values holds no pixels: its shape is {tuple(pixel_values.shape)}.")
 
 
+def for_one_image_size() -> bool:
+    """Whether a graph is made for the size of its example alone.
+
+    So does `torch.onnx.export(dynamo=False)`, which knows no antialiased resampling. Other graphs serve every size.
+    """
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+
+
+def image_sides(pixel_values: torch.Tensor) -> tuple[int, int]:
+    """(height, width) of (batch, channels, height, width); in a graph for any size, what stands for these there."""
+    height, width = pixel_values.shape[-2:]
+    return (int(height), int(width)) if for_one_image_size() else (height, width)
+
+
 def patch_grid(pixel_values: torch.Tensor, patch_shape: tuple[int, int]) -> tuple[int, int]:
     """(height, width) in patches of (batch, channels, height, width), patches at the edge counted whole."""
-    height, width = pixel_values.shape[-2:]
+    height, width = image_sides(pixel_values)
     return -(-height // patch_shape[0]), -(-width // patch_shape[1])
 
 
 def pad_to_multiple(pixel_values: torch.Tensor, multiple: tuple[int, int]) -> torch.Tensor:
     """Zeros on the right and at the bottom of (batch, channels, height, width) until both sides are multiples."""
-    height, width = pixel_values.shape[-2:]
+    height, width = image_sides(pixel_values)
     bottom, right = -height % multiple[0], -width % multiple[1]
-    if not is_tracing() and bottom == 0 and right == 0:
+    if (not is_tracing() or for_one_image_size()) and bottom == 0 and right == 0:
         return pixel_values
     return F.pad(pixel_values, (0, right, 0, bottom))
 
@@ -232,7 +246,7 @@ def resample_position_embeddings(
     position_embeddings: (1, prefix + patches, channels); the first `num_prefix_tokens` rows are kept as they are.
     """
     # Resampling to the same grid is the identity; while tracing it stays, so that a graph serves every size.
-    if not is_tracing() and tuple(grid) == tuple(native_grid):
+    if (not is_tracing() or for_one_image_size()) and tuple(grid) == tuple(native_grid):
         return position_embeddings
     dtype = torch.promote_types(position_embeddings.dtype, torch.float32)
     prefix, patches = position_embeddings.split(

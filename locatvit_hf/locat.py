@@ -48,7 +48,7 @@ class Gaussian(NamedTuple):
         zero. Queries come last, so that work on all keys of many queries runs along memory.
         """
         prefix = (self.num_prefix_tokens, 0)
-        row_exponent, column_exponent = F.pad(self.inverse_variance.movedim(-1, 0) * -0.5, prefix)[:, :, :, None]
+        row_exponent, column_exponent = F.pad(self.inverse_variance.permute(3, 0, 1, 2) * -0.5, prefix)[:, :, :, None]
         squared_rows, squared_columns = self._squared_distances()
         rows = (row_exponent * squared_rows).clamp_(min=LOWEST_EXPONENT).exp_()
         columns = (column_exponent * squared_columns).clamp_(min=LOWEST_EXPONENT).exp_()
@@ -134,9 +134,7 @@ class LocAtGaussian(nn.Module):
                 variance = _average_blocks(variance, grid, block_size)
                 amplitude = _average_blocks(amplitude, grid, block_size)
             variance = self.largest_variance * torch.sigmoid(variance - self.variance_shift)
-            # Compilers know only `min`; it would tie an exported graph, whose sides are symbols, to one orientation.
-            short_side = min(grid) if all(isinstance(side, int) for side in grid) else torch.sym_min(*grid)
-            variance = variance * (short_side / self.native_short_side)
+            variance = variance * (_short_side(grid) / self.native_short_side)
             amplitude = F.softplus(amplitude).squeeze(-1)
         return Gaussian(
             inverse_variance=1.0 / (variance + self.epsilon),
@@ -146,6 +144,17 @@ class LocAtGaussian(nn.Module):
             distance_cap=self.distance_cap,
             block_size=block_size,
         )
+
+
+def _short_side(grid: tuple[int, int]) -> int | torch.SymInt | torch.Tensor:
+    """The smaller side of a grid: a number, or in a graph that is made for any size what stands for one there.
+
+    `min` would tie such a graph to the orientation of its example: it compares once, while the graph is made.
+    """
+    if any(isinstance(side, torch.Tensor) for side in grid):  # TorchScript traces sizes as tensors
+        return torch.minimum(*(torch.as_tensor(side) for side in grid))
+    # Compilers know only `min`, symbols only `sym_min`.
+    return min(grid) if all(isinstance(side, int) for side in grid) else torch.sym_min(*grid)
 
 
 def _map_patches(linear: nn.Module, query: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:

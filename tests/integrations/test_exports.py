@@ -74,6 +74,21 @@ def test_onnx_runtime_equals_pytorch_at_four_sizes(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@torch.no_grad()
+def test_the_older_onnx_exporter_gives_a_graph_for_one_image_size(tmp_path):
+    """`dynamo=False` traces: it is what tools that convert models by themselves still call."""
+    model, path = build("LocAtViTForImageClassification"), tmp_path / "model.onnx"
+    names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
+    torch.onnx.export(
+        model, (torch.randn(2, 3, 64, 64),), path, dynamo=False, dynamic_axes={"pixel_values": [0]}, **names
+    )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    pixels = torch.randn(3, 3, 64, 64)
+    (logits,) = session.run(["logits"], {"pixel_values": pixels.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(pixels).logits, rtol=0, atol=1e-4)
+
+
 @torch.no_grad()
 def test_int8_survives_saving_and_serves_the_pipeline(classifier, picture, tmp_path):
     pixels = torch.randn(2, 3, 64, 64)

@@ -96,6 +96,18 @@ def test_any_image_size(architecture, size):
     torch.testing.assert_close(logits, one_by_one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["locatvit", "locatswin"])  # those that use their grid each in a way of its own
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_torchscript_trace_serves_sizes_and_orientations_that_it_has_not_seen(family):
+    """While torch.jit.trace records, every size is a tensor; OpenVINO and Core ML convert what it records."""
+    model = build(family)
+    with torch.no_grad(), torch.jit.optimized_execution(False):
+        traced = torch.jit.trace(model, torch.randn(2, 3, 32, 48), strict=False, check_trace=False)
+        for shape in ((2, 3, 32, 48), (1, 3, 64, 32)):
+            pixel_values = torch.randn(shape)
+            torch.testing.assert_close(traced(pixel_values)["logits"], model(pixel_values).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_one_channel(architecture):
     model = build(architecture, num_channels=1)
     assert model(torch.randn(1, 1, 32, 32)).logits.shape == (1, 5)
