@@ -1,7 +1,10 @@
 """One image processor for all families: classification crops the centre, segmentation keeps every pixel in place."""
 
+import base64
+import io
 import math
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
+    PIL,  # transformers opens images with it, and torchvision needs it
     ChannelDimension,
     ImageInput,
     ImageType,
@@ -20,17 +24,22 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 IGNORE_INDEX = 255
+# In widths of the crop: of longer sides only the middle is resized, so many widths of it.
+LONGEST_SIDE = 16
+MIDDLE = 8
 
 
 class LocAtViTImageProcessorKwargs(ImagesKwargs, total=False):
     """
-    do_reduce_labels: whether label 0 means "no class": 0 and 255 become 255, every other label goes down by one.
+    do_reduce_labels: whether label 0 means "no class": 0 and 255 become `ignore_index`, others go down by one.
+    ignore_index: label of pixels without a class and of padding, as `semantic_loss_ignore_index` of the model.
     do_grayscale: whether images become one grey channel instead of RGB.
     size_divisor: pixels; both sides are resized to multiples of it. Set for segmentation, None for classification.
     output_stride: [height, width] in pixels of a cell of the model's segmentation logits.
     """
 
     do_reduce_labels: bool
+    ignore_index: int
     do_grayscale: bool
     size_divisor: int | None
     output_stride: list[int] | tuple[int, int] | None
@@ -39,8 +48,11 @@ class LocAtViTImageProcessorKwargs(ImagesKwargs, total=False):
 class LocAtViTImageProcessor(TorchvisionBackend):
     """Prepares images (and label maps) for the models of this package and turns their logits into masks.
 
-    Images of any PIL mode are taken: transparency is composited on white, palettes are resolved, and 16-bit, 32-bit and
-    floating-point images are scaled to 8 bits. Label maps keep their ids: they are resized with nearest neighbours.
+    PIL images of any mode are taken, and the names of their files: transparency is composited on white, palettes are
+    resolved, and 16-bit, 32-bit and floating-point images are scaled to 8 bits, see `pil_to_rgb`. Pipelines, however,
+    open files and addresses by themselves and convert them to 8-bit RGB before this class sees them: 16-bit images turn
+    white, floating-point ones black, and a transparent pixel gets its hidden color. For such files call this class and
+    the model yourself. Label maps keep their ids: they are resized with nearest neighbors.
 
     With `size_divisor` both sides are resized to multiples of it and nothing is cropped, so that a mask can be laid
     back on its image; images of different sizes are padded to one batch on the right and at the bottom.
@@ -62,6 +74,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
     do_convert_rgb = True
     do_grayscale = False
     do_reduce_labels = False
+    ignore_index = IGNORE_INDEX
     size_divisor = None
     output_stride = None
 
@@ -83,6 +96,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
             "do_convert_rgb": config.num_channels in (1, 3),
             "do_grayscale": config.num_channels == 1,
             "output_stride": list(config.output_stride),
+            "ignore_index": config.semantic_loss_ignore_index,
         }
         if segmentation:
             short = min(height, width)
@@ -109,9 +123,15 @@ class LocAtViTImageProcessor(TorchvisionBackend):
     ) -> BatchFeature:
         """`pixel_values` (batch, channels, height, width), and `labels` (batch, height, width) int64 with maps.
 
-        images: one image or a list, as PIL images, arrays or tensors.
-        segmentation_maps: one label map of the size of each image, class ids, 255 for pixels without a class.
-        Raises ValueError for an image without pixels, and for a map whose size differs from its image's.
+        Args:
+            images: one image or a list, as PIL images, arrays or tensors, or as addresses, names of files or base64.
+                Floating-point arrays hold what 8 bits hold, 0 to 255; for 0 to 1 give `do_rescale=False`.
+            segmentation_maps: one label map of the size of each image, class ids, `ignore_index` for pixels without a
+                class.
+
+        Raises:
+            ValueError: for an image without pixels or with values that are not finite, and for a map whose size differs
+                from its image's.
         """
         if isinstance(images, list | tuple):
             if not images:
@@ -143,6 +163,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         do_convert_rgb: bool,
         do_grayscale: bool,
         do_reduce_labels: bool,
+        ignore_index: int,
         input_data_format: ChannelDimension | None,
         return_tensors: str | None,
         device=None,
@@ -151,6 +172,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         images = self._prepare_image_like_inputs(
             images=images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, device=device
         )
+        _check_floats(images, kwargs["do_rescale"])
         maps = None
         if segmentation_maps is not None:
             maps = self._prepare_image_like_inputs(
@@ -172,8 +194,9 @@ class LocAtViTImageProcessor(TorchvisionBackend):
             labels = self._preprocess([label_map.to(torch.int64) for label_map in maps], return_tensors=None, **kwargs)
             labels = [label_map.squeeze(0) for label_map in labels["pixel_values"]]
             if do_reduce_labels:
-                labels = [torch.where((m == 0) | (m == IGNORE_INDEX), IGNORE_INDEX, m - 1) for m in labels]
-            data["labels"] = self._pad_batch(labels, kwargs["pad_size"], IGNORE_INDEX) if pad else labels
+                without = [(m == 0) | (m == IGNORE_INDEX) | (m == ignore_index) for m in labels]
+                labels = [torch.where(none, ignore_index, m - 1) for none, m in zip(without, labels, strict=True)]
+            data["labels"] = self._pad_batch(labels, kwargs["pad_size"], ignore_index) if pad else labels
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     @staticmethod
@@ -196,9 +219,31 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         self, images: list[torch.Tensor], do_resize: bool, size: SizeDict, resample, **kwargs
     ) -> BatchFeature:
         if do_resize:
-            divisor = kwargs.get("size_divisor")
-            images = [self.resize(image, size, resample, size_divisor=divisor) for image in images]
+            crop_size, divisor = kwargs["crop_size"] if kwargs["do_center_crop"] else None, kwargs.get("size_divisor")
+            images = [self._resize_for_crop(image, size, crop_size, resample, divisor) for image in images]
         return super()._preprocess(images, do_resize=False, size=size, resample=resample, **kwargs)
+
+    def _resize_for_crop(
+        self, image: torch.Tensor, size: SizeDict, crop_size: SizeDict | None, resample, divisor: int | None
+    ) -> torch.Tensor:
+        """As `resize`; of an image that becomes many times as long as its crop, the middle alone.
+
+        A line of 1 x 6000 pixels would be resized to 248 x 1,488,000 before all but 224 of these are cut off. Middle
+        and image have one center, so that the crop holds the same pixels but for rounding of the scale.
+        """
+        resized = self._resized_size(*image.shape[-2:], size, divisor)
+        if crop_size is not None:
+            sides = list(resized)
+            for axis, crop in enumerate((crop_size.height, crop_size.width)):
+                side, target = image.shape[axis - 2], resized[axis]
+                count = math.ceil(MIDDLE * crop * side / target) + 8  # more than an enlarging filter reads at the edge
+                count += (side - count) % 2
+                if target > max(LONGEST_SIDE * crop, side) and count < side:
+                    image = image.narrow(axis - 2, (side - count) // 2, count)
+                    sides[axis] = round(count * target / side)
+                    sides[axis] += (target - sides[axis]) % 2
+            resized = tuple(sides)
+        return super().resize(image, SizeDict(height=resized[0], width=resized[1]), resample)
 
     @staticmethod
     def _resized_size(height: int, width: int, size: SizeDict, divisor: int | None) -> tuple[int, int]:
@@ -230,11 +275,23 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         ]
 
     def fetch_images(self, image_url_or_urls):
-        """As the library's; a path that leads nowhere is one sentence."""
-        if isinstance(image_url_or_urls, str) and "://" not in image_url_or_urls:
-            if not os.path.isfile(image_url_or_urls):
-                raise ValueError(f"There is no image file {image_url_or_urls}.")
-        return super().fetch_images(image_url_or_urls)
+        """As the library's, but images in files and in base64 keep their mode, for `pil_to_rgb` to convert.
+
+        Raises:
+            ValueError: text is neither an address, nor the name of a file, nor an image in base64.
+        """
+        text = image_url_or_urls
+        if not isinstance(text, str) or text.startswith(("http://", "https://")):
+            return super().fetch_images(text)
+        if os.path.isfile(text):
+            return PIL.ImageOps.exif_transpose(PIL.Image.open(text))
+        try:
+            content = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text)
+            return PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(content)))
+        except (ValueError, OSError):
+            if len(text) > 200 or text.startswith("data:"):
+                text = f"{text[:30]}… ({len(text):,} characters), nor is that an image in base64"
+            raise ValueError(f"There is no image file {text}.") from None
 
     def post_process_semantic_segmentation(
         self,
@@ -332,13 +389,22 @@ def _undo_center_crop(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tens
 
 
 def pil_to_rgb(image) -> torch.Tensor:
-    """uint8 (3, height, width) of a PIL image of any mode, transparency composited on white."""
+    """uint8 (3, height, width) of a PIL image of any mode, transparency composited on white.
+
+    Of 32-bit and floating-point images black is 0 and white the first of 1 (floats), 255 and 65535 that no value
+    exceeds. Where this would leave them dark or cut off, white is the largest value: of floats up to 16, and of numbers
+    from 255 to 16383 and above 65535. With negative values, black is -1 and white 1 where these hold them all, and
+    otherwise the smallest and the largest value. Values that are not numbers are black, infinite ones black or white.
+
+    Raises:
+        ValueError: no value is finite.
+    """
     if image.mode.startswith("I;"):
         pixels = tvF.pil_to_tensor(image).to(torch.int64) & 0xFFFF  # torchvision may read unsigned values as signed
-        return _scale_to_8_bits(pixels, 65535.0).expand(3, -1, -1)
+        return _scale_to_8_bits(pixels, 0.0, 65535.0).expand(3, -1, -1)
     if image.mode in ("I", "F"):
         pixels = tvF.pil_to_tensor(image)
-        return _scale_to_8_bits(pixels, _full_scale(pixels)).expand(3, -1, -1)
+        return _scale_to_8_bits(pixels, *_black_and_white(pixels)).expand(3, -1, -1)
     image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         pixels = tvF.pil_to_tensor(image.convert("RGBA")).float()
@@ -354,17 +420,43 @@ def _array_to_8_bits(image):
         return pixels.to(torch.uint8) * 255
     if pixels.is_floating_point() or pixels.dtype in (torch.uint8, torch.int8) or pixels.numel() == 0:
         return image
-    return _scale_to_8_bits(pixels, 65535.0 if pixels.dtype == torch.uint16 else _full_scale(pixels))
+    return _scale_to_8_bits(
+        pixels, *((0.0, 65535.0) if pixels.dtype == torch.uint16 else _black_and_white(pixels.long()))
+    )
 
 
-def _full_scale(pixels: torch.Tensor) -> float:
-    """What stands for white where the type does not say: 1 (floats), 255 or 65535, the first that no value exceeds."""
-    largest = pixels.max().item()
-    return 1.0 if pixels.is_floating_point() and largest <= 1.0 else 255.0 if largest <= 255 else 65535.0
+def _black_and_white(pixels: torch.Tensor) -> tuple[float, float]:
+    """The values that stand for black and for white where the type does not say; see `pil_to_rgb`."""
+    is_float = pixels.is_floating_point()
+    finite = pixels[pixels.isfinite()] if is_float else pixels
+    if finite.numel() == 0:
+        raise ValueError("The image holds no finite value.")
+    low, high = finite.min().item(), finite.max().item()
+    if low < -0.05 * max(high, 0):  # what resampling with bicubic filters leaves below zero is black
+        return (-1.0, 1.0) if is_float and -1 <= low and high <= 1 else (low, max(high, low + 1))
+    if is_float and high <= 16:
+        return 0.0, max(high, 1.0)
+    return 0.0, 255.0 if high <= 255 else 65535.0 if 16384 <= high <= 65535 else high
 
 
-def _scale_to_8_bits(pixels: torch.Tensor, white: float) -> torch.Tensor:
-    return (pixels.to(torch.float64) * (255.0 / white)).round().clamp(0, 255).to(torch.uint8)
+def _scale_to_8_bits(pixels: torch.Tensor, black: float, white: float) -> torch.Tensor:
+    pixels = pixels.to(torch.float64).nan_to_num(nan=black, posinf=white, neginf=black)
+    return ((pixels - black) * (255.0 / (white - black))).round().clamp(0, 255).to(torch.uint8)
+
+
+def _check_floats(images: list[torch.Tensor], do_rescale: bool) -> None:
+    """Warns of floats that have the range of normalization's input already; raises ValueError for nan and infinity."""
+    for image in images:
+        if image.is_floating_point():
+            low, high = image.aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                raise ValueError("An image holds values that are not finite; replace them first.")
+            if do_rescale and low >= 0 and 0 < high <= 1:
+                warnings.warn(
+                    "An image holds floating-point values between 0 and 1, and is divided by 255 all the same, which "
+                    "makes it black: give do_rescale=False for images that are scaled to 0 to 1.",
+                    stacklevel=2,
+                )
 
 
 __all__ = ["LocAtViTImageProcessor", "channel_values", "pair", "pil_to_rgb"]

@@ -1,10 +1,16 @@
 """The image processor: values of every kind of image, label maps that keep their ids, masks that land in place."""
 
+import base64
+import io
+import time
+import warnings
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms.v2 import functional as tvF
 from transformers import pipeline
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
@@ -72,6 +78,78 @@ class TestImageModes:
         if mode == "RGBA":
             torch.testing.assert_close(result[:, 1, 0], torch.tensor([1.0, 0, 0]))
 
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ([0, 0.5, 1, np.nan], [0, 128, 255, 0]),
+            ([0, 0.5, 1, np.inf], [0, 128, 255, 255]),
+            ([0, 0.5, 1, -np.inf], [0, 128, 255, 0]),
+            ([0, 0.5, 1.0001], [0, 127, 255]),
+            ([0, 0.6, 1.2], [0, 127, 255]),  # reflectances
+            ([0, 100, 255.3], [0, 100, 255]),
+            ([-1, 0, 1], [0, 128, 255]),
+            ([-0.5, 0, 1], [64, 128, 255]),
+            ([-0.01, 0.5, 1], [0, 128, 255]),  # what bicubic resampling leaves below zero
+            ([-30, -15, 0], [0, 128, 255]),  # decibels
+            ([0, 32768, 65535], [0, 128, 255]),
+            ([0, 0, 0], [0, 0, 0]),
+        ],
+    )
+    def test_floats_are_scaled_by_what_they_hold(self, given, expected):
+        image = PIL.Image.fromarray(np.array([given], np.float32))
+        assert (values(image)[0, 0] * 255).round().tolist() == expected
+
+    @pytest.mark.parametrize("kind", ["image", "array"])
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ([0, 128, 255], [0, 128, 255]),
+            ([0, 128, 256], [0, 128, 255]),
+            ([0, 1024, 4095], [0, 64, 255]),
+            ([0, 257, 32896], [0, 1, 128]),  # sixteen bits, not all of them used
+            ([0, 50000, 100000], [0, 128, 255]),
+            ([-1000, 0, 1000], [0, 128, 255]),
+        ],
+    )
+    def test_wide_integers_are_scaled_by_what_they_hold(self, given, expected, kind):
+        array = np.array([given], np.int32)
+        image = PIL.Image.fromarray(array) if kind == "image" else array
+        assert (values(image)[0, 0] * 255).round().tolist() == expected
+
+    def test_values_that_are_not_finite_are_refused_where_nothing_else_is_there(self):
+        with pytest.raises(ValueError, match="no finite value"):
+            values(PIL.Image.fromarray(np.full((2, 2), np.nan, np.float32)))
+        with pytest.raises(ValueError, match="not finite"):
+            values(np.full((2, 2, 3), np.nan, np.float32))
+
+    def test_floats_that_are_scaled_already_are_named(self):
+        array = np.linspace(0, 1, 192, dtype=np.float32).reshape(8, 8, 3)
+        with pytest.warns(UserWarning, match=r"between 0 and 1.*do_rescale=False"):
+            values(array)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert values(array, do_rescale=False).max() == 1
+            values(array * 255)
+            values(np.zeros((8, 8, 3), np.float32))
+            values(array > 0.5)
+
+    @pytest.mark.parametrize("start", ["", "data:image/png;base64,"])
+    def test_images_in_base64(self, start):
+        file = io.BytesIO()
+        PIL.Image.fromarray(RAMP).save(file, format="PNG")
+        text = start + base64.b64encode(file.getvalue()).decode()
+        expected = torch.from_numpy(RAMP / 255).float().expand(3, 16, 16)
+        torch.testing.assert_close(values(text), expected, atol=1e-6, rtol=0)
+
+    @pytest.mark.parametrize(
+        "text", ["data:image/png", "data:image/png;base64,AAAA", "iVBORw0KGgo" * 1000, "nowhere.png"]
+    )
+    def test_text_that_is_no_image_is_a_short_sentence(self, text):
+        with pytest.raises(ValueError, match=r"^There is no image file \S.*\.$") as caught:
+            LocAtViTImageProcessor()(text)
+        assert len(str(caught.value)) < 120
+        assert caught.value.__suppress_context__
+
     def test_palette_and_bilevel_images_show_their_colours(self):
         palette = PIL.Image.new("P", (2, 1))
         palette.putpalette([10, 20, 30, 200, 100, 50])
@@ -129,6 +207,37 @@ def test_evaluation_transform_equals_timms():
     assert difference.max() < 0.0175 and difference.mean() < 1e-3  # one level of 8 bits is 0.0157
 
 
+class TestLongImages:
+    """Of an image that is resized to many times the length of its crop, only the middle is."""
+
+    @pytest.mark.parametrize("shape", [(3, 401), (3, 400), (500, 5)])
+    def test_the_crop_is_that_of_the_whole_resized_image(self, shape):
+        pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        long = torch.from_numpy(pixels).permute(2, 0, 1)
+        factor = 248 / min(shape)
+        size = [248 if side == min(shape) else int(side * factor) for side in shape]
+        whole = tvF.center_crop(
+            tvF.resize(long, size, interpolation=tvF.InterpolationMode.BICUBIC, antialias=True), [224, 224]
+        )
+        found = values(PIL.Image.fromarray(pixels), do_resize=True, do_center_crop=True) * 255
+        # The scales differ by less than a tenth of a pixel at the edge of the crop, and an edge of 255 levels is as
+        # wide as `factor` pixels. Each of the two passes of a resize is rounded to a level.
+        difference = (found - whole).abs()
+        assert difference.max() <= 2 + 0.1 * 1.5 * 255 / factor and difference.mean() < 0.2
+
+    def test_label_maps_stay_with_their_image(self):
+        pixels = np.repeat(np.arange(500) % 2 * np.uint8(255), 2).reshape(500, 2, 1).repeat(3, 2)
+        processor = plain(do_resize=True, do_center_crop=True, resample=0)
+        inputs = processor(pixels, (pixels[..., 0] > 0).astype(np.uint8), return_tensors="pt")
+        assert (inputs["labels"][0] == inputs["pixel_values"][0, 0]).float().mean() > 0.99
+
+    def test_a_line_takes_neither_time_nor_memory(self):
+        began = time.perf_counter()
+        pixel_values = LocAtViTImageProcessor()(PIL.Image.new("RGB", (20_000, 1)), return_tensors="pt")["pixel_values"]
+        assert pixel_values.shape == (1, 3, 224, 224)
+        assert time.perf_counter() - began < 5  # a minute, where memory suffices, of all pixels
+
+
 class TestLabelMaps:
     def segmentation_processor(self, **kwargs):
         config = LocAtViTConfig(image_size=64, patch_size=16)
@@ -161,6 +270,21 @@ class TestLabelMaps:
         labels = processor(np.zeros((64, 64, 3), np.uint8), array, return_tensors="pt")["labels"][0]
         corners = labels[::63, ::63].tolist()
         assert corners == ([[255, 0], [149, 255]] if reduce else [[0, 1], [150, 255]])
+
+    def test_padding_has_the_label_that_the_loss_of_the_model_leaves_out(self, tmp_path):
+        config = LocAtViTConfig(image_size=64, patch_size=16, semantic_loss_ignore_index=-100)
+        LocAtViTImageProcessor.from_model_config(config, segmentation=True, do_reduce_labels=True).save_pretrained(
+            tmp_path
+        )
+        processor = LocAtViTImageProcessor.from_pretrained(tmp_path)
+        images, maps = zip(
+            *((np.zeros((*size, 3), np.uint8), np.full(size, 3, np.uint8)) for size in ((64, 64), (64, 96))),
+            strict=True,
+        )
+        maps[0][:32], maps[1][:32] = 0, 255
+        labels = processor(list(images), list(maps), return_tensors="pt")["labels"]
+        assert labels[0, :, 64:].eq(-100).all()  # padding
+        assert labels[:, :32].eq(-100).all() and labels[0, 32:, :64].eq(2).all() and labels[1, 32:].eq(2).all()
 
     def test_image_and_map_move_together(self):
         image = np.zeros((90, 130, 3), np.uint8)
