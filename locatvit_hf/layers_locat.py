@@ -67,6 +67,13 @@ class FamilyConfigMixin(BackboneConfigMixin):
             out_indices = [self.num_hidden_layers * quarter // 4 for quarter in (1, 2, 3, 4)]
         self.set_output_features_output_indices(out_indices=out_indices, out_features=out_features)
 
+    def set_output_features_output_indices(self, out_features=None, out_indices=None) -> None:
+        """As the library's. Raises ValueError for an empty list, which would make a backbone without feature maps."""
+        for name, chosen in (("out_features", out_features), ("out_indices", out_indices)):
+            if chosen in ([], ()):
+                raise ValueError(f"{name} is empty: name at least one stage, from stem to {self.stage_names[-1]}.")
+        super().set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+
     @property
     def patch_shape(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""

@@ -404,6 +404,8 @@ def test_layer_decay_reaches_every_parameter_once(architecture):
 @pytest.mark.parametrize(
     ("architecture", "overrides", "message"),
     [
+        ("locatvit", {"out_indices": []}, "out_indices is empty: name at least one stage, from stem to stage3"),
+        ("locatswin", {"out_features": []}, "out_features is empty"),
         ("locatswin", {"num_heads": [1, 2]}, r"num_heads=\[1, 2\] must hold one entry for each stage"),
         ("locatswin", {"num_heads": [3, 2, 4]}, "16 channels cannot be divided among num_heads=3"),
         ("locatswin", {"depths": [2, 0, 2]}, "depths must be at least 1"),
@@ -504,3 +506,11 @@ def test_initial_weights_follow_the_reference():
     table = swin.stages[0].layers[0].attention.relative_position_bias_table
     assert table.std().item() == pytest.approx(0.02, rel=0.15)
     assert swin.stages[1].downsample.reduction.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_backbone_of_no_stage_is_refused_later_too(architecture):
+    config = build(architecture, "Backbone").config
+    for name in ("out_indices", "out_features"):
+        with pytest.raises(ValueError, match=f"{name} is empty"):
+            setattr(config, name, [])
+    assert config.out_features == config.stage_names[-1:]
