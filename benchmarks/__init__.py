@@ -1,1 +1,1 @@
-"""Side-by-side speed and memory: `python -m benchmarks.run --suite cpu|gpu|growth`."""
+"""Side-by-side speed and memory: `benchmarks.run --suite cpu|gpu|growth`; the GPU kernel: `benchmarks.gpu_check`."""

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,7 +117,8 @@ def build_step(cell: Cell, name: str, device: str = "cpu") -> Step:
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, cell.dtype)
     if cell.mode == "attention":
-        return Step(attention_step(cell, name, device, dtype, generator), [])
+        config = LocAtViTConfig.from_preset(cell.scale)
+        return Step(attention_step(cell, config, name, device, generator), [])
     model = models.MODELS[name](cell.scale, cell.image_size)
     pixels = torch.randn(cell.batch, 3, cell.image_size, cell.image_size, generator=generator)
     labels = torch.randint(1000, (cell.batch,), generator=generator).to(device)
@@ -129,11 +131,15 @@ def build_step(cell: Cell, name: str, device: str = "cpu") -> Step:
 
         return Step(step, list(model.parameters()))
 
-    model, pixels = model.to(device).train(), pixels.to(device)
+    return training_step(model.to(device).train(), pixels.to(device), labels, dtype)
+
+
+def training_step(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> Step:
+    """Forward in `dtype`, loss and backward of one batch; model, pixels and labels are on one device."""
 
     def step() -> torch.Tensor:
         model.zero_grad(set_to_none=True)
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
             logits = logits_of(model(pixels))
         loss = F.cross_entropy(logits.float(), labels)
         loss.backward()
@@ -147,11 +153,18 @@ def logits_of(output) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
-def attention_step(cell: Cell, name: str, device: str, dtype: torch.dtype, generator) -> Callable[[], torch.Tensor]:
-    """Forward and backward of one attention; projections and the prediction of the Gaussian lie outside."""
-    attend = models.attention_function(name)
-    config = LocAtViTConfig.from_preset(cell.scale)
-    grid, heads, head_dim = (cell.image_size // 16,) * 2, config.num_attention_heads, 64
+def attention_step(
+    cell: Cell,
+    config: LocAtViTConfig,
+    name: str,
+    device: str,
+    generator: torch.Generator,
+    backward: bool = True,
+) -> Callable[[], torch.Tensor]:
+    """One attention, ready for its backward pass, and that pass; projections and the Gaussian's maps lie outside."""
+    attend, dtype = models.attention_function(name), getattr(torch, cell.dtype)
+    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    grid = (cell.image_size // 16,) * 2
     shape = (cell.batch, 1 + grid[0] * grid[1], heads, head_dim)
     states = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
     module = LocAtGaussian(head_dim, config.native_grid).to(device)
@@ -163,6 +176,8 @@ def attention_step(cell: Cell, name: str, device: str, dtype: torch.dtype, gener
     def step() -> torch.Tensor:
         query, key, value = (state.transpose(1, 2) for state in states)
         output, _ = attend(module, query, key, value, None, scaling=head_dim**-0.5, gaussian=gaussian)
+        if not backward:
+            return output.detach()
         leaves = states if name == models.ATTENTION_REFERENCE else states + scalars
         return torch.autograd.grad(output, leaves, gradient)[0]
 
@@ -252,11 +267,11 @@ def give_back_freed_memory() -> None:
 
 
 def warm_up(step: Step, record: dict, budget: float, device: str) -> None:
-    """Calls before the clock runs; they fill in `finite` and, on a GPU, `step_bytes`.
+    """Calls before the clock runs; they fill in `finite`, `first_seconds` and, on a GPU, `step_bytes`.
 
     Raises RuntimeError where MIN_ROUNDS calls would take longer than `budget` seconds.
     """
-    first = timed(step.run, device)
+    record["first_seconds"] = first = timed(step.run, device)
     if device == "cuda":  # where the first call compiles
         for parameter in step.parameters:
             parameter.grad = None

@@ -82,6 +82,7 @@ def plain_attention(module, query, key, value, attention_mask, scaling, dropout=
         return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
 
 
+ALL_ATTENTION_FUNCTIONS["written"] = through_sdpa(Gaussian.bias)  # what "sdpa" does where nothing better is known
 ALL_ATTENTION_FUNCTIONS["literal"] = through_sdpa(literal_bias)
 ALL_ATTENTION_FUNCTIONS["separable"] = through_sdpa(separable_bias)
 # Attention alone: name of the entry, None for no bias. "sdpa" is what our models use unless told otherwise.
@@ -90,6 +91,7 @@ ATTENTION = {
     "locat": "sdpa",
     "locat-fused": "locat_fused",
     "locat-flex": "flex_attention",
+    "locat-written": "written",
     "separable": "separable",
     "literal": "literal",
 }
@@ -180,6 +182,7 @@ MODELS: dict[str, Callable[[str, int], nn.Module]] = {
     "baseline": functools.partial(locatvit, **PLAIN),
     "locatvit-fused": functools.partial(locatvit, attention="locat_fused"),
     "locatvit-flex": functools.partial(locatvit, attention="flex_attention"),
+    "locatvit-written": functools.partial(locatvit, attention="written"),
     "separable": functools.partial(locatvit, attention="separable"),
     "literal": functools.partial(locatvit, attention="literal"),
     "hf-vit": hf_vit,
@@ -192,4 +195,7 @@ MODELS: dict[str, Callable[[str, int], nn.Module]] = {
     "hf-pvtv2": hf_pvtv2,
     "hf-segformer": hf_segformer,
 }
-GPU_ONLY = {"locatvit-fused", "locatvit-flex", "locat-fused", "locat-flex"}
+GPU_ONLY = {
+    *("locatvit-fused", "locatvit-flex", "locatvit-written"),
+    *("locat-fused", "locat-flex", "locat-written"),
+}

@@ -4,10 +4,10 @@ Not collected by name: `test_triton_locat.py` starts it in a process of its own,
 chosen before triton is first imported. LOCATVIT_KERNEL_DEVICE names the device; on "cpu" kernels are interpreted.
 """
 
-import importlib
+import contextlib
+import functools
 import os
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
+from benchmarks.gpu_check import correctness
+from benchmarks.gpu_check.correctness import NAMES, attention_formula, laid_out, output_and_gradients
+from benchmarks.gpu_check.interpreter import interpreting_as_a_gpu
 from locatvit_hf import triton_locat
 from locatvit_hf.locat import Gaussian, LocAtGaussian
 from locatvit_hf.triton_locat import Tiles, fused_attention, unsupported_reason
@@ -23,28 +26,12 @@ DEVICE = os.environ["LOCATVIT_KERNEL_DEVICE"]
 # ||kernel - float64|| / ||float64||, the inputs rounded alike; TF32 would be near 3e-4. A gradient of zero (there is
 # one key) is compared with 1.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-NAMES = ("output", "d_query", "d_key", "d_value", "d_inverse_variance", "d_amplitude")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def interpret_bfloat16():
-    """The interpreter keeps bfloat16 as the bits of it and multiplies those: give it their values."""
-    if DEVICE != "cpu":
+def as_a_gpu():
+    with interpreting_as_a_gpu() if DEVICE == "cpu" else contextlib.nullcontext():
         yield
-        return
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-
-    def values(handle):
-        if handle.dtype.scalar.name != "bf16":
-            return handle
-        floats = (handle.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(floats, interpreter.tl.float32)
-
-    builder = interpreter.InterpreterBuilder
-    plain = builder.create_dot
-    builder.create_dot = lambda self, a, b, *rest: plain(self, values(a), values(b), *rest)
-    yield
-    builder.create_dot = plain
 
 
 @pytest.fixture(autouse=True)
@@ -61,28 +48,7 @@ def small_tiles(monkeypatch):
             monkeypatch.setitem(table, entry, Tiles(queries, keys, 4, 2))
 
 
-def attention_formula(query, key, value, gaussian, scaling):
-    """(batch, tokens, heads, head_dim): the equation, written out."""
-    logits = query @ key.transpose(-1, -2) * scaling + gaussian.bias()
-    return (logits.softmax(-1) @ value).transpose(1, 2)
-
-
-def random_inputs(batch, heads, grid, prefix, head_dim, dtype, seed=0):
-    """Query, key and value as a model has them (heads transposed, not contiguous), inverse variance and amplitude."""
-    generator = torch.Generator().manual_seed(seed)
-    patches = grid[0] * grid[1]
-    tokens = [torch.randn(batch, prefix + patches, heads, head_dim, generator=generator) for _ in range(3)]
-    inverse_variance = 10 ** (2.5 * torch.rand(batch, heads, patches, 2, generator=generator) - 2)
-    amplitude = 5 * torch.rand(batch, heads, patches, generator=generator)
-    tokens = [tensor.to(DEVICE, dtype).transpose(1, 2) for tensor in tokens]
-    return [*tokens, inverse_variance.to(DEVICE), amplitude.to(DEVICE)]
-
-
-def output_and_gradients(attention, inputs, weights, grid, prefix, distance_cap, block_size, scaling):
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    gaussian = Gaussian(*inputs[3:], grid, prefix, distance_cap, block_size)
-    output = attention(*inputs[:3], gaussian, scaling)
-    return output.detach(), *torch.autograd.grad(output, inputs, weights.to(output))
+random_inputs = functools.partial(correctness.random_inputs, device=DEVICE)
 
 
 def assert_matches_float64(inputs, *geometry, tolerance=None):
@@ -196,11 +162,8 @@ def test_strides_are_taken_as_they_are():
     weights = torch.randn(2, 16, 2, head_dim)
     geometry = (grid, prefix, 9.0, 1, 0.2)
     expected = output_and_gradients(fused_attention, [tensor.contiguous() for tensor in inputs], weights, *geometry)
-    packed = torch.stack([tensor.transpose(1, 2) for tensor in inputs[:3]], dim=2)  # as one qkv projection
-    every_second = torch.stack(inputs[:3], dim=-1)  # channels that are not contiguous
-    scalars = torch.cat([inputs[3], inputs[4][..., None]], dim=-1)  # both Gaussian tensors as slices of one
-    for query, key, value in (packed.transpose(1, 3).unbind(2), every_second.unbind(-1)):
-        views = [query, key, value, scalars[..., :2], scalars[..., 2]]
+    for layout in ("packed", "channels"):
+        views = laid_out(inputs, layout)
         assert not any(view.is_contiguous() for view in views)
         actual = output_and_gradients(fused_attention, views, weights, *geometry)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
