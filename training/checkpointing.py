@@ -47,11 +47,12 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, folder: Path, step: int, keep: int, best_step: int | None, settings: str
+    accelerator: Accelerator, folder: Path, step: int, keep: int, best_step: int | None, texts: dict[str, str]
 ) -> None:
     """Save what `accelerator` prepared and registered as `folder/step_…`, then drop all but the `keep` newest.
 
-    best_step: of the best evaluation; a checkpoint of that step is kept too. settings: of the run, as YAML.
+    best_step: of the best evaluation; a checkpoint of that step is kept too.
+    texts: what the checkpoint says about its run, by the names of the files.
     Raises OSError where it cannot be written, for example on a full disk; earlier checkpoints are left alone then.
     """
     path = folder / f"step_{step:0{STEP_DIGITS}d}"
@@ -61,7 +62,8 @@ def save_checkpoint(
             for leftover in folder.glob(".partial-step_*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             temporary.mkdir(parents=True)
-            (temporary / "arguments.yaml").write_text(settings, encoding="utf-8")
+            for name, text in texts.items():
+                (temporary / name).write_text(text, encoding="utf-8")
         accelerator.wait_for_everyone()
         accelerator.save_state(str(temporary))
     except Exception as error:

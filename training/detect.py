@@ -24,7 +24,7 @@ from transformers import AutoBackbone, AutoConfig
 
 from locatvit_hf import LocAtViTImageProcessor
 from training.arguments import OptimizationArguments, RunArguments, run_program
-from training.data import TrainingSamples, create_evaluation_loader
+from training.data import TrainingSamples, create_evaluation_loader, describe_data
 from training.detection import (
     DetectionAugmentation,
     DetectionDataArguments,
@@ -89,6 +89,7 @@ def main(arguments: DetectArguments) -> dict[str, Any]:
         splits.validation, columns, EvaluationCollator(*reading), arguments, accelerator
     )
 
+    names = [category["name"] for category in splits.categories]
     loop = TrainingLoop(
         accelerator,
         arguments,
@@ -98,6 +99,7 @@ def main(arguments: DetectArguments) -> dict[str, Any]:
         samples,
         metric="segm_ap" if arguments.masks else "bbox_ap",
         collate=collate_training,
+        data=partial(describe_data, columns, names, training=splits.train, validation=splits.validation),
     )
     with loop:
         if splits.num_empty_boxes:

@@ -5,6 +5,7 @@ accelerate launch training/dino.py --config training/recipes/dino/digits.yaml --
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from transformers import AutoModel
 
 from locatvit_hf import LocAtViTImageProcessor
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
-from training.data import TrainingSamples, load_split
+from training.data import TrainingSamples, describe_data, load_split
 from training.loop import TrainingLoop, create_accelerator
 from training.optimization import create_optimizer, parse_duration
 from training.pretrain import build_config
@@ -99,6 +100,7 @@ def main(arguments: DinoArguments) -> dict[str, Any]:
         samples,
         metric="feature_variance",
         evaluated=teacher.backbone,
+        data=partial(describe_data, columns, training=images),
         state=[teacher, criterion],
         before_step=freeze_last_layer,
     )

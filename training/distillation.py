@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from training.evaluation.results import model_hash
+
 
 @strict
 @dataclass(kw_only=True)
@@ -73,6 +75,10 @@ class Distillation:
             for values in (mean, std, processor.image_mean, processor.image_std)
         )
         self.factor, self.offset = std / other_std, (mean - other_mean) / other_std
+
+    def fingerprint(self) -> str:
+        """Digest of the teacher's weights: a run that goes on with another teacher is another run."""
+        return model_hash(self.teacher)[:16]
 
     def __call__(self, loss: torch.Tensor, logits: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """The mixed loss (`loss`) and its terms (`labels`, `teacher`).

@@ -3,10 +3,10 @@
 import contextlib
 import copy
 import dataclasses
+import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,6 +41,7 @@ from training.optimization import (
     weight_decay_at,
 )
 from training.pictures import draw_batch, tile
+from training.resuming import FILE, compare_runs, describe_run, program_of
 from training.tracking import GaussianReader, Trackers, check_trackers
 
 DRY_RUN_IMAGES = 8
@@ -140,6 +141,7 @@ class TrainingLoop:
     collate: makes a batch of a list of samples; by default tensors are stacked. A batch may nest lists and dicts.
     mix: applied to the entries of every batch on the device, such as mixup; returns the entries of the batch.
     evaluated: what is evaluated and exported instead of `model` or its average, such as a teacher.
+    data: describes the data of the run, see `describe_data`; a checkpoint of other data is not continued.
     state: objects with `state_dict` and `load_state_dict` that checkpoints keep too, such as a teacher.
     before_step: called between the backward pass and the clipping of gradients of every update.
     save: writes the evaluated model and its processor into an empty folder; by default with their `save_pretrained`.
@@ -158,6 +160,7 @@ class TrainingLoop:
         collate: Callable[[list[tuple]], Any] | None = None,
         mix: Callable[..., tuple] | None = None,
         evaluated: PreTrainedModel | None = None,
+        data: Callable[[], dict[str, Any]] | None = None,
         state: Sequence[Any] = (),
         before_step: Callable[[], None] | None = None,
         save: Callable[[nn.Module, BaseImageProcessor, Path], None] = save_pretrained,
@@ -178,10 +181,15 @@ class TrainingLoop:
             raise ValueError(f"A run of {self.total} updates cannot warm up for {self.warmup}.")
 
         self.state, self._holders, self._checked_step = RunState(), state, None
+        if not arguments.dry_run:
+            described = data() if data is not None else {}
+            self._described = describe_run(accelerator, arguments, model, optimizer, described)
         self._prepare_model(model, optimizer)
         accelerator.register_for_checkpointing(self.state, *([self._averaged_state()] if self.ema else []), *state)
         checkpoints = list_checkpoints(self.output / "checkpoints")
         if checkpoints and not arguments.dry_run:
+            for line in compare_runs(checkpoints[-1], self._described):
+                self.print(line)
             self._load_newest(checkpoints)
             self.print(f"Continuing at update {self.state.step} of {self.total}.")
         self.loader = create_training_loader(
@@ -317,7 +325,7 @@ class TrainingLoop:
             "parameters": sum(p.numel() for p in self._evaluated_module().parameters()),
             "num_processes": self.accelerator.num_processes,
             "seed": self.arguments.seed,
-            "program": Path(sys.modules[type(self.arguments).__module__].__file__ or "").stem,
+            "program": program_of(self.arguments),
             "arguments": dataclasses.asdict(self.arguments),
             **details,
         }
@@ -405,7 +413,7 @@ class TrainingLoop:
                 step,
                 self.arguments.keep_checkpoints,
                 self.state.best_step,
-                stored_settings(self.arguments),
+                {"arguments.yaml": stored_settings(self.arguments), FILE: json.dumps(self._described, indent=1)},
             )
         if self._stop and step < self.total:
             if self.accelerator.is_main_process:

@@ -24,7 +24,7 @@ from locatvit_hf import LocAtViTImageProcessor
 from locatvit_hf.hub.families import FAMILIES
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import ClassificationAugmentation, ClassificationTransform, classification_objective
-from training.data import Splits, TrainingSamples, create_evaluation_loader, load_splits
+from training.data import Splits, TrainingSamples, create_evaluation_loader, describe_data, load_splits
 from training.distillation import Distillation, DistillationArguments
 from training.loop import TrainingLoop, create_accelerator
 from training.metrics import compute_over_processes, load_metric
@@ -92,9 +92,12 @@ def train_classifier(
         splits.validation, columns, partial(collate, processor), arguments, accelerator
     )
 
-    loop = TrainingLoop(
-        accelerator, arguments, model, processor, optimizer, samples, metric="accuracy", mix=mix, **loop_options
-    )
+    def describe() -> dict[str, Any]:
+        described = describe_data(columns, splits.label_names, training=splits.train, validation=splits.validation)
+        return described | ({"teacher": distill.fingerprint()} if distill is not None else {})
+
+    loop_options = {"mix": mix, "data": describe, **loop_options}
+    loop = TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="accuracy", **loop_options)
     with loop:
         for images, targets in loop:
             logits = loop.model(pixel_values=images).logits.float()

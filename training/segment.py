@@ -25,7 +25,7 @@ from locatvit_hf.layers_locat import FamilyConfigMixin, FreezableBackboneMixin
 from locatvit_hf.segmentation import InferenceArguments
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import IGNORE_INDEX, LabelReader, SegmentationAugmentation, SegmentationTransform
-from training.data import TrainingSamples, create_evaluation_loader, load_splits
+from training.data import TrainingSamples, create_evaluation_loader, describe_data, load_splits
 from training.inference import SegmentationCollator, draw_examples, evaluate
 from training.loop import TrainingLoop, create_accelerator
 from training.optimization import create_optimizer
@@ -87,7 +87,9 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
     collator = SegmentationCollator(processor, LabelReader(arguments, num_labels), arguments)
     validation = create_evaluation_loader(splits.validation, columns, collator, arguments, accelerator)
 
-    with TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="mean_iou") as loop:
+    data = partial(describe_data, columns, splits.label_names, training=splits.train, validation=splits.validation)
+    loop = TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="mean_iou", data=data)
+    with loop:
         for images, labels in loop:
             loss = loop.model(pixel_values=images, labels=labels).loss
             if arguments.loss_average == "all":

@@ -1,6 +1,7 @@
 """Reading labelled images, and handing every process its share of every batch."""
 
 from .batches import UpdateSampler, sample_randomness
+from .description import describe_data
 from .loading import Splits, load_split, load_splits, read_label_names, spread
 from .samples import TrainingSamples, create_evaluation_loader, create_training_loader
 
@@ -10,6 +11,7 @@ __all__ = [
     "UpdateSampler",
     "create_evaluation_loader",
     "create_training_loader",
+    "describe_data",
     "load_split",
     "load_splits",
     "read_label_names",
