@@ -105,6 +105,10 @@ class OptimizationArguments:
     schedule: Literal["linear", "cosine", "constant", "step"] = field(
         default="linear", metadata={"help": "Shape of the fall after the warm-up; linear is the papers' one-cycle."}
     )
+    schedule_from: Literal["warmup", "start"] = field(
+        default="warmup",
+        metadata={"help": "Where the fall is counted from: the end of the warm-up, or step 0, as timm's cosine."},
+    )
     milestones: list[str] = field(
         default_factory=list, metadata={"help": "Of the step schedule: where the rate falls to a tenth, as '8 epochs'."}
     )
@@ -126,7 +130,10 @@ class OptimizationArguments:
     )
     no_weight_decay: list[str] | None = field(
         default=None,
-        metadata={"help": "Parts of names of parameters not decayed; by default vectors and what the model lists."},
+        metadata={
+            "help": "Which parameters are not decayed: parts of their names or regular expressions, or `vectors`, "
+            "those of one dimension; an empty list decays all. By default vectors and what the model lists."
+        },
     )
     layer_decay: float | int | None = field(
         default=None, metadata={"help": "Learning rate of a layer relative to the next one."}

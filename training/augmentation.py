@@ -1,13 +1,15 @@
 """Augmentation and regularisation of the recipes, by timm and torchvision; image and label map move together."""
 
 import copy
+import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
@@ -15,7 +17,7 @@ from timm.data.auto_augment import NAME_TO_OP
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvF
 
 from locatvit_hf.image_processing_locatvit import pil_to_rgb
@@ -94,7 +96,21 @@ class LabelArguments:
 
 @strict
 @dataclass(kw_only=True)
-class SegmentationAugmentation(LabelArguments):
+class ResizedLabelArguments(LabelArguments):
+    """Label maps that are resized with their images."""
+
+    label_interpolation: Literal["nearest-exact", "nearest"] = field(
+        default="nearest-exact",
+        metadata={
+            "help": "How label maps are resized: nearest-exact takes the pixel around the same center as the image "
+            "does; nearest is that of OpenCV and mmsegmentation, which lies up to half a pixel beside it."
+        },
+    )
+
+
+@strict
+@dataclass(kw_only=True)
+class SegmentationAugmentation(ResizedLabelArguments):
     """Joint augmentation of images and label maps."""
 
     resize: int = field(
@@ -109,7 +125,18 @@ class SegmentationAugmentation(LabelArguments):
         default=0.75, metadata={"help": "Try ten crops until no class fills more of one than this."}
     )
     horizontal_flip: float | int = 0.5
-    photometric_distortion: float | int = 0.5
+    photometric_distortion: float | int = field(
+        default=0.5, metadata={"help": "Probability of each change of brightness, contrast, saturation and hue."}
+    )
+    augmentation_style: Literal["mmsegmentation", "torchvision"] = field(
+        default="mmsegmentation",
+        metadata={
+            "help": "Whose changes of color and padding of small crops. mmsegmentation, as in the papers: brightness "
+            "up to 32 of 255 levels more or less, hue up to a tenth of the circle, and zeros after normalization on "
+            "the right and at the bottom. torchvision, as in release 0.1: brightness times 0.875 to 1.125, hue up to "
+            "a twentieth, and the mean color on all sides."
+        },
+    )
 
 
 class ClassificationTransform:
@@ -151,7 +178,8 @@ class ClassificationTransform:
         self.interpolations = kinds if isinstance(kinds, list | tuple) else [kinds]
         self.augment = v2.Compose([*flip, *augment.transforms, v2.Identity()])
         self.mean, self.std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-        self.erase = RandomErasing(arguments.random_erasing, mode="pixel", max_count=1, device="cpu")
+        # Where images are mixed, `MixThenErase` erases afterwards.
+        self.erase = _random_erasing(0.0 if mixes(arguments) else arguments.random_erasing)
 
     def __call__(self, image: Image.Image, label: int) -> tuple[torch.Tensor, int]:
         top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
@@ -173,18 +201,47 @@ class ClassificationTransform:
         return resized
 
 
+def mixes(arguments: ClassificationAugmentation) -> bool:
+    """Tell whether mixup or cutmix mixes the images of a batch."""
+    return bool(arguments.mixup or arguments.cutmix)
+
+
+def _random_erasing(probability: float, device: torch.device | str = "cpu") -> RandomErasing:
+    return RandomErasing(probability, mode="pixel", max_count=1, device=device)
+
+
+class MixThenErase:
+    """Mixes the images of a batch, then erases a rectangle of some, as the loader of timm does.
+
+    In the other order noise would be mixed into other images, and cut with them. What is erased is drawn from Python's
+    stream of the process, and the noise from that of the device.
+
+    Args:
+        mix: (images, labels) to (images, targets), of normalized images (batch, channels, height, width).
+        random_erasing: Probability that a rectangle of an image is erased.
+    """
+
+    def __init__(self, mix: Callable[[torch.Tensor, torch.Tensor], tuple], random_erasing: float):
+        self.mix, self.random_erasing = mix, random_erasing
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images, targets = self.mix(images, labels)
+        return _random_erasing(self.random_erasing, images.device)(images), targets
+
+
 def classification_objective(
     arguments: ClassificationAugmentation, num_labels: int
 ) -> tuple[Callable[[torch.Tensor, torch.Tensor], tuple], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     """The mixing of a batch, (images, labels) to (images, targets), and the loss of (logits, targets) that fits it.
 
-    Mixing acts inside the batch of one process, so its outcome depends on how a global batch is split.
+    Mixing, and with it erasing, acts inside the batch of one process, so its outcome depends on how a global batch is
+    split.
     """
     smoothing = arguments.label_smoothing
     binary = BinaryCrossEntropy(smoothing) if arguments.loss == "binary_cross_entropy" else None
-    if arguments.mixup or arguments.cutmix:
+    if mixes(arguments):
         mix = Mixup(arguments.mixup, arguments.cutmix, label_smoothing=smoothing, num_classes=num_labels)
-        return mix, binary or SoftTargetCrossEntropy()
+        return MixThenErase(mix, arguments.random_erasing), binary or SoftTargetCrossEntropy()
     return lambda images, labels: (images, labels), binary or LabelSmoothingCrossEntropy(smoothing)
 
 
@@ -199,14 +256,17 @@ class SegmentationTransform:
         if not 0 < arguments.scale[0] <= arguments.scale[-1] or len(arguments.scale) != 2:
             raise ValueError(f"scale must be [smallest, largest], both above 0, got {arguments.scale}.")
         self.read_labels = LabelReader(arguments, num_labels)
-        self.is_grey = len(mean) == 1
-        fill = {tv_tensors.Image: [255 * channel for channel in mean], tv_tensors.Mask: IGNORE_INDEX}
+        self.is_grey, self.crop_size = len(mean) == 1, arguments.crop_size
+        crop, distortion = RandomCropOfClasses, PhotometricDistortion
+        if arguments.augmentation_style == "torchvision":
+            fill = {tv_tensors.Image: [255 * channel for channel in mean], tv_tensors.Mask: IGNORE_INDEX}
+            crop, distortion = functools.partial(PaddedCropOfClasses, fill=fill), TorchvisionDistortion
         self.transform = v2.Compose(
             [
-                RandomScale(arguments.scale, arguments.resize, arguments.max_resize),
-                RandomCropOfClasses(arguments.crop_size, arguments.max_class_share, fill),
+                RandomScale(arguments.scale, arguments.resize, arguments.max_resize, arguments.label_interpolation),
+                crop(arguments.crop_size, arguments.max_class_share),
                 v2.RandomHorizontalFlip(arguments.horizontal_flip),
-                PhotometricDistortion(p=arguments.photometric_distortion),
+                distortion(p=arguments.photometric_distortion),
                 v2.ToDtype({tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}, scale=True),
                 v2.Normalize(mean, std),
             ]
@@ -217,7 +277,9 @@ class SegmentationTransform:
         pixels = pil_to_rgb(image)
         pixels = tvF.rgb_to_grayscale(pixels) if self.is_grey else pixels
         pixels, labels = self.transform(tv_tensors.Image(pixels), labels)
-        return pixels.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
+        pixels, labels = pixels.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
+        bottom, right = (self.crop_size - side for side in labels.shape)  # where the scaled image is smaller
+        return F.pad(pixels, (0, right, 0, bottom)), F.pad(labels, (0, right, 0, bottom), value=IGNORE_INDEX)
 
 
 class LabelReader:
@@ -322,11 +384,13 @@ class RandomScale(v2.Transform):
 
     scale: range of the factor.
     resize, max_resize: pixels that the short and the long side have at factor 1, whichever is reached first.
+    label_interpolation: of label maps, see `resize_labels`; images are resized bilinearly, with antialiasing.
     """
 
-    def __init__(self, scale: list[float], resize: int, max_resize: int):
+    def __init__(self, scale: list[float], resize: int, max_resize: int, label_interpolation: str = "nearest-exact"):
         super().__init__()
         self.scale, self.resize, self.max_resize = scale, resize, max_resize
+        self.label_interpolation = label_interpolation
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         sides = tvF.get_size(flat_inputs[0])
@@ -335,21 +399,118 @@ class RandomScale(v2.Transform):
         return {"size": [max(round(side * factor), 1) for side in sides]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.Mask(resize_labels(inpt, params["size"], self.label_interpolation))
         return tvF.resize(inpt, params["size"], antialias=True)
 
 
-class PhotometricDistortion(v2.RandomPhotometricDistort):
+def resize_labels(labels: torch.Tensor, size: Sequence[int], interpolation: str = "nearest-exact") -> torch.Tensor:
+    """Resize a label map without mixing its ids.
+
+    Args:
+        labels: Class ids (height, width).
+        size: Height and width in pixels.
+        interpolation: "nearest-exact" or "nearest", see `ResizedLabelArguments`.
+
+    Returns:
+        Class ids of that size.
+    """
+    mode = InterpolationMode(interpolation)
+    return tvF.resize_image(labels.as_subclass(torch.Tensor)[None], list(size), interpolation=mode)[0]
+
+
+class PhotometricDistortion(v2.Transform):
+    """Random brightness, contrast, saturation and hue, each with probability `p`, as in mmsegmentation.
+
+    Brightness adds up to 32 of 255 levels. Contrast multiplies all values by 0.5 to 1.5, first or last of the other
+    three by chance. Saturation multiplies that of the HSV color model by 0.5 to 1.5. Hue turns by up to a tenth of the
+    circle, where mmsegmentation counts it in steps of two degrees. Inputs are images of 8 bits; label maps stay.
+    """
+
+    def __init__(self, p: float = 0.5):
+        super().__init__()
+        self.p = p
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        ranges = {"brightness": (-32.0, 32.0), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.1, 0.1)}
+        params: dict[str, Any] = {
+            name: torch.empty(()).uniform_(*interval).item() if torch.rand(()) < self.p else None
+            for name, interval in ranges.items()
+        }
+        return {**params, "contrast_last": bool(torch.rand(()) < 0.5)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            return inpt
+        pixels, contrast = inpt.as_subclass(torch.Tensor), params["contrast"]
+        if params["brightness"] is not None:
+            pixels = _to_levels(pixels + params["brightness"])
+        if contrast is not None and not params["contrast_last"]:
+            pixels = _to_levels(pixels * contrast)
+        if params["saturation"] is not None:
+            # With the largest channel v, HSV has the saturation (v - smallest) / v; hue and value stay.
+            value = pixels.amax(dim=0, keepdim=True).float()
+            full = value / (value - pixels.amin(dim=0, keepdim=True)).clamp(min=1)  # the factor that saturates
+            pixels = _to_levels(value - (value - pixels) * full.clamp(max=params["saturation"]) + 0.5)
+        if params["hue"] is not None:
+            pixels = tvF.adjust_hue(pixels, params["hue"])
+        if contrast is not None and params["contrast_last"]:
+            pixels = _to_levels(pixels * contrast)
+        return tv_tensors.Image(pixels)
+
+
+def _to_levels(values: torch.Tensor) -> torch.Tensor:
+    return values.clamp(0, 255).to(torch.uint8)
+
+
+class TorchvisionDistortion(v2.RandomPhotometricDistort):
     """Random brightness, contrast, saturation and hue, each with probability `p`; channels keep their places."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return {**super().make_params(flat_inputs), "channel_permutation": None}
 
 
-class RandomCropOfClasses(v2.RandomCrop):
-    """A square crop, padded where the image is smaller; drawn up to ten times until no class fills too much of it.
+def _is_varied(labels: torch.Tensor, max_class_share: float) -> bool:
+    """Whether a crop has several classes, none of which fills more of it than `max_class_share`."""
+    counts = torch.unique(labels[labels != IGNORE_INDEX], return_counts=True)[1]
+    return len(counts) > 1 and bool(counts.max() < max_class_share * counts.sum())
+
+
+class RandomCropOfClasses(v2.Transform):
+    """A square crop, drawn up to ten times more until no class fills too much of it, as in mmsegmentation.
+
+    Where a side of the image is smaller, the crop has the whole side.
 
     size: side in pixels.
     max_class_share: of the pixels with a class.
+    """
+
+    def __init__(self, size: int, max_class_share: float):
+        super().__init__()
+        self.size, self.max_class_share = size, max_class_share
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
+        labels = next(entry for entry in flat_inputs if isinstance(entry, tv_tensors.Mask))
+        params = self._draw(*labels.shape[-2:])
+        for _ in range(10 if self.max_class_share < 1 else 0):
+            if _is_varied(tvF.crop_mask(labels.as_subclass(torch.Tensor), **params), self.max_class_share):
+                break
+            params = self._draw(*labels.shape[-2:])
+        return params
+
+    def _draw(self, height: int, width: int) -> dict[str, int]:
+        params = {"height": min(height, self.size), "width": min(width, self.size)}
+        params["top"] = int(torch.randint(0, height - params["height"] + 1, ()))
+        params["left"] = int(torch.randint(0, width - params["width"] + 1, ()))
+        return params
+
+    def transform(self, inpt: Any, params: dict[str, int]) -> Any:
+        return self._call_kernel(tvF.crop, inpt, **params)
+
+
+class PaddedCropOfClasses(v2.RandomCrop):
+    """As `RandomCropOfClasses`, of ten draws and from an image that is padded on all sides where it is smaller.
+
     fill: padding value for every kind of input.
     """
 
@@ -363,8 +524,6 @@ class RandomCropOfClasses(v2.RandomCrop):
         labels = next(entry for entry in flat_inputs if isinstance(entry, tv_tensors.Mask))
         for _ in range(10):
             params = super().make_params(flat_inputs)
-            crop = super().transform(labels, params)
-            counts = torch.unique(crop[crop != IGNORE_INDEX], return_counts=True)[1]
-            if len(counts) > 1 and counts.max() < self.max_class_share * counts.sum():
+            if _is_varied(super().transform(labels, params), self.max_class_share):
                 break
         return params

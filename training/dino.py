@@ -21,7 +21,7 @@ from locatvit_hf import LocAtViTImageProcessor
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
 from training.data import TrainingSamples, describe_data, load_split
 from training.loop import TrainingLoop, create_accelerator
-from training.optimization import create_optimizer, parse_duration
+from training.optimization import VECTORS, create_optimizer, parse_duration
 from training.pretrain import build_config
 from training.self_distillation import (
     NUM_GLOBAL_CROPS,
@@ -55,6 +55,10 @@ class DinoArguments(
     start_learning_rate: float | int = 0.0
     final_learning_rate: float | int = 1e-6
     weight_decay: float | int = 0.04
+    no_weight_decay: list[str] | None = field(
+        default_factory=lambda: [VECTORS],
+        metadata={"help": "As everywhere; the reference also decays the class token and the position embeddings."},
+    )
     final_weight_decay: float | int | None = 0.4
     max_gradient_norm: float | int | None = 3.0
     dtype: Literal["float32"] = field(

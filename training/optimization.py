@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from training.arguments import OptimizationArguments
 
 MILESTONE_FACTOR = 0.1
+VECTORS = "vectors"
+"""Among the names in `no_weight_decay`: every parameter of one dimension, such as biases and norms."""
 
 
 def parse_duration(text: str, updates_per_epoch: int, total: int | None = None) -> int:
@@ -32,8 +34,9 @@ def learning_rate_at(
 ) -> float:
     """Learning rate of update number `update` (from 0): a linear rise, then the fall that `schedule` names.
 
-    With the linear fall this is the one-cycle of the papers. All rates are scaled from `learning_rate_batch_size` to
-    `batch_size`.
+    With the linear fall from the end of the warm-up this is the one-cycle of LocAt. timm, and with it PaCa-ViT, counts
+    a cosine from the start, so that the rate after the warm-up is a little below the peak. All rates are scaled from
+    `learning_rate_batch_size` to `batch_size`.
     milestones: updates at which the step schedule falls to a tenth.
     """
     scale = arguments.batch_size / (arguments.learning_rate_batch_size or arguments.batch_size)
@@ -44,7 +47,8 @@ def learning_rate_at(
         return start + (peak - start) * update / warmup
     if arguments.schedule == "step":
         return peak * MILESTONE_FACTOR ** sum(update >= milestone for milestone in milestones)
-    progress = (update - warmup) / max(total - warmup, 1)
+    begin = 0 if arguments.schedule_from == "start" else warmup
+    progress = (update - begin) / max(total - begin, 1)
     remaining = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}
     return final + (peak - final) * remaining[arguments.schedule]
 
@@ -85,16 +89,30 @@ def create_optimizer(model: nn.Module, arguments: OptimizationArguments) -> Opti
 
 
 def group_trainable_parameters(model: nn.Module, arguments: OptimizationArguments) -> list[dict]:
-    """Trainable parameters by weight decay and learning rate, each group with a factor `lr_scale`.
+    """Divide the trainable parameters by weight decay and learning rate.
 
-    Vectors and what `no_weight_decay()` of the model lists are not decayed, or else what `arguments.no_weight_decay`
-    names. The factor is that of the layer (`layer_decay`) times that of the name (`learning_rate_factors`).
-    Raises ValueError where layers cannot be told apart, or a name occurs in no parameter.
+    Args:
+        model: The model; its `no_weight_decay()`, or that of its parts, lists names that are not decayed by default.
+        arguments: Vectors and what the model lists are not decayed, or else what `no_weight_decay` names. The factor of
+            the learning rate is that of the layer (`layer_decay`) times that of the name (`learning_rate_factors`, the
+            longest that fits).
+
+    Returns:
+        Groups for an optimizer, each with `decayed` and a factor `lr_scale`.
+
+    Raises:
+        ValueError: Layers cannot be told apart, a name is no regular expression, or it occurs in no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     for option in ("learning_rate_factors", "no_weight_decay"):
         for part in getattr(arguments, option) or ():
-            if not any(part in name for name in names):
+            try:
+                found = (option == "no_weight_decay" and part == VECTORS) or any(
+                    re.search(part, name) for name in names
+                )
+            except re.error as error:
+                raise ValueError(f"{option} names {part!r}, which is not a regular expression: {error}.") from None
+            if not found:
                 raise ValueError(f"{option} names {part!r}, but no parameter of the model is called so.")
     layer_scales = scale_layers(model, arguments.layer_decay) if arguments.layer_decay is not None else {}
     listed = {
@@ -110,8 +128,10 @@ def group_trainable_parameters(model: nn.Module, arguments: OptimizationArgument
         if arguments.no_weight_decay is None:
             decayed = parameter.ndim > 1 and name not in listed
         else:
-            decayed = not any(part in name for part in arguments.no_weight_decay)
-        fitting = [part for part in arguments.learning_rate_factors if part in name]
+            left_alone = arguments.no_weight_decay
+            is_vector = VECTORS in left_alone and parameter.ndim <= 1
+            decayed = not is_vector and not any(re.search(part, name) for part in left_alone if part != VECTORS)
+        fitting = [part for part in arguments.learning_rate_factors if re.search(part, name)]
         factor = arguments.learning_rate_factors[max(fitting, key=len)] if fitting else 1.0
         scale = layer_scales.get(name, 1.0) * factor
         weight_decay = arguments.weight_decay if decayed else 0.0

@@ -18,10 +18,12 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModel, AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
+from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
 from locatvit_hf import LocAtViTImageProcessor
-from locatvit_hf.layers_locat import FamilyConfigMixin, FreezableBackboneMixin
+from locatvit_hf.layers_locat import FamilyConfigMixin, FreezableBackboneMixin, ProbeHead
 from locatvit_hf.segmentation import InferenceArguments
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import IGNORE_INDEX, LabelReader, SegmentationAugmentation, SegmentationTransform
@@ -50,6 +52,17 @@ class SegmentArguments(
     upernet: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Fields of UPerNet's configuration: --upernet.hidden_size 256."}
     )
+    head_initialization: Literal["mmsegmentation", "default"] = field(
+        default="mmsegmentation",
+        metadata={
+            "help": "Of a new probe or UPerNet: the classifier normal with deviation 0.01, other convolutions by "
+            "Kaiming's rule, as in the papers; or that of the class of the model. The PaCa head keeps its own."
+        },
+    )
+    test_interpolation: Literal["bilinear", "bicubic"] = field(
+        default="bilinear",
+        metadata={"help": "How images are resized in evaluation, and by the image processor that is exported."},
+    )
     loss_average: Literal["all", "labelled"] = field(
         default="all",
         metadata={
@@ -61,6 +74,10 @@ class SegmentArguments(
     warmup: str = "25 %"
     final_learning_rate: float | int = 1e-11
     weight_decay: float | int = 0.01
+    no_weight_decay: list[str] | None = field(
+        default_factory=list,
+        metadata={"help": "As everywhere, but by default all are decayed, biases and norms too, as in the paper."},
+    )
     max_gradient_norm: float | int | None = None
     batch_size: int = 32
     evaluate_every: str = "4000 steps"
@@ -77,8 +94,10 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
     torch.manual_seed(arguments.seed)
     model = build_model(arguments, splits.label_names)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        # The few large crops of one process are too few for the means of a head's batch norms.
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # The few large crops of one process are too few for the means of a head's batch norms. Those of a teacher in
+        # the encoder stay as they are, as in the reference.
+        for name, head in heads_of(model).items():
+            setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(head))
     processor = build_processor(arguments, model.config)
     optimizer = create_optimizer(model, arguments)
     num_labels = model.config.num_labels
@@ -129,6 +148,8 @@ def build_model(arguments: SegmentArguments, label_names: list[str] | None) -> P
         model = UperNetForSemanticSegmentation(config)
     else:
         model = AutoModelForSemanticSegmentation.from_config(config)
+    if arguments.head_initialization == "mmsegmentation":
+        initialize_heads(model)
     try:
         if source is not None and source.architectures == [type(model).__name__] and source.id2label == config.id2label:
             model = type(model).from_pretrained(arguments.pretrained, config=config, dtype=torch.float32)
@@ -149,6 +170,34 @@ def build_model(arguments: SegmentArguments, label_names: list[str] | None) -> P
             if name.endswith("layernorm"):
                 module.requires_grad_(False)
     return model
+
+
+HEADS = ("segmentation_head", "decode_head", "auxiliary_head")
+
+
+def heads_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return what reads the features in a segmentation model, by the names of its attributes."""
+    return {name: head for name in HEADS if (head := getattr(model, name, None)) is not None}
+
+
+def initialize_heads(model: PreTrainedModel) -> None:
+    """Initialize a probe, or the heads of a UPerNet, as mmsegmentation does; other heads stay as they are.
+
+    Classifiers are normal with a standard deviation of 0.01 and biases of 0, other convolutions normal with that of
+    Kaiming's rule for their outputs.
+    """
+    for head in heads_of(model).values():
+        if not isinstance(head, ProbeHead | UperNetHead | UperNetFCNHead):
+            continue
+        for name, layer in head.named_modules():
+            if not isinstance(layer, nn.Conv2d):
+                continue
+            if name == "classifier":
+                nn.init.normal_(layer.weight, std=0.01)
+            else:
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def build_config(arguments: SegmentArguments, encoder: PreTrainedConfig, label_names: list[str]) -> PreTrainedConfig:
@@ -179,6 +228,7 @@ def build_config(arguments: SegmentArguments, encoder: PreTrainedConfig, label_n
 def build_processor(arguments: SegmentArguments, config: PreTrainedConfig) -> LocAtViTImageProcessor:
     """Resizes to the test size of the recipe, whole images; UPerNet's logits have the size of the image."""
     settings = {
+        "resample": PILImageResampling[arguments.test_interpolation.upper()],
         "size": {"shortest_edge": arguments.resize, "longest_edge": arguments.max_resize},
         "do_reduce_labels": arguments.reduce_labels,
     }

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification
@@ -214,3 +216,38 @@ def test_learning_rates_and_decay_by_name_and_layer():
         assert rates[f"{layer}attention.gaussian.variance.weight"][0] == pytest.approx(10 * plain)
         assert rates[f"{layer}attention.gaussian.amplitude.bias"][0] == pytest.approx(4 * plain)
     assert rates["locatvit.layernorm.weight"][1] == 0.0
+
+
+def decayed_names(model, **options) -> set[str]:
+    groups = create_optimizer(model, PretrainArguments(**options)).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)] for group in groups if group["weight_decay"] for parameter in group["params"]}
+
+
+def test_what_is_decayed():
+    model = LocAtViTForImageClassification(LocAtViTConfig(**SMALL_MODEL, num_register_tokens=2))
+    every = {name for name, _ in model.named_parameters()}
+    vectors = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}
+    listed = {"locatvit.embeddings.cls_token", "locatvit.embeddings.position_embeddings"}
+    # As timm for the reference: registers and the two-dimensional weights of the Gaussians are decayed.
+    assert decayed_names(model) == every - vectors - listed
+    assert decayed_names(model, no_weight_decay=[]) == every
+    assert decayed_names(model, no_weight_decay=["vectors"]) == every - vectors
+    layers = {name for name in every if "layers." in name and "norm" in name}
+    assert layers and decayed_names(model, no_weight_decay=[r"layers\..*norm"]) == every - layers
+    for option, message in (
+        ({"no_weight_decay": ["batch_norm"]}, "no_weight_decay names 'batch_norm', but no parameter"),
+        ({"no_weight_decay": ["(norm"]}, "no_weight_decay names '\\(norm', which is not a regular expression"),
+        ({"learning_rate_factors": {"vectors": 2}}, "learning_rate_factors names 'vectors', but no parameter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_optimizer(model, PretrainArguments(**option))
+
+
+def test_a_schedule_that_starts_with_the_run_lies_below_the_peak_after_the_warm_up():
+    options = {"learning_rate": 1.0, "start_learning_rate": 0.2, "final_learning_rate": 0.1, "schedule": "cosine"}
+    arguments = PretrainArguments(**options, schedule_from="start")
+    rates = [learning_rate_at(update, 20, 5, arguments) for update in (0, 4, 5, 10, 20)]
+    after_warmup = 0.1 + 0.9 * (1 + math.cos(math.pi * 5 / 20)) / 2
+    assert rates == pytest.approx([0.2, 0.84, after_warmup, 0.55, 0.1])
+    assert learning_rate_at(5, 20, 5, PretrainArguments(**options)) == 1.0

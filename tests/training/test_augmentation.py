@@ -1,17 +1,22 @@
+import colorsys
 import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 
 from training.augmentation import (
     ClassificationAugmentation,
     ClassificationTransform,
+    PhotometricDistortion,
+    RandomCropOfClasses,
     SegmentationAugmentation,
     SegmentationTransform,
     classification_objective,
     read_labels,
+    resize_labels,
 )
 from training.data import sample_randomness
 
@@ -98,3 +103,143 @@ def test_mixing_keeps_every_target_a_distribution():
     assert images.shape == (4, 3, 8, 8)
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
     assert criterion(torch.zeros(4, 5), targets).item() == pytest.approx(np.log(5), rel=1e-5)
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.8, "cutmix": 0.0}, {"mixup": 0.0, "cutmix": 1.0}])
+def test_images_are_erased_after_they_are_mixed(mixing):
+    """The noise in a rectangle is neither blended with another image nor cut out with it."""
+    settings = ClassificationAugmentation(random_erasing=1.0, auto_augment=None, **mixing)
+    single = ClassificationTransform(settings, 32, MEAN, STD)(Image.new("RGB", (32, 32), (255, 255, 255)), 0)[0]
+    torch.testing.assert_close(single, torch.ones(3, 32, 32))
+    mix, _ = classification_objective(settings, num_labels=2)
+    for seed in range(5):
+        torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+        images, _ = mix(torch.full((8, 3, 32, 32), 100.0), torch.arange(8) % 2)
+        for image in images:
+            noise = (image != 100).any(dim=0)
+            rows, columns = noise.any(dim=1).nonzero()[:, 0], noise.any(dim=0).nonzero()[:, 0]
+            area = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+            assert noise.sum() == area and 0.01 < area / 32**2 < 0.4  # one whole rectangle
+            values = image[:, noise]
+            assert abs(values.mean()) < 0.5 and 0.6 < values.std() < 1.4
+
+
+def test_without_mixing_an_image_is_erased_in_its_own_sample():
+    """There its randomness does not depend on how a batch is divided."""
+    settings = ClassificationAugmentation(random_erasing=1.0, mixup=0.0, cutmix=0.0, auto_augment=None)
+    transform = ClassificationTransform(settings, 32, MEAN, STD)
+    white = Image.new("RGB", (32, 32), (255, 255, 255))
+    with sample_randomness(0, 0):
+        first = transform(white, 0)[0]
+    with sample_randomness(0, 0):
+        again = transform(white, 0)[0]
+    assert (first != 1).any() and (first == 1).any() and torch.equal(first, again)
+    images = torch.full((4, 3, 8, 8), 100.0)
+    assert torch.equal(classification_objective(settings, 5)[0](images.clone(), torch.arange(4))[0], images)
+
+
+def test_distortion_is_that_of_mmsegmentation():
+    distort, unchanged = PhotometricDistortion(), dict.fromkeys(("brightness", "contrast", "saturation", "hue"))
+    unchanged["contrast_last"] = True
+    pixels = tv_tensors.Image(torch.tensor([[200, 250], [100, 250], [50, 250]], dtype=torch.uint8)[..., None])
+
+    def first(**changes):
+        return distort.transform(pixels, {**unchanged, **changes})[:, :, 0].T.tolist()
+
+    assert first() == [[200, 100, 50], [250, 250, 250]]
+    assert first(brightness=20.0) == [[220, 120, 70], [255, 255, 255]]  # added, and cut off at white
+    assert first(brightness=-60.0)[0] == [140, 40, 0]
+    assert first(contrast=0.5) == [[100, 50, 25], [125, 125, 125]]  # times, not around the mean
+    assert first(contrast=1.5, brightness=-50.0)[0] == [225, 75, 0]
+    hue, saturation, value = colorsys.rgb_to_hsv(200, 100, 50)
+    for factor in (0.5, 1.2, 1.5):
+        expected = colorsys.hsv_to_rgb(hue, min(saturation * factor, 1), value)
+        assert first(saturation=factor) == [pytest.approx(expected, abs=1), [250, 250, 250]]
+    for turn in (-0.1, 0.1):
+        assert first(hue=turn)[0] == pytest.approx(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value), abs=1.5)
+    labels = tv_tensors.Mask(torch.arange(4).reshape(2, 2))
+    assert torch.equal(distort.transform(labels, {**unchanged, "brightness": 9.0}), labels)
+
+    torch.manual_seed(0)
+    drawn = [distort.make_params([]) for _ in range(2000)]
+    for name, (low, high) in {"brightness": (-32, 32), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5)}.items():
+        values = [params[name] for params in drawn if params[name] is not None]
+        assert 900 < len(values) < 1100  # half, within four standard deviations
+        assert low <= min(values) < low + (high - low) / 50 and high - (high - low) / 50 < max(values) <= high
+    hues = [params["hue"] for params in drawn if params["hue"] is not None]
+    assert -0.1 <= min(hues) < -0.095 and 0.095 < max(hues) <= 0.1
+    assert 900 < sum(params["contrast_last"] for params in drawn) < 1100
+
+
+def test_small_crops_are_padded_with_zeros_right_and_below():
+    settings = SegmentationAugmentation(resize=20, scale=[0.5, 0.9], crop_size=24, photometric_distortion=1.0)
+    transform = SegmentationTransform(settings, num_labels=2, mean=[0.3, 0.4, 0.5], std=[0.2, 0.2, 0.2])
+    noise = Image.fromarray(np.random.default_rng(0).integers(90, 256, (20, 28, 3), dtype=np.uint8))
+    sizes = set()
+    for seed in range(10):
+        with sample_randomness(seed):
+            pixels, labels = transform(noise, Image.new("L", noise.size))
+        assert pixels.shape == (3, 24, 24) and labels.shape == (24, 24)
+        inside = labels == 0
+        height, width = int(inside[:, 0].sum()), int(inside[0].sum())
+        assert inside[:height, :width].all() and inside.sum() == height * width and height < 24
+        assert (labels[~inside] == 255).all() and (pixels[:, ~inside] == 0).all()
+        assert (pixels[:, inside] != 0).float().mean() > 0.9
+        sizes.add((height, width))
+    assert len(sizes) > 3
+
+
+def test_crops_are_drawn_ten_times_more():
+    """As in mmsegmentation: the last of eleven draws is not looked at."""
+    crop = RandomCropOfClasses(4, max_class_share=0.75)
+    draws = []
+    crop._draw = lambda height, width: draws.append(1) or {"top": 0, "left": 0, "height": 4, "width": 4}
+    crop.make_params([tv_tensors.Mask(torch.zeros(8, 8, dtype=torch.int64))])
+    assert len(draws) == 11
+    crop.make_params([tv_tensors.Mask(torch.arange(64).reshape(8, 8) % 2)])
+    assert len(draws) == 12
+
+
+@pytest.mark.parametrize(("interpolation", "shift"), [("nearest-exact", 0.0), ("nearest", 0.5)])
+def test_labels_lie_on_their_image_or_as_in_opencv(interpolation, shift):
+    """Of an image made eight times smaller, where the labels begin beside the brightness."""
+    settings = SegmentationAugmentation(
+        resize=16, max_resize=999, scale=[1, 1], crop_size=16, max_class_share=1.0, horizontal_flip=0.0,
+        photometric_distortion=0.0, label_interpolation=interpolation,
+    )  # fmt: skip
+    transform = SegmentationTransform(settings, 2, [0.0] * 3, [1.0] * 3)
+    shifts = []
+    for edge in range(32, 96, 3):
+        pixels, labels = np.zeros((128, 128, 3), np.uint8), np.zeros((128, 128), np.uint8)
+        pixels[:, edge:], labels[:, edge:] = 255, 1
+        image, label_map = transform(Image.fromarray(pixels), Image.fromarray(labels))
+        shifts.append((image[0, 8].sum() - label_map[8].sum()).item())
+    assert np.mean(shifts) == pytest.approx(shift, abs=0.12)
+    assert set(resize_labels(torch.tensor([[0, 7], [255, 3]]), (5, 9), interpolation).unique().tolist()) == {
+        0,
+        3,
+        7,
+        255,
+    }
+
+
+def test_the_style_of_the_first_release_stays():
+    """Stored runs used it. The numbers are those of release 0.1: means of the channels, and pixels of each label."""
+    settings = SegmentationAugmentation(
+        resize=40, scale=[0.5, 1.0], crop_size=32, photometric_distortion=1.0, augmentation_style="torchvision",
+        label_interpolation="nearest",
+    )  # fmt: skip
+    transform = SegmentationTransform(settings, 3, [0.5] * 3, [0.25] * 3)
+    y, x = np.mgrid[:50, :70]
+    image = Image.fromarray(np.stack([3 * x, 4 * y, 2 * (x + y)], -1).astype(np.uint8))
+    labels = Image.fromarray((x // 25).astype(np.uint8))
+    for seed, means, counts in (
+        (0, [-0.272, -0.353, -0.077], [264, 242, 176, 342]),
+        (1, [-0.595, -0.659, -0.454], [416, 576, 32, 0]),
+        (2, [-0.908, -0.688, -0.500], [480, 512, 32, 0]),
+    ):
+        with sample_randomness(seed):
+            pixels, classes = transform(image, labels)
+        assert [int((classes == label).sum()) for label in (0, 1, 2, 255)] == counts
+        # A level of 255 is 0.016 here; colors are rounded to levels in several steps.
+        assert pixels.mean(dim=(1, 2)).tolist() == pytest.approx(means, abs=0.008)

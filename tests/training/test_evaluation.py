@@ -399,6 +399,7 @@ def test_recipe(recipe):
         assert (arguments.optimizer, arguments.weight_decay, arguments.schedule) == ("momentum", 0.0, "cosine")
         transform = ClassificationTransform(arguments, 16, [0.5] * 3, [0.5] * 3)
         assert transform(Image.new("RGB", (40, 30)), 1)[0].shape == (3, 16, 16)
+        assert [mode.value for mode in transform.interpolations] == ["bilinear"]
         model = LocAtViTForImageClassification(LocAtViTConfig(**SMALL_MODEL))
         freeze_encoder(model, [])
         groups = create_optimizer(model, arguments).param_groups

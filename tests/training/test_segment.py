@@ -1,6 +1,7 @@
 """Heads, freezing and fine-tuning of `segment`, and what it says about mistakes."""
 
 import json
+import math
 import signal
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ from training.checkpointing import list_checkpoints
 from training.data import load_splits
 from training.inference import SegmentationCollator, draw_examples
 from training.optimization import create_optimizer
-from training.segment import LabelReader, SegmentArguments, build_model, build_processor, main
+from training.segment import LabelReader, SegmentArguments, build_model, build_processor, heads_of, main
 
 NAMES = ["background", "red", "green"]
 VIT = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -98,6 +99,47 @@ def batch() -> dict[str, torch.Tensor]:
         "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
         "labels": torch.randint(0, 3, (2, 32, 32), generator=generator),
     }
+
+
+@pytest.mark.parametrize("head", ["probe", "upernet"])
+def test_a_new_head_starts_as_in_mmsegmentation_or_as_its_class_says(sources, head):
+    wide = {"model": {"segmentation_hidden_size": 256}, "upernet": {"hidden_size": 256, "auxiliary_channels": 256}}
+    modules = {}
+    for kind in ("mmsegmentation", "default"):
+        torch.manual_seed(0)
+        model = build_model(arguments_for(sources["locatvit"], head, **wide, head_initialization=kind), NAMES * 50)
+        modules[kind] = heads_of(model)
+    assert modules["default"].keys() == (
+        {"segmentation_head"} if head == "probe" else {"decode_head", "auxiliary_head"}
+    )
+    for name, reference in modules["mmsegmentation"].items():
+        for (path, layer), other in zip(reference.named_modules(), modules["default"][name].modules(), strict=True):
+            if not isinstance(layer, torch.nn.Conv2d):
+                continue
+            std = 0.01 if path == "classifier" else math.sqrt(2 / (layer.out_channels * math.prod(layer.kernel_size)))
+            assert layer.weight.std().item() == pytest.approx(std, rel=0.1), path
+            assert layer.weight.abs().max() > 2.5 * std  # normal, not uniform
+            assert layer.bias is None or not layer.bias.any()
+            # Bounds of PyTorch in a probe, a normal with deviation 0.02 in a UPerNet of transformers.
+            default = (3 * math.prod(other.weight.shape[1:])) ** -0.5 if head == "probe" else 0.02
+            assert other.weight.std().item() == pytest.approx(default, rel=0.1), path
+
+
+def test_a_head_that_goes_on_is_not_started_anew(sources, tmp_path):
+    arguments = arguments_for(sources["locatvit"])
+    build_model(arguments, NAMES).save_pretrained(tmp_path)
+    continued = build_model(arguments_for(tmp_path), NAMES)
+    assert continued.config.id2label == dict(enumerate(NAMES))
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, tensor in continued.segmentation_head.state_dict().items():
+        assert torch.equal(tensor, saved[f"segmentation_head.{name}"])
+
+
+def test_images_are_tested_as_the_recipe_says(sources):
+    for interpolation, number in (("bilinear", 2), ("bicubic", 3)):
+        arguments = arguments_for(sources["locatvit"], test_interpolation=interpolation)
+        assert build_processor(arguments, build_model(arguments, NAMES).config).resample == number
+    assert SegmentArguments().test_interpolation == "bilinear"
 
 
 @pytest.mark.parametrize(("family", "head"), HEADS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers.image_utils import PILImageResampling
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, PaCaViTConfig, PaCaViTForImageClassification
 from training.arguments import build_arguments, load_recipe
@@ -77,20 +78,53 @@ def test_recipe(name, sources, tmp_path):
     short, long = (520, 520) if name == "pascal_context_probe" else (512, 2048)
     assert (processor.size.shortest_edge, processor.size.longest_edge) == (short, long)
     assert arguments.inference == "whole" and not arguments.test_flip and arguments.test_scales == [1.0]
+    # As mmsegmentation, in which the papers were measured.
+    assert arguments.augmentation_style == arguments.head_initialization == "mmsegmentation"
+    assert arguments.label_interpolation == "nearest" and processor.resample == PILImageResampling.BILINEAR
+    assert arguments.max_class_share == 0.75 and arguments.scale == [0.5, 2.0] and arguments.horizontal_flip == 0.5
+    assert arguments.crop_size == (480 if name == "pascal_context_probe" else 512)
+    groups = create_optimizer(model, arguments).param_groups
+    names = {id(p): parameter for parameter, p in model.named_parameters()}
+    left = {names[id(p)] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    if "probe" in name:
+        assert not left  # biases and norms are decayed too
+    else:
+        # What the reference calls norm: norms of the encoder, and neither biases nor the batch norms of heads.
+        assert left == {n for n in names.values() if "norm" in n and "head" not in n}
 
 
-def test_groups_of_the_paca_recipe(sources):
-    """The head and the fresh clusters learn ten times faster; norms are not decayed."""
-    arguments = build_arguments(SegmentArguments, load_recipe(RECIPES / "ade20k_pacavit.yaml"))
-    arguments.pretrained = str(sources["pacavit"])
-    model = build_model(arguments, arguments.label_names)
+def build_small(recipe, tmp_path, **fields):
+    """The model of a recipe around a small PaCa-ViT, and its settings."""
+    sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4, "teacher_depths": [1] * 4}
+    PaCaViTForImageClassification(PaCaViTConfig(**sizes, **fields)).save_pretrained(tmp_path)
+    arguments = build_arguments(SegmentArguments, {**load_recipe(RECIPES / recipe), "pretrained": str(tmp_path)})
+    return build_model(arguments, arguments.label_names), arguments
+
+
+@pytest.mark.parametrize("kind", ["conv", "mlp", "teacher"])
+def test_groups_of_the_paca_recipe(kind, tmp_path):
+    """The head and the fresh clusters learn ten times faster; norms are not decayed, but for batch norms."""
+    model, arguments = build_small("ade20k_pacavit.yaml", tmp_path, clustering_type=kind)
     assert model.config.num_clusters == [200, 200, 200, 0] and model.config.drop_path_rate == 0.1
     names = {id(p): name for name, p in model.named_parameters()}
     for group in create_optimizer(model, arguments).param_groups:
         for name in (names[id(p)] for p in group["params"]):
             fast = name.startswith("segmentation_head.") or "attention.clustering.clusters." in name
             assert group["lr_scale"] == (10.0 if fast else 1.0), name
-            assert group["weight_decay"] == (0.0 if "norm" in name else 0.01), name
+            batch_norm = name.startswith(("segmentation_head.", "pacavit.teacher."))
+            assert group["weight_decay"] == (0.0 if "norm" in name and not batch_norm else 0.01), name
+
+
+def test_stored_experiments_keep_the_values_of_their_day():
+    """They were made before the probe followed mmsegmentation; the recipe says so, and repeats them."""
+    folder = RECIPES.parent / "evidence"
+    arguments = build_arguments(SegmentArguments, load_recipe(folder / "segment" / "probe.yaml"))
+    assert (arguments.augmentation_style, arguments.label_interpolation) == ("torchvision", "nearest")
+    assert (arguments.head_initialization, arguments.test_interpolation) == ("default", "bicubic")
+    assert arguments.no_weight_decay is None
+    assert load_recipe(folder / "evaluation" / "hummingbird.yaml")["label_interpolation"] == "nearest"
+    for recipe in ("segment/probe", "evaluation/hummingbird"):
+        assert "runs in results/evidence" in (folder / f"{recipe}.yaml").read_text()
 
 
 def test_coco_stuff_leaves_out_the_ids_that_coco_never_used():

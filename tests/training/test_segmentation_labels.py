@@ -14,9 +14,9 @@ from training.arguments import build_arguments
 from training.augmentation import (
     LabelArguments,
     LabelReader,
-    PhotometricDistortion,
     SegmentationAugmentation,
     SegmentationTransform,
+    TorchvisionDistortion,
 )
 from training.data import sample_randomness
 from training.data.images import decode_image
@@ -156,10 +156,10 @@ def test_scale_is_of_the_short_or_the_long_side():
     assert len(set(wide)) > 10
 
 
-def test_distortion_keeps_channels_in_place():
+def test_the_distortion_of_the_first_release_keeps_channels_in_place():
     pixels = torch.zeros(3, 4, 4, dtype=torch.uint8)
     pixels[0] = 200
-    distort = PhotometricDistortion(hue=(0.0, 0.0), p=1.0)
+    distort = TorchvisionDistortion(hue=(0.0, 0.0), p=1.0)
     distorted = torch.stack([distort(pixels) for _ in range(20)])
     assert (distorted[:, 0] > distorted[:, 1]).all() and (distorted[:, 0] > distorted[:, 2]).all()
     assert len(distorted.flatten(1).unique(dim=0)) > 10

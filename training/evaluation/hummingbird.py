@@ -15,7 +15,8 @@ The protocol of Balažević et al., "Towards In-Context Scene Understanding", Ne
    softmax(cosine / 0.02); the map of shares is upsampled bilinearly, and the largest share is the class.
 
 Also our choice: images are normalised as the model's processor does it, where the evaluation takes mean and standard
-deviation of ImageNet; classes keep the names that the memory gives them, where the evaluation matches them anew by the
+deviation of ImageNet (but 0.255 for blue, by a slip of 0.225); label maps are resized by the nearest center, as Pillow
+does there; classes keep the names that the memory gives them, where the evaluation matches them anew by the
 Hungarian method; pixels without a class are left out, where it counts them as class 0 in the memory; and scores are
 taken at the size of the labels.
 """
@@ -44,7 +45,7 @@ from transformers import AutoBackbone, PreTrainedModel
 from locatvit_hf.image_processing_locatvit import pil_to_rgb
 from locatvit_hf.layers_locat import pair
 from training.arguments import run_program
-from training.augmentation import IGNORE_INDEX, LabelArguments, LabelReader
+from training.augmentation import IGNORE_INDEX, LabelReader, ResizedLabelArguments, resize_labels
 from training.data import create_evaluation_loader, load_splits, sample_randomness
 from training.evaluation.features import gather_in_order, load_encoder
 from training.evaluation.results import EvaluationArguments, Meter, start_evaluation, write_result
@@ -54,7 +55,7 @@ from training.pretrained import change_config
 
 @strict
 @dataclass(kw_only=True)
-class HummingbirdArguments(EvaluationArguments, LabelArguments):
+class HummingbirdArguments(EvaluationArguments, ResizedLabelArguments):
     """Settings of `evaluation.hummingbird`."""
 
     memory_size: int = field(default=1_000_000, metadata={"help": "Patches that the memory holds at most."})
@@ -82,7 +83,8 @@ def main(arguments: HummingbirdArguments) -> dict[str, Any]:
     with meter.measure():
         parts = []
         for epoch in range(arguments.epochs):
-            transform = JointTransform(model.config, read_labels, arguments.seed, epoch, arguments.augment)
+            settings = arguments.augment, arguments.label_interpolation
+            transform = JointTransform(model.config, read_labels, arguments.seed, epoch, *settings)
             collate = partial(collate_patches, transform)
             loader = create_evaluation_loader(splits.train, columns, collate, arguments, accelerator, numbered=True)
             quotas = memory_quotas(arguments, len(splits.train), epoch)
@@ -151,14 +153,22 @@ class JointTransform:
     colours change a little, as (seed, epoch, index) determine.
     """
 
-    def __init__(self, config: Any, read_labels: LabelReader, seed: int, epoch: int, augment: bool):
+    def __init__(
+        self,
+        config: Any,
+        read_labels: LabelReader,
+        seed: int,
+        epoch: int,
+        augment: bool,
+        label_interpolation: str = "nearest-exact",
+    ):
         size = list(pair(config.image_size))
         self.read_labels, self.key, self.is_grey = read_labels, (seed, epoch), config.num_channels == 1
         colour = [{name: 0.1} for name in ("brightness", "contrast", "saturation", "hue")]
         self.transform = v2.Compose(
             [
                 *([v2.RandomApply([v2.ColorJitter(**change)], 0.5) for change in colour] if augment else []),
-                v2.RandomResizedCrop(size, scale=(0.5, 1.0)) if augment else v2.Resize(size),
+                JointCrop(size, augment, label_interpolation),
                 v2.ToDtype({tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}, scale=True),
                 v2.Normalize(list(config.image_mean), list(config.image_std)),
             ]
@@ -171,6 +181,26 @@ class JointTransform:
         with sample_randomness(*self.key, index):
             moved, moved_labels = self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(labels))
         return moved.as_subclass(torch.Tensor), moved_labels.as_subclass(torch.Tensor)
+
+
+class JointCrop(v2.RandomResizedCrop):
+    """A random half or more of an image and its label map, or the whole, resized to `size` (height, width)."""
+
+    def __init__(self, size: list[int], augment: bool, label_interpolation: str):
+        super().__init__(size, scale=(0.5, 1.0))
+        self.augment, self.label_interpolation = augment, label_interpolation
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
+        if self.augment:
+            return super().make_params(flat_inputs)
+        height, width = v2.functional.get_size(flat_inputs[0])
+        return {"top": 0, "left": 0, "height": height, "width": width}
+
+    def transform(self, inpt: Any, params: dict[str, int]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            crop = v2.functional.crop_mask(inpt.as_subclass(torch.Tensor), **params)
+            return tv_tensors.Mask(resize_labels(crop, self.size, self.label_interpolation))
+        return super().transform(inpt, params)
 
 
 def collate_patches(transform: JointTransform, rows: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

@@ -38,6 +38,7 @@ class LinearProbeArguments(FinetuneArguments):
     layer_decay: float | int | None = None
     max_gradient_norm: float | int | None = None
     batch_size: int = 1024
+    interpolation: Literal["random", "bilinear", "bicubic"] = "bilinear"
     auto_augment: str | None = None
     random_erasing: float | int = 0.0
     label_smoothing: float | int = 0.0
