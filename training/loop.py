@@ -41,6 +41,7 @@ from training.optimization import (
     weight_decay_at,
 )
 from training.pictures import draw_batch, tile
+from training.processes import create_processes
 from training.resuming import FILE, compare_runs, describe_run, program_of
 from training.tracking import GaussianReader, Trackers, check_trackers
 
@@ -93,17 +94,13 @@ def create_accelerator(arguments: OptimizationArguments | RunArguments) -> Accel
     Raises ValueError for trackers that are not there, and for ways of sharding that are not supported.
     """
     check_trackers(arguments.trackers)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    accelerator = Accelerator(
-        cpu=processes > 1 and not torch.accelerator.is_available(),  # else each CPU process would train alone
+    accelerator = create_processes(
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         dynamo_backend="inductor" if arguments.compile and not arguments.dry_run else None,
         log_with=list(arguments.trackers) or None,
         project_config=ProjectConfiguration(project_dir=arguments.output_dir, logging_dir=arguments.output_dir),
     )
-    if accelerator.num_processes != processes:
-        raise ValueError(f"{processes} processes were started, but they cannot work together on {accelerator.device}.")
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # Accelerate shards on devices alone; over gloo it works just as well on CPU.

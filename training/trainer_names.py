@@ -1,8 +1,9 @@
 """Options of other tools under our names: those of the `Trainer` of transformers and its examples are translated."""
 
-import os
 from collections.abc import Callable
 from typing import Any
+
+from accelerate.utils import get_int_from_env
 
 # Our option for each of theirs, and of the examples that use accelerate.
 OPTIONS = {
@@ -165,6 +166,9 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "load_best_model_at_end": lambda best: "best" if best else "last",
 }
 
+# The number of processes, as torchrun, which `accelerate launch` calls, and the launchers of MPI name it.
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
 # Numbers of steps, and what they win over.
 STEPS = {
     "max_steps": ("num_train_epochs",),
@@ -228,7 +232,7 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
     if precisions:
         ours["mixed_precision"] = next((name for name in precisions if theirs[name]), "no")
     if "per_device_train_batch_size" in theirs:
-        processes, steps = int(os.environ.get("WORLD_SIZE", 1)), ours.get("gradient_accumulation_steps", 1)
+        processes, steps = get_int_from_env(WORLD_SIZES, 1), ours.get("gradient_accumulation_steps", 1)
         ours["batch_size"] = theirs.pop("per_device_train_batch_size") * processes * steps
     for name, value in theirs.items():
         if name not in precisions:

@@ -1,19 +1,25 @@
 """Runs of several processes over gloo: they equal runs of one, and nothing is lost when they are killed."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import _validate_launch_command as validate_launch
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, spoil_third_step_of_second_process, train
 from training.checkpointing import list_checkpoints
+from training.processes import create_processes
 
 LAUNCH = ROOT / "training" / "launch"
 
@@ -112,3 +118,50 @@ def test_launch_configurations_are_valid(file):
     assert defaults.mixed_precision == "no"
     if arguments.use_fsdp:
         assert arguments.fsdp_version == 2
+    # What `accelerate launch` starts several processes for; all the others get one, whatever num_processes says.
+    assert arguments.use_fsdp or arguments.use_deepspeed or arguments.multi_gpu == (arguments.num_processes > 1)
+
+
+@pytest.mark.parametrize(("options", "said"), [(["--num_processes", "2"], True), (["--num_processes", "1"], False)])
+def test_one_process_instead_of_several_is_said(monkeypatch, capsys, options, said):
+    """In the environment that `accelerate launch --cpu` makes."""
+    arguments = launch_command_parser().parse_args(["--cpu", *options, "training/pretrain.py"])
+    command, environment = prepare_simple_launcher_cmd_env(validate_launch(arguments)[0])
+    assert command.count("training/pretrain.py") == 1
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    accelerator = create_processes()
+    assert accelerator.num_processes == 1
+    assert ("--config_file training/launch/several_cpus.yaml" in capsys.readouterr().out) == said
+
+
+@pytest.mark.slow
+def test_the_launch_file_for_cpus_starts_several_processes(settings, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**settings, "length": "2 steps", "warmup": "0 steps"}))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "several_cpus.yaml")]
+    launch += ["--main_process_port", "0", "training/pretrain.py", "--config", str(recipe)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    finished = subprocess.run([*launch, "--output_dir", str(tmp_path / "run")], **options)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["num_processes"] == 2
+
+
+def test_slurm_gives_the_processes_the_cpus_of_the_job(tmp_path):
+    """`srun` of SLURM 22.05 and later reads no --cpus-per-task of the job; an interrupted run is queued again."""
+    for name, text in (
+        ("srun", 'echo "cpus ${SRUN_CPUS_PER_TASK:-none}"; mkdir -p "$RUN"; touch "$RUN/interrupted"; exit 143'),
+        ("scontrol", 'echo "$@" >> "$RUN-scontrol"; echo node1'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN": str(tmp_path / "run")}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    command = ["bash", str(LAUNCH / "slurm.sh"), "training/pretrain.py", "--output_dir", str(tmp_path / "run")]
+    for cpus in ("24", None):
+        given = environment | ({"SLURM_CPUS_PER_TASK": cpus} if cpus else {})
+        finished = subprocess.run(command, env=given, capture_output=True, text=True, timeout=60)
+        assert (finished.returncode, finished.stderr) == (143, "")
+        assert finished.stdout.splitlines()[0] == f"cpus {cpus or 'none'}"
+    assert (tmp_path / "run-scontrol").read_text().count("requeue 7") == 2

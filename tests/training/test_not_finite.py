@@ -144,7 +144,7 @@ class ScalingAccelerator(Accelerator):
 
 
 def test_steps_that_the_loss_scaler_skips_do_not_end_a_run(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.loop.Accelerator", ScalingAccelerator)
+    monkeypatch.setattr("training.processes.Accelerator", ScalingAccelerator)
     objective = program.classification_objective
     settings = {**settings, "ema_decay": None}
     monkeypatch.setattr(program, "classification_objective", spoiled(objective, lambda call: call in (2, 3)))

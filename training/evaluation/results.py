@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import os
 import platform
 import sys
 import time
@@ -23,6 +22,7 @@ from training.arguments import DataArguments, console
 from training.checkpointing import write_json
 from training.data import load_splits
 from training.data.loading import Split
+from training.processes import create_processes
 
 LIBRARIES = ("locatvit-hf", "torch", "torchvision", "transformers", "datasets", "timm", "faiss-cpu", "faiss-gpu")
 
@@ -50,11 +50,7 @@ def start_evaluation(arguments: EvaluationArguments) -> Accelerator:
         raise ValueError(f"eval_batch_size must be at least 1, got {arguments.eval_batch_size}.")
     if arguments.output_dir is None:
         raise ValueError("Name a folder for the results with --output_dir.")
-    # Without a device, processes would each work alone unless accelerate is told to use CPUs.
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    accelerator = Accelerator(
-        cpu=not alone and not torch.accelerator.is_available(), mixed_precision=arguments.mixed_precision
-    )
+    accelerator = create_processes(mixed_precision=arguments.mixed_precision)
     try:
         Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

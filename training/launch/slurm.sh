@@ -22,6 +22,10 @@ export MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MAIN_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540 # seconds that a checkpoint may take before the processes are killed
 export OMP_NUM_THREADS=1
+# Since version 22.05 srun does not take over --cpus-per-task of the job: it would give the launcher one CPU.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
 
 # One launcher a node. \$SLURM_NODEID is known only where it runs.
 srun --kill-on-bad-exit=1 bash -c "exec accelerate launch --config_file $LAUNCH \
