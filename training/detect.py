@@ -102,15 +102,17 @@ def main(arguments: DetectArguments) -> dict[str, Any]:
         data=partial(describe_data, columns, names, training=splits.train, validation=splits.validation),
     )
     with loop:
-        if splits.num_empty_boxes:
-            loop.print(f"{splits.num_empty_boxes} boxes without area were left out.")
+        for note in splits.notes:
+            loop.print(note)
         for images, targets in loop:
             losses = loop.model(images, targets)
             loop.update(sum(losses.values()), losses)
             if loop.evaluation_due:
                 metrics = evaluate(loop.evaluation_model, validation, accelerator)
                 loop.record(metrics, partial(draw_detections, loop.evaluation_model, validation, accelerator))
-    return loop.finish(num_train_images=len(splits.train), num_validation_images=len(splits.validation))
+    return loop.finish(
+        num_train_images=len(splits.train), num_validation_images=len(splits.validation), notes=splits.notes
+    )
 
 
 def build_model(arguments: DetectArguments, categories: list[dict[str, Any]]) -> Detector:

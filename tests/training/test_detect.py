@@ -12,6 +12,10 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from safetensors.torch import load_file
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
 from transformers import AutoBackbone, AutoModel
 
 from locatvit_hf.hub.card import read_card
@@ -21,6 +25,7 @@ from tests.training.programs import train as launch
 from training.arguments import build_arguments, load_recipe
 from training.checkpointing import list_checkpoints
 from training.data import sample_randomness
+from training.data.images import decode_image
 from training.detect import DetectArguments, build_model
 from training.detect import main as detect
 from training.detection import (
@@ -30,10 +35,12 @@ from training.detection import (
     DetectorSettings,
     load_detection_splits,
     load_detector,
+    normalized_pixels,
     pyramid_config,
     read_coco,
     read_objects,
 )
+from training.detection.model import PyramidRoIAlign, paste_masks
 from training.optimization import create_optimizer, learning_rate_at, parse_duration
 from training.pretrain import build_config
 
@@ -167,6 +174,7 @@ def test_training_leaves_a_detector_and_its_encoder(trained, coco, tmp_path):
     rates = [point["learning_rate"] for point in stored["train_curve"]]
     assert rates[3] == pytest.approx(1e-4) and rates[4] == pytest.approx(1e-5)
 
+    assert stored["notes"] == ["instances_train.json: crowds, left out of training (1): annotation 4."]
     detector = load_detector(output / "model")
     assert detector.categories == CATEGORIES and not detector.training
     found = detector.detect(Image.open(coco / "val" / "0000.png"))
@@ -197,17 +205,205 @@ def test_a_saved_detector_answers_the_same(settings, tmp_path):
         load_detector(tmp_path)
 
 
+def small_detector(family: str = "pacavit", **settings) -> Detector:
+    torch.manual_seed(0)
+    config = pyramid_config(build_config(family, None, ENCODERS[family]))
+    small = {"pyramid_channels": 8, "anchor_scale": 4, "test_shortest_side": 64, "longest_side": 96}
+    return Detector(AutoBackbone.from_config(config), CATEGORIES, DetectorSettings(**{**small, **settings}))
+
+
+def test_regions_are_read_at_the_centers_of_cells():
+    """Over a map that holds the place of each cell, a region averages to its own center."""
+    stride = 8
+    centers = stride * (torch.arange(20.0) + 0.5)
+    maps = {"0": torch.stack(torch.meshgrid(centers, centers, indexing="ij"))[None].expand(2, -1, -1, -1)}
+    maps |= {str(level): torch.zeros(2, 2, 4, 4) for level in (1, 2, 3)}
+    boxes = [
+        torch.tensor([[20.0, 30.0, 90.0, 71.0], [40.5, 33.0, 47.0, 60.0]]),
+        torch.tensor([[24.0, 24.0, 100.0, 99.0]]),
+    ]
+    middle = torch.cat([torch.stack([(b[:, 1] + b[:, 3]) / 2, (b[:, 0] + b[:, 2]) / 2], 1) for b in boxes])
+    shapes = [(160, 160)] * 2
+    pooled = PyramidRoIAlign(7, stride, aligned=True)(maps, boxes, shapes)
+    assert pooled.shape == (3, 2, 7, 7)
+    torch.testing.assert_close(pooled.mean(dim=(2, 3)), middle, rtol=0, atol=1e-3)
+    # As torchvision does it, half a cell beside; a region narrower than a cell is widened.
+    old = PyramidRoIAlign(7, stride, aligned=False)(maps, boxes, shapes).mean(dim=(2, 3))
+    torch.testing.assert_close(old[[0, 2]], middle[[0, 2]] + stride / 2, rtol=0, atol=1e-3)
+
+
+def test_regions_of_every_size_come_from_their_map():
+    """The side at which a region goes to the next map, as in the feature pyramid's paper: 112, 224, 448 pixels."""
+    maps = {str(level): torch.full((1, 1, 256 >> level, 256 >> level), float(level)) for level in range(4)}
+    sides = torch.tensor([8.0, 111, 113, 223, 225, 447, 449, 900])
+    boxes = torch.stack([torch.zeros(8), torch.zeros(8), sides, sides], 1)
+    pooled = PyramidRoIAlign(7, 4, aligned=True)(maps, [boxes], [(1024, 1024)])
+    assert pooled[:, 0, 3, 3].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a & b).sum() / (a | b).sum()).item()
+
+
+def test_masks_are_learned_and_drawn_where_objects_are(monkeypatch):
+    """What the mask head is to predict, drawn into the image again, is the mask itself."""
+    targets = []
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+
+    def record(logits, target, **options):
+        targets.append(target)
+        return loss(logits, target, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy_with_logits", record)
+    rows, columns = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+    disc = ((rows - 30.3) / 9) ** 2 + ((columns - 25.6) / 12) ** 2 <= 1
+    box = torch.tensor([[13.6, 21.3, 37.6, 39.3]])
+    target = {"boxes": box, "labels": torch.tensor([0]), "masks": disc[None].to(torch.uint8)}
+    agreement = {}
+    for aligned in (True, False):
+        detector = small_detector(roi_aligned=aligned).train()
+        detector.model.roi_heads.select_training_samples = lambda *_: (
+            [box],
+            [torch.tensor([0])],
+            [torch.tensor([1])],
+            [torch.zeros(1, 4)],
+        )
+        detector([torch.rand(3, 64, 64)], [target])
+        (mask,) = [target for target in targets if target.ndim == 3]
+        found = [{"boxes": box, "masks": mask[None]}]
+        (pasted,) = detector.model.transform.eval().postprocess(found, [(64, 64)], [(64, 64)])
+        agreement[aligned] = overlap(pasted["masks"][0], disc)
+        targets.clear()
+    assert agreement[True] > 0.99 and agreement[False] < 0.95
+
+
+def test_masks_are_drawn_to_a_fraction_of_a_pixel():
+    """Full masks cover the pixels whose centers lie in their boxes, cut at the edge of the image."""
+    boxes = torch.tensor([[2.4, 3.0, 7.6, 5.4], [-5.0, -5.0, 3.0, 2.0], [8.0, 8.0, 30.0, 30.0], [4.6, 4.6, 5.4, 5.4]])
+    pasted = paste_masks(torch.ones(4, 1, 28, 28), boxes, (12, 10))
+    assert pasted.shape == (4, 12, 10)
+    expected = torch.zeros(4, 12, 10, dtype=torch.bool)
+    expected[0, 3:5, 2:8] = expected[1, :2, :3] = expected[2, 8:, 8:] = True
+    assert torch.equal(pasted, expected)
+    half = torch.zeros(1, 1, 28, 28)
+    half[..., :14] = 1
+    assert (
+        paste_masks(half, torch.tensor([[0.0, 0.0, 10.0, 12.0]]), (12, 10))[0].sum(dim=0).tolist() == [12] * 5 + [0] * 5
+    )
+
+
+def test_a_detector_without_the_option_keeps_its_function(tmp_path):
+    """One that was trained with torchvision's own heads: as these, from a folder that does not name how it reads."""
+    detector = small_detector(roi_aligned=False, score_threshold=0.0, max_detections=10).eval()
+    detector.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "detector.json").read_text())
+    for name in (
+        "roi_aligned",
+        "train_proposals",
+        "train_proposals_per_level",
+        "test_proposals",
+        "test_proposals_per_level",
+    ):
+        del content["settings"][name]
+    (tmp_path / "detector.json").write_text(json.dumps(content))
+    loaded = load_detector(tmp_path)
+    assert not loaded.settings.roi_aligned and loaded.settings.train_proposals == 2000
+
+    heads, channels = detector.model.roi_heads, 8
+    pools = [MultiScaleRoIAlign(["0", "1", "2", "3"], side, 0) for side in (7, 14)]
+    for pool, ours in zip(pools, (heads.box_roi_pool, heads.mask_roi_pool), strict=True):
+        pool.scales, pool.map_levels = ours.scales, ours.map_levels
+    theirs = MaskRCNN(
+        detector.model.backbone,
+        rpn_anchor_generator=detector.model.rpn.anchor_generator,
+        box_roi_pool=pools[0],
+        box_head=TwoMLPHead(channels * 7**2, 4 * channels),
+        box_predictor=FastRCNNPredictor(4 * channels, 3),
+        mask_roi_pool=pools[1],
+        mask_head=MaskRCNNHeads(channels, (channels,) * 4, dilation=1),
+        mask_predictor=MaskRCNNPredictor(channels, channels, 3),
+        box_score_thresh=0.0,
+        box_detections_per_img=10,
+        min_size=64,
+        max_size=96,
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
+    )
+    theirs.load_state_dict(loaded.model.state_dict())
+    image = torch.rand(3, 64, 80)
+    with torch.no_grad():
+        (expected,), (found,) = theirs.eval()([image]), loaded([image])
+    assert len(found["boxes"]) == 10
+    for name, value in (
+        ("boxes", expected["boxes"]),
+        ("scores", expected["scores"]),
+        ("labels", expected["labels"] - 1),
+    ):
+        torch.testing.assert_close(found[name], value)
+    assert torch.equal(found["masks"], expected["masks"][:, 0] > 0.5)
+    with torch.no_grad():
+        (other,) = small_detector(score_threshold=0.0, max_detections=10).eval()([image])
+    assert not torch.allclose(other["scores"], found["scores"], atol=1e-4)  # the default reads elsewhere
+
+    target = {"boxes": torch.tensor([[4.0, 6.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
+    target["masks"] = torch.zeros(1, 64, 80, dtype=torch.uint8)
+    target["masks"][0, 6:50, 4:40] = 1
+    theirs.transform, losses = loaded.model.transform, []  # theirs draws a size at random
+    for model, labels in ((theirs, torch.tensor([2])), (loaded, target["labels"])):
+        torch.manual_seed(5)
+        losses.append(model.train()([image.clone()], [{**target, "labels": labels}]))
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_as_many_proposals_as_the_framework_of_the_paper_keeps():
+    settings = load_recipe(RECIPES / "coco_pacavit.yaml")
+    arguments = build_arguments(DetectArguments, settings)
+    with torch.device("meta"):
+        regions = build_model(arguments, CATEGORIES).model.rpn
+    assert (regions.train().pre_nms_top_n(), regions.post_nms_top_n()) == (2000, 1000)
+    assert (regions.eval().pre_nms_top_n(), regions.post_nms_top_n()) == (1000, 1000)
+    regions = small_detector(train_proposals=7, test_proposals=5).model.rpn
+    assert (regions.train().post_nms_top_n(), regions.eval().post_nms_top_n()) == (7, 5)
+    with pytest.raises(ValueError, match="train_proposals"):
+        build_arguments(DetectArguments, {**settings, "train_proposals": 0})
+
+
+@pytest.mark.parametrize("size", [(200, 160), (40, 30), (333, 100)])
+def test_evaluation_resizes_as_training_does(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    augmentation = DetectionAugmentation(shortest_sides=[64], longest_side=96, horizontal_flip=0.0)
+    objects = json.dumps({"image_id": 0, "size": list(size), "annotations": []})
+    trained, _ = DetectionTransform(augmentation, False, [0.5] * 3, [0.25] * 3)(Image.fromarray(pixels), objects)
+    whole = normalized_pixels(Image.fromarray(pixels), [0.5] * 3, [0.25] * 3)
+    evaluated, _ = small_detector().model.transform.eval().resize(whole)
+    # Training rounds to 8 bits after each of the two directions.
+    torch.testing.assert_close(evaluated, trained, rtol=0, atol=1.1 / 255 / 0.25)
+
+
+def test_detect_reads_any_image_as_training_does(tmp_path):
+    """16-bit, with EXIF's turn: pixels as in training, upright."""
+    ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint16) * 1024, (48, 1)))
+    exif = ramp.getexif()
+    exif[0x0112] = 6
+    ramp.save(tmp_path / "a.png", exif=exif)
+    detector, seen = small_detector(score_threshold=0.0), []
+    detector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    found = detector.detect(Image.open(tmp_path / "a.png"))
+    config = detector.encoder.config
+    expected = normalized_pixels(decode_image(str(tmp_path / "a.png"), rgb=True), config.image_mean, config.image_std)
+    assert expected.shape == (3, 64, 48) and torch.equal(seen[0], expected)
+    assert found["masks"].shape[1:] == (64, 48)
+    Image.effect_noise((64, 48), 50).save(tmp_path / "b.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:-300])
+    with pytest.raises(ValueError, match="truncated"):
+        detector.detect(Image.open(tmp_path / "b.png"))
+
+
 @pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("masks", [True, False])
 def test_every_encoder_learns(family, masks, settings):
     """One step of the loss reaches every trainable parameter, whatever strides the encoder has by itself."""
-    torch.manual_seed(0)
-    config = pyramid_config(build_config(family, None, ENCODERS[family]))
-    detector = Detector(
-        AutoBackbone.from_config(config),
-        CATEGORIES,
-        DetectorSettings(masks=masks, pyramid_channels=8, anchor_scale=4, test_shortest_side=64, longest_side=96),
-    )
+    detector = small_detector(family, masks=masks)
     strides = [64 // level.shape[-1] for level in detector.encoder(torch.zeros(1, 3, 64, 64)).feature_maps]
     assert strides == [4, 8, 16, 32]
     anchors = detector.model.rpn.anchor_generator.sizes
@@ -322,7 +518,7 @@ def test_image_boxes_and_masks_move_together():
 
 
 def test_every_form_of_segmentation_is_read(coco):
-    images, rows, categories = read_coco(coco / "train", coco / "annotations" / "instances_train.json", masks=True)
+    images, rows, categories, _ = read_coco(coco / "train", coco / "annotations" / "instances_train.json", masks=True)
     assert categories == CATEGORIES and len(images) == len(rows) == 12
     for index, row in enumerate(rows):
         image = images[index]["image"]
@@ -347,8 +543,8 @@ def test_crowds_and_empty_images_only_evaluate(settings, coco, tmp_path):
     changed = altered(coco, tmp_path, change)
     arguments = build_arguments(DetectArguments, {**settings, "dataset": str(changed)})
     splits = splits_of(arguments)
-    assert splits.num_empty_boxes == 1
-    assert len(splits.train) == 12  # the image without an object is not learnt from
+    assert "instances_train.json: boxes without area, left out (1): annotation 1." in splits.notes
+    assert len(splits.train) == 12  # the image without an object is not learned from
     labels = [entry["label"] for row in splits.train["objects"] for entry in json.loads(row)["annotations"]]
     assert len(labels) == 24 - 1 - 1
     crowds = [e["iscrowd"] for row in splits.validation["objects"] for e in json.loads(row)["annotations"]]
@@ -399,7 +595,7 @@ def test_annotations_that_do_not_fit_are_one_sentence(settings, coco, tmp_path, 
     ("changes", "message"),
     [
         ({"train_annotations": "nowhere.json"}, "Cannot read the annotations nowhere.json"),
-        ({"dataset": None}, "Name a data set"),
+        ({"dataset": None}, "Name a dataset"),
         ({"dataset": None, "train_annotations": "some.json"}, "Name the folder with the images"),
         ({"train_split": "test"}, "no COCO annotations of the split 'test'"),
         ({"family": "locatvit", "model": {**ENCODERS["locatvit"], "num_hidden_layers": 3}}, "reads four layers"),

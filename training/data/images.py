@@ -77,8 +77,9 @@ def read_header(entry: Any) -> Header:
     path = entry.get("path") if isinstance(entry, dict) and entry.get("bytes") is None else entry
     if isinstance(path, str) and is_local_path(path):
         try:
-            with open_image(path, math.inf) as image:  # reads no more than it needs
-                return _header_of(image)
+            with open(path, "rb") as file:
+                file.peek()  # Pillow opens one file at a time; threads can wait for their disks side by side
+                return _header_of(open_image(file, math.inf))  # reads no more than it needs
         except OSError as error:
             raise CorruptImageError(f"cannot be read: {error.strerror or one_line(error)}") from None
     return _header_of(_open(entry, math.inf))
