@@ -123,6 +123,8 @@ def main(given: list[str] | None = None) -> int:
             phase.cells = [profile] if profile else []
             book.enter(phase)
         reserved = sum(later.reserve for later in plan[number + 1 :]) * min(chosen.minutes / FULL, 1.0)
+        if phase.name == "device":  # which reads libraries from a disk, and without which the others are nothing
+            reserved = 0.0
         until = end - reserved - 3.0 * min(chosen.minutes / FULL, 1.0)  # the last seconds are for ending processes
         began = time.monotonic()
         say(start, f"{phase.title}: {len(phase.cells)} to do, until {until - start:.0f} s at the latest")
@@ -134,15 +136,15 @@ def main(given: list[str] | None = None) -> int:
 
         lanes.work_off(phase, until, lanes.context_of(method), chosen.rehearse, store)
         if phase.name == "device":
-            [outcome] = book.results["phases"]["device"]["cells"].values()
-            if outcome["state"] == "failed":
+            outcome = first = outcome_of(book)
+            if first["state"] == "failed":
                 # Perhaps a library started CUDA where processes are forked from: let each start by itself.
                 method = "spawn"
                 lanes.work_off(phase, until, lanes.context_of(method), chosen.rehearse, store)
-                [outcome] = book.results["phases"]["device"]["cells"].values()
-            if outcome["state"] == "failed":
-                print(f"Nothing was checked. {outcome['why']}", file=sys.stderr)
-                return 2
+                outcome = outcome_of(book)
+                if outcome["state"] != "measured":
+                    print(f"Nothing was checked. {first['why']}.", file=sys.stderr)
+                    return 2
             book.results["device"] = outcome.get("facts", {})
             if book.folder is None:
                 kind = re.sub(r"[^a-z0-9]+", "-", book.results["device"].get("device", "unknown").lower()).strip("-")
@@ -161,6 +163,12 @@ def main(given: list[str] | None = None) -> int:
         if cell["state"] == "failed"
     ]
     return 1 if failed else 0
+
+
+def outcome_of(book: Book) -> lanes.Outcome:
+    """Of the only cell of the first phase."""
+    [outcome] = book.results["phases"]["device"]["cells"].values()
+    return outcome
 
 
 def say(start: float, sentence: str) -> None:
