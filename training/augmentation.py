@@ -133,8 +133,8 @@ class SegmentationAugmentation(ResizedLabelArguments):
         metadata={
             "help": "Whose changes of color and padding of small crops. mmsegmentation, as in the papers: brightness "
             "up to 32 of 255 levels more or less, hue up to a tenth of the circle, and zeros after normalization on "
-            "the right and at the bottom. torchvision, as in release 0.1: brightness times 0.875 to 1.125, hue up to "
-            "a twentieth, and the mean color on all sides."
+            "the right and at the bottom. torchvision, as in the stored runs of docs/evidence.md: brightness times "
+            "0.875 to 1.125, hue up to a twentieth, and the mean color on all sides."
         },
     )
 

@@ -223,8 +223,8 @@ def test_labels_lie_on_their_image_or_as_in_opencv(interpolation, shift):
     }
 
 
-def test_the_style_of_the_first_release_stays():
-    """Stored runs used it. The numbers are those of release 0.1: means of the channels, and pixels of each label."""
+def test_the_style_of_stored_runs_stays():
+    """The numbers are those of commit 8c89ef6: means of the channels, and pixels of each label."""
     settings = SegmentationAugmentation(
         resize=40, scale=[0.5, 1.0], crop_size=32, photometric_distortion=1.0, augmentation_style="torchvision",
         label_interpolation="nearest",

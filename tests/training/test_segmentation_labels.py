@@ -156,7 +156,7 @@ def test_scale_is_of_the_short_or_the_long_side():
     assert len(set(wide)) > 10
 
 
-def test_the_distortion_of_the_first_release_keeps_channels_in_place():
+def test_the_distortion_of_stored_runs_keeps_channels_in_place():
     pixels = torch.zeros(3, 4, 4, dtype=torch.uint8)
     pixels[0] = 200
     distort = TorchvisionDistortion(hue=(0.0, 0.0), p=1.0)
