@@ -355,6 +355,22 @@ def test_a_detector_without_the_option_keeps_its_function(tmp_path):
     torch.testing.assert_close(losses[1], losses[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_boxes_are_exact_in_mixed_precision(dtype):
+    """Half precision leaves 8 or 11 bits: pixels beside, at the far side of an image."""
+    detector, regions = small_detector(score_threshold=0.0), []
+    detector.model.roi_heads.register_forward_pre_hook(lambda _, inputs: regions.extend(inputs[1]))
+    target = {"boxes": torch.tensor([[4.0, 6.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
+    target["masks"] = torch.ones(1, 64, 80, dtype=torch.uint8)
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        losses = detector.train()([torch.rand(3, 64, 80)], [target])
+        (found,) = detector.eval()([torch.rand(3, 64, 80)])
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    assert len(regions) == 2
+    for boxes in (*regions, found["boxes"]):
+        assert boxes.dtype == torch.float32 and not torch.equal(boxes, boxes.to(dtype).float())
+
+
 def test_as_many_proposals_as_the_framework_of_the_paper_keeps():
     settings = load_recipe(RECIPES / "coco_pacavit.yaml")
     arguments = build_arguments(DetectArguments, settings)

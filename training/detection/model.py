@@ -178,10 +178,19 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         return pooled
 
 
-class AlignedRoIHeads(RoIHeads):
-    """torchvision's heads, with `aligned` also for the masks that they learn from.
+class ExactRPNHead(RPNHead):
+    """torchvision's head, whose answers are float32: in half precision, boxes would be off by pixels."""
 
-    Those are read where the box lies, half a pixel beside where torchvision reads them.
+    def forward(self, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Scores and offsets of every map."""
+        scores, offsets = super().forward(x)
+        return [of_map.float() for of_map in scores], [of_map.float() for of_map in offsets]
+
+
+class AlignedRoIHeads(RoIHeads):
+    """torchvision's heads, with `aligned` also for the masks that they learn from, and boxes in float32.
+
+    The masks are read where the box lies, half a pixel beside where torchvision reads them.
     """
 
     aligned = True
@@ -198,7 +207,7 @@ class AlignedRoIHeads(RoIHeads):
         if self.training:
             proposals, matches, labels, offsets = self.select_training_samples(proposals, targets)
         pooled = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
-        class_logits, box_offsets = self.box_predictor(pooled)
+        class_logits, box_offsets = (answer.float() for answer in self.box_predictor(pooled))
         if not self.training:
             found = self.postprocess_detections(class_logits, box_offsets, proposals, image_shapes)
             result = [
@@ -224,7 +233,7 @@ class AlignedRoIHeads(RoIHeads):
     def _mask_logits(
         self, features: dict, boxes: list[torch.Tensor], image_shapes: list[tuple[int, int]]
     ) -> torch.Tensor:
-        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
+        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))).float()
 
 
 class Detector(nn.Module):
@@ -244,7 +253,7 @@ class Detector(nn.Module):
         ratios = (0.5, 1.0, 2.0)
         regions = RegionProposalNetwork(
             AnchorGenerator(anchors, (ratios,) * NUM_LEVELS),
-            RPNHead(channels, len(ratios)),
+            ExactRPNHead(channels, len(ratios)),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
