@@ -31,7 +31,7 @@ def segment(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Segment a data set into parquet: a Hub id or a folder. For many GPUs: "
+            help="Segment a dataset into parquet: a Hub id or a folder. For many GPUs: "
             "`accelerate launch -m locatvit_hf.cli segment --dataset ...`."
         ),
     ] = None,
@@ -138,7 +138,8 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
         "processes": state.num_processes,
     }
     with state.main_process_first():
-        rows = open_dataset(name, split, column)
+        report = _remark if state.is_main_process else lambda sentence: None
+        rows = open_dataset(name, split, column, report)
         output = OutputFolder(folder, segmenter.id2label, settings)
     place = state.process_index, state.num_processes
     share = len(rows) * (place[0] + 1) // place[1] - len(rows) * place[0] // place[1]

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 
 from ..utils.images import MAX_MEGAPIXELS, CorruptImageError, read_image
+from ..utils.splits import failures_named, find_split, read_split
 from ..writing import write_complete
 from .outputs import OutputFolder
 from .segmenter import Segmenter
@@ -19,19 +20,22 @@ FEATURES = Features({"index": Value("int64"), "label_map": ImageFeature()})
 ROWS_AT_ONCE = 64
 
 
-def open_dataset(name: str, split: str, column: str) -> Dataset:
-    """A split of a Hub data set, of a folder that `load_dataset` reads, or of one that `save_to_disk` wrote.
+def open_dataset(name: str, split: str, column: str, report: Callable[[str], None] = lambda sentence: None) -> Dataset:
+    """A split of a Hub dataset, or of a local folder of any layout, see `find_split`.
 
-    Its `column` holds images that are not decoded yet. Raises ValueError where there is no such split or column.
+    Its `column` holds images that are not decoded yet.
+
+    Args:
+        report: Called with a sentence for each kind of files that a folder holds and that were left out.
+
+    Raises:
+        ValueError: There is no such dataset, split or column.
     """
-    if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
-        dataset = load_from_disk(name)
-        if isinstance(dataset, DatasetDict):
-            if split not in dataset:
-                raise ValueError(f"{name} has no split {split!r} but {', '.join(dataset)}.")
-            dataset = dataset[split]
-    else:
-        dataset = load_dataset(name, split=split)
+    found = find_split(name, split)
+    for sentence in found.remarks:
+        report(sentence)
+    with failures_named(name, split):
+        dataset = read_split(found)
     if column not in dataset.column_names:
         raise ValueError(f"{name} has no column {column!r} but {', '.join(dataset.column_names)}.")
     return dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False))

@@ -388,6 +388,16 @@ def test_a_data_set_becomes_parquet_and_continues(checkpoint, segmenter, tmp_pat
     assert not list(output.glob("*.pieces"))
 
 
+def test_class_folders_named_like_splits_are_segmented_whole(checkpoint, tmp_path, one_process):
+    for name in ("test tubes/a.png", "train/b.png", "cups/c.png"):
+        (tmp_path / "photos [1]" / name).parent.mkdir(parents=True)
+        picture(8, 8).save(tmp_path / "photos [1]" / name)
+    (tmp_path / "photos [1]" / "notes.txt").write_text("x")
+    output = tmp_path / "out"
+    code, said = run("--dataset", tmp_path / "photos [1]", "--model", checkpoint, "--output", output)
+    assert code == 0 and "3 rows are in" in said and "Left out 1 file that is not an image: notes.txt." in said
+
+
 def test_what_a_data_set_needs_is_named(checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     code, said = run("--dataset", "rows", "--model", checkpoint)

@@ -431,6 +431,40 @@ def test_a_folder_of_class_folders(tmp_path):
     assert all((samples[0, index][0][0] % 3 == 0) == samples[0, index][1] for index in range(12))
 
 
+@pytest.mark.parametrize(
+    ("files", "share", "reason"),
+    [
+        (["ant/a.png", "bee/b.png", "overview.png"], 0.5, "overview.png lies in no class folder, unlike ant/a.png"),
+        (["ant/a.png", "ant/s/b.png", "bee/c.png"], 0.5, "ant/s/b.png lies at another depth of folders than ant/a.png"),
+        (["train/a.png", "validation/b.png"], None, "the images lie in no class folders"),
+    ],
+)
+def test_why_images_in_folders_have_no_labels(tmp_path, files, share, reason):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(0))
+    arguments = arguments_for(tmp_path, streaming=False, validation_share=share)
+    with pytest.raises(ValueError, match=f"have no labels: {reason}. Give every class a folder") as caught:
+        load_splits(arguments)
+    assert "column" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_files_that_a_table_names_are_found_beside_it(tmp_path, streaming):
+    for number in range(12):
+        path = tmp_path / "images" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(number))
+    lines = [f"images/{number}.png,{'abc'[number % 3]}" for number in range(12)]
+    (tmp_path / "list.csv").write_text("\n".join(["file,class", *lines, ""]))
+    columns = {"image_column": "file", "label_column": "class"}
+    splits = {"train_split": "list.csv", "validation_split": "list.csv"}
+    arguments = arguments_for(tmp_path, **columns, **splits, streaming=streaming)
+    samples = TrainingSamples(load_splits(arguments).train, ["file", "class"], number_of, 0)
+    assert [samples[0, index][0][0].item() for index in range(12)] == list(range(12))
+    assert [samples[0, index][1] for index in range(12)] == [0, 1, 2] * 4
+
+
 def test_labels_that_are_names(tmp_path):
     rows = [{"image": {"bytes": encoded(i), "path": None}, "label": ["zebra", "ape"][i % 2]} for i in range(6)]
     for split in ("train", "validation"):

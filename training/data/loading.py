@@ -1,28 +1,26 @@
-"""From the name of a data set to its splits and the names of its classes."""
+"""From the name of a dataset to its splits and the names of its classes."""
 
 import hashlib
+import os
 import re
-import tarfile
+import unicodedata
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import PIL.Image
 
-from locatvit_hf.utils.io import read_json
-from locatvit_hf.writing import one_line
-from training.arguments import DataArguments
+from locatvit_hf.utils.images import SUFFIXES, left_out, list_images, readable_name, stem_of
+from locatvit_hf.utils.io import read_json, read_text
+from locatvit_hf.utils.layouts import split_word
+from locatvit_hf.utils.splits import MissingSplitError, failures_named, find_split, image_entry, read_split
+from training.arguments import DataArguments, console
 
-from .streaming import StreamedRows, open_shards
-
-FILE_FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".tar.gz": "webdataset", ".tgz": "webdataset"}
+from .labels import number_labels
+from .streaming import StreamedRows, find_file, open_shards
 
 Split = datasets.Dataset | StreamedRows
-
-
-class MissingSplitError(ValueError):
-    """A data set has no split of that name."""
 
 
 class Splits(NamedTuple):
@@ -33,50 +31,84 @@ class Splits(NamedTuple):
     label_names: list[str] | None
 
 
-def load_splits(arguments: DataArguments, segmentation: bool = False) -> Splits:
-    """Load both splits, check their columns and name their classes.
+def load_splits(arguments: DataArguments, segmentation: bool = False, evaluation: bool = False) -> Splits:
+    """Load both splits, check their columns and name their classes; print what was left out of folders.
 
-    segmentation: labels are images of class ids rather than one class each.
-    Raises ValueError for a data set, split, file or column that is not there, and for an empty split.
+    Args:
+        segmentation: Labels are images of class ids rather than one class each.
+        evaluation: Nothing is learned: a single class will do, and not every class has to occur.
+
+    Raises:
+        ValueError: A dataset, split, file or column is not there, a split is empty, or labels name no classes.
     """
     columns = [arguments.image_column, arguments.label_column]
     if columns[0] == columns[1]:
         raise ValueError(f"The images and their labels cannot both be in the column {columns[0]!r}.")
     images = columns if segmentation else columns[:1]
+    remarks: list[str] = []
     if arguments.validation_share is None:
-        train = load_split(arguments, arguments.train_split, columns, images, arguments.max_train_samples)
+        train = load_split(arguments, arguments.train_split, columns, images, arguments.max_train_samples, remarks)
         limit = arguments.max_validation_samples
         try:
-            validation = load_split(arguments, arguments.validation_split, columns, images, limit)
+            validation = load_split(arguments, arguments.validation_split, columns, images, limit, remarks)
         except MissingSplitError as error:
             reason = str(error).rstrip(".")
             raise ValueError(f"{reason}; --validation_share 0.1 takes a tenth of the training split instead.") from None
     else:
-        train, validation = _divide(load_split(arguments, arguments.train_split, columns, images), arguments)
+        whole = load_split(arguments, arguments.train_split, columns, images, remarks=remarks)
+        train, validation = _divide(whole, arguments)
     if arguments.dataset_hash is not None:
         _check_hash(arguments, train, validation)
     label_names = read_label_names(arguments)
     if not segmentation:
-        train, validation, label_names = _number_labels(train, validation, arguments.label_column, label_names)
+        numbered = number_labels(train, validation, arguments.label_column, label_names, evaluation)
+        train, validation, label_names, missing = numbered
+        remarks += missing
+    announce(remarks)
     return Splits(train, validation, label_names)
 
 
+def announce(remarks: list[str]) -> None:
+    """Print each sentence once, in one of the processes."""
+    if os.environ.get("RANK", "0") == "0":
+        for sentence in dict.fromkeys(remarks):
+            console.print(sentence, markup=False, style="yellow")
+
+
 def load_split(
-    arguments: DataArguments, split: str, columns: list[str], images: list[str], limit: int | None = None
+    arguments: DataArguments,
+    split: str,
+    columns: list[str],
+    images: list[str],
+    limit: int | None = None,
+    remarks: list[str] | None = None,
 ) -> Split:
     """The columns of one split, checked; with `streaming`, rows that stay where they are until they are used.
 
-    split: name, or pattern of the files in the data set; patterns may hold ranges as {000..099}.
-    images: the columns that are images.
-    limit: keep no more rows, see `spread`.
-    Raises ValueError for what is not there, for images that are none, and for an empty split.
+    Args:
+        split: Name, or pattern of the files in the dataset; patterns may hold ranges as {000..099}.
+        columns: Those that are needed.
+        images: The columns that are images.
+        limit: Keep no more rows, see `spread`.
+        remarks: Receives a sentence for each kind of files that were left out; None prints them.
+
+    Raises:
+        ValueError: Something is not there, a column of images holds none, or the split is empty.
     """
-    paired = _pair_folders(arguments, split, columns) if images == columns else None
-    rows = paired if paired is not None else _load_split(arguments, split)
+    said: list[str] = []
+    rows = _pair_folders(arguments, split, columns, said) if images == columns else None
+    no_label, folder = "", None
+    if rows is None:
+        rows, no_label, folder = _read_rows(arguments, split, said)
     if len(rows) == 0 or (limit is not None and limit < 1):
         raise ValueError(f"The split {split!r} of {arguments.dataset} is empty.")
     for column in columns:
         if column not in rows.column_names:
+            if no_label and column == arguments.label_column:
+                raise ValueError(
+                    f"The images of the split {split!r} of {arguments.dataset} have no labels: {no_label}. Give every "
+                    "class a folder, all at one depth, or name labels in a metadata.csv."
+                )
             raise ValueError(
                 f"The split {split!r} of {arguments.dataset} has no column {column!r}, only "
                 f"{', '.join(map(repr, rows.column_names))}; see --image_column and --label_column."
@@ -87,16 +119,37 @@ def load_split(
                 f"The column {column!r} of the split {split!r} of {arguments.dataset} must hold images, but it holds "
                 f"{_describe(rows.features[column])}; see --image_column and --label_column."
             )
+    if remarks is None:
+        announce(said)
+    else:
+        remarks += said
+    named = [column for column in images if _holds_text(rows.features[column])]
     if isinstance(rows, StreamedRows):
         rows.features = datasets.Features(rows.features | dict.fromkeys(images, datasets.Image(decode=False)))
+        rows.files = dict.fromkeys(named, folder)
         if limit is not None:
             rows.limit(limit)
         return rows
     rows = rows.select_columns(columns)
+    for column in named:
+        files = [find_file(folder, name) for name in rows[column][:]]
+        rows = rows.remove_columns(column).add_column(column, files)
     for column in images:
         if not isinstance(rows.features[column], datasets.Image):
             rows = rows.cast_column(column, datasets.Image())
     return spread(rows, limit)
+
+
+def _read_rows(arguments: DataArguments, split: str, remarks: list[str]) -> tuple[Split, str, Path | None]:
+    """The rows of a split, why images in folders have no labels, and what names of files are relative to."""
+    if arguments.dataset is None:
+        raise ValueError("Name a dataset with --dataset: a Hub name or a local folder.")
+    found = find_split(arguments.dataset, split, arguments.dataset_config)
+    remarks += found.remarks
+    with failures_named(arguments.dataset, split):
+        streamed = arguments.streaming and found.builder is not None
+        rows = open_shards(found.builder, found.name) if streamed else read_split(found)
+    return rows, found.no_label, found.folder
 
 
 def spread(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
@@ -134,6 +187,10 @@ def hash_rows(*splits: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
+def _holds_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
 def _may_hold_images(feature: Any) -> bool:
     """Whether `datasets.Image` can read a column: image files, their names, or pixels."""
     if isinstance(feature, datasets.Value):
@@ -147,18 +204,23 @@ def _describe(feature: Any) -> str:
     return f"values of type {feature.dtype}" if isinstance(feature, datasets.Value) else "something else"
 
 
-def _pair_folders(arguments: DataArguments, split: str, columns: list[str]) -> datasets.Dataset | None:
-    """Images beside label maps of the same name, where the data set is folders with the names of the columns.
+def _pair_folders(
+    arguments: DataArguments, split: str, columns: list[str], remarks: list[str]
+) -> datasets.Dataset | None:
+    """Images beside label maps of the same name, where the dataset is folders with the names of the columns.
 
     They stand in SPLIT/COLUMN or COLUMN/SPLIT; or in COLUMN, where the split is a text file that lists names line by
     line, or where `validation_share` divides the only split.
-    Returns None for any other data set. Raises ValueError for an image without a map and for a map without an image.
+    Returns None for any other dataset. Raises ValueError for an image without a map and for a map without an image.
     """
-    root = Path(arguments.dataset or "")
+    root = Path(arguments.dataset or "").expanduser()
     listed = (root / split).is_file() and split.endswith(".txt")
-    layouts = [] if listed else ["{split}/{column}", "{column}/{split}"]
-    for layout in [*layouts, *(["{column}"] if listed or arguments.validation_share is not None else [])]:
-        folders = [root / layout.format(split=split, column=column) for column in columns]
+    layouts = [] if listed else [(split, None), (None, split)]
+    for before, after in [*layouts, *([(None, None)] if listed or arguments.validation_share is not None else [])]:
+        folders = [
+            _child(_child(root, before) / column, after) if after else _child(root, before) / column
+            for column in columns
+        ]
         if all(folder.is_dir() for folder in folders):
             break
     else:
@@ -168,17 +230,75 @@ def _pair_folders(arguments: DataArguments, split: str, columns: list[str]) -> d
                 "or list the names of the files in text files, as --train_split train.txt --validation_split val.txt."
             )
         return None
-    extensions = set(PIL.Image.registered_extensions())
-    files = [
-        {str(p.relative_to(f).with_suffix("")): str(p) for p in f.rglob("*") if p.suffix.lower() in extensions}
-        for f in folders
-    ]
-    names = (root / split).read_text(encoding="utf-8").split() if listed else sorted(set().union(*files))
-    for folder, found in zip(folders, files, strict=True):
-        if missing := [name for name in names if name not in found]:
-            raise ValueError(f"{folder} has no file {missing[0]!r} (of {len(missing)} that are missing there).")
-    rows = {column: [found[name] for name in names] for column, found in zip(columns, files, strict=True)}
+    found, loops = [], []
+    for folder in folders:
+        images = list_images(folder)
+        remarks += images.remarks
+        found.append(_NamedFiles(folder, images.images))
+        loops += images.loops
+    if listed:
+        lines = re.split(r"\r\n|\r|\n", read_text(root / split))
+        names = [line.strip() for line in lines if line.strip()]
+    else:
+        names = sorted(set().union(*(files.by_stem for files in found)))
+        # A link to a folder above is not entered on its side, so nothing on the other side has a partner there.
+        cut = [name for name in names if any(name.startswith(f"{stem_of(loop)}/") for loop in loops)]
+        if cut:
+            kinds = "image whose partner is behind such a link", "images whose partners are behind such links"
+            remarks.append(left_out(cut, *kinds))
+            names = [name for name in names if name not in set(cut)]
+    rows = {column: files.paths(names) for column, files in zip(columns, found, strict=True)}
     return datasets.Dataset.from_dict(rows, features=datasets.Features(dict.fromkeys(columns, datasets.Image())))
+
+
+def _child(parent: Path, split: str | None) -> Path:
+    """The folder of a split: that of its name, or the only one that means the same, as val for validation."""
+    if split is None or (parent / split).is_dir() or split_word(split) is None or not parent.is_dir():
+        return parent / split if split else parent
+    alike = [path for path in parent.iterdir() if path.is_dir() and split_word(path.name) == split_word(split)]
+    return alike[0] if len(alike) == 1 else parent / split
+
+
+class _NamedFiles:
+    """Image files below a folder, found by their relative path with or without the suffix."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder = folder
+        self.by_stem: dict[str, list[str]] = {}
+        for name in names:
+            self.by_stem.setdefault(stem_of(name), []).append(name)
+
+    def paths(self, names: list[str]) -> list[dict[str, Any]]:
+        """The file of each name, as entries of an image column.
+
+        Raises ValueError for names without a file, and for those that several files have.
+        """
+        found = [self._find(name) for name in names]
+        missing = [name for name, files in zip(names, found, strict=True) if not files]
+        if missing:
+            near = get_close_matches(missing[0], self.by_stem, n=1)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(
+                f"{self.folder} has no file {missing[0]!r} (of {len(missing)} that are missing there){hint}."
+            )
+        for name, files in zip(names, found, strict=True):
+            if len(files) > 1:
+                raise ValueError(
+                    f"{self.folder} has several images named {name!r}: {', '.join(map(readable_name, files))}; keep "
+                    "one of them."
+                )
+        return [image_entry(self.folder, files[0]) for files in found]
+
+    def _find(self, name: str) -> list[str]:
+        """The files of a name. A suffix counts where one of them has it; JPEG's list serves for the PNG maps too."""
+        name = unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
+        if name in self.by_stem:
+            return self.by_stem[name]
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() not in SUFFIXES:
+            return []
+        files = self.by_stem.get(stem, [])
+        return [file for file in files if file.lower().endswith(suffix.lower())] or files
 
 
 def _divide(whole: Split, arguments: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -190,68 +310,6 @@ def _divide(whole: Split, arguments: DataArguments) -> tuple[datasets.Dataset, d
     parts = whole.train_test_split(test_size=float(arguments.validation_share), seed=0)
     limits = arguments.max_train_samples, arguments.max_validation_samples
     return spread(parts["train"], limits[0]), spread(parts["test"], limits[1])
-
-
-def _load_split(arguments: DataArguments, split: str) -> Split:
-    if arguments.dataset is None:
-        raise ValueError("Name a data set with --dataset: a Hub name or a local folder.")
-    folder = Path(arguments.dataset)
-    if (folder / "dataset_dict.json").is_file():  # memory-mapped: rows stay where they are, streaming or not
-        splits = datasets.load_from_disk(str(folder))
-        if split not in splits:
-            raise MissingSplitError(f"{folder} has no split {split!r}, only {', '.join(map(repr, splits))}.")
-        return splits[split]
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file: name its folder, and the file as --train_split or --validation_split.")
-    if not folder.exists() and arguments.dataset.startswith((".", "/", "~")):
-        raise ValueError(f"There is no data set at {folder}.")
-    try:
-        builder, name = _create_builder(arguments, split)
-        if arguments.streaming:
-            return open_shards(builder, name)
-        builder.download_and_prepare()
-        return builder.as_dataset(split=name)
-    except (ValueError, OSError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
-        reason = one_line(error)
-        if "at least one table" in reason:  # what pyarrow says where the first tar file holds nothing
-            reason = "the first file is empty"
-        kind = MissingSplitError if reason.startswith("Unknown split") else ValueError
-        raise kind(f"Cannot load the split {split!r} of {arguments.dataset}: {reason}.") from None
-
-
-def _create_builder(arguments: DataArguments, split: str) -> tuple[datasets.DatasetBuilder, str]:
-    """What reads the data set, and the name that the split has there."""
-    if "*" not in split and "{" not in split and not split.endswith(tuple(FILE_FORMATS)):
-        return datasets.load_dataset_builder(arguments.dataset, arguments.dataset_config), split
-    files = _expand_ranges(split)
-    if "://" not in arguments.dataset:
-        try:
-            return datasets.load_dataset_builder(
-                arguments.dataset, arguments.dataset_config, data_files={"files": files}
-            ), "files"
-        except FileNotFoundError:
-            raise ValueError(f"no file there matches {split!r}") from None
-    extension = next((e for e in FILE_FORMATS if split.endswith(e)), None)
-    if extension is None:
-        raise ValueError(f"{split!r} must end in one of {', '.join(FILE_FORMATS)}")
-    addresses = [f"{arguments.dataset.rstrip('/')}/{file}" for file in files]
-    return datasets.load_dataset_builder(FILE_FORMATS[extension], data_files={"files": addresses}), "files"
-
-
-def _expand_ranges(pattern: str) -> list[str]:
-    """`a-{08..10}.tar` as [`a-08.tar`, `a-09.tar`, `a-10.tar`]."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last = match.groups()
-    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    if not numbers:
-        raise ValueError(f"the range {match[0]} is empty")
-    return [
-        file
-        for number in numbers
-        for file in _expand_ranges(pattern[: match.start()] + number + pattern[match.end() :])
-    ]
 
 
 def read_label_names(arguments: DataArguments) -> list[str] | None:
@@ -272,51 +330,3 @@ def read_label_names(arguments: DataArguments) -> list[str] | None:
         return [id2label[str(label_id)] for label_id in range(len(id2label))]
     except (KeyError, TypeError):
         raise ValueError(f"{arguments.label_names} is not a JSON file of the form {{'0': name, '1': name}}.") from None
-
-
-def _number_labels(
-    train: Split, validation: Split, column: str, label_names: list[str] | None
-) -> tuple[Split, Split, list[str]]:
-    """Both splits with labels from 0 to the number of classes less one, and the names of these."""
-    feature = train.features[column]
-    if label_names is not None and isinstance(feature, datasets.ClassLabel) and feature.num_classes != len(label_names):
-        raise ValueError(f"The data has {feature.num_classes} classes, but label_names gives {len(label_names)} names.")
-    if label_names is None:
-        label_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else _find_names(train, column)
-    if isinstance(train, StreamedRows):
-        ids = {label: label for label in range(len(label_names))}
-        if not isinstance(feature, datasets.ClassLabel):
-            ids |= {name: label for label, name in enumerate(label_names)}
-        train.number_labels(column, ids)
-        validation.number_labels(column, ids)
-        return train, validation, label_names
-    numbered = []
-    for name, split in (("training", train), ("validation", validation)):
-        labels = split.unique(column)
-        if all(isinstance(label, str) for label in labels):
-            if unknown := sorted(set(labels) - set(label_names)):
-                raise ValueError(f"The {name} label {unknown[0]!r} is none of the {len(label_names)} classes.")
-            split, labels = split.cast_column(column, datasets.ClassLabel(names=label_names)), [0]
-        if not all(isinstance(label, int) for label in labels):
-            raise ValueError(f"The {name} labels must be numbers or names, but some are {_odd_one(labels)!r}.")
-        if not 0 <= min(labels) <= max(labels) < len(label_names):
-            raise ValueError(
-                f"The {name} labels run from {min(labels)} to {max(labels)}, outside the {len(label_names)} classes "
-                f"that are named."
-            )
-        numbered.append(split)
-    return *numbered, label_names
-
-
-def _find_names(train: Split, column: str) -> list[str]:
-    """Names of the classes from all labels: these themselves in alphabetical order, or their numbers."""
-    found = train.unique(column)
-    if all(isinstance(label, str) for label in found):
-        return sorted(found)
-    if not all(isinstance(label, int) for label in found):
-        raise ValueError(f"The labels in {column!r} must be numbers or names, but some are {_odd_one(found)!r}.")
-    return [str(label) for label in range(max(found) + 1)]
-
-
-def _odd_one(labels: list) -> object:
-    return next(label for label in labels if not isinstance(label, int))

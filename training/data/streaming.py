@@ -100,11 +100,15 @@ def open_shards(builder: datasets.DatasetBuilder, split: str) -> "StreamedRows":
 
 
 class StreamedRows:
-    """A split that is streamed: its shards and what stands in their rows."""
+    """A split that is streamed: its shards and what stands in their rows.
+
+    files: columns of names of image files, and the folder that these are relative to.
+    """
 
     def __init__(self, shards: ParquetShards | OtherShards, features: datasets.Features):
         self.shards, self.features = shards, features
         self.label_column, self.label_ids = None, {}
+        self.files: dict[str, Path | None] = {}
         self.lengths = np.asarray(shards.lengths, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -120,9 +124,14 @@ class StreamedRows:
         self.lengths = np.diff(ends * min(num_rows, len(self)) // ends[-1], prepend=0)
 
     def unique(self, column: str) -> set:
-        """The values of a column, which takes a pass over the data."""
+        """The values of a column, which takes a pass over the data. Raises ValueError for lists and the like."""
         read = (islice(self.shards.read(i, [column]), int(length)) for i, length in enumerate(self.lengths) if length)
-        return {row[column] for rows in read for row in rows}
+        return {_hashable(row[column]) for rows in read for row in rows}
+
+    def first(self, column: str) -> Any:
+        """The value of a column in the first row."""
+        shard = int(np.flatnonzero(self.lengths)[0])
+        return next(iter(self.shards.read(shard, [column])))[column]
 
     def number_labels(self, column: str, label_ids: dict[str | int, int]) -> None:
         """Replace the labels of a column by their ids; a label without one is a ValueError where it is read."""
@@ -132,12 +141,14 @@ class StreamedRows:
         """The rows of a shard from its first, each a tuple of the values of `columns`; images are encoded."""
         for number, row in enumerate(self.shards.read(shard, columns)):
             if self.label_column in columns:
-                label = row[self.label_column]
+                label = _hashable(row[self.label_column])
                 if label not in self.label_ids:
                     index = int(self.lengths[:shard].sum()) + number
                     count = len(set(self.label_ids.values()))
                     raise ValueError(f"The label {label!r} of sample {index} is none of the {count} classes.")
                 row[self.label_column] = self.label_ids[label]
+            for column in self.files.keys() & set(columns):
+                row[column] = find_file(self.files[column], row[column])
             yield tuple(row[column] for column in columns)
 
 
@@ -261,6 +272,20 @@ def num_streams(batch_size: int, parallel_shards: int, num_shards: int) -> int:
     """The largest divisor of the images of an update that the shards allow."""
     most = min(parallel_shards, max(num_shards, MIN_STREAMS), batch_size)
     return next(count for count in range(most, 0, -1) if batch_size % count == 0)
+
+
+def _hashable(label: Any) -> Any:
+    if isinstance(label, list | dict):
+        raise ValueError(f"A label is one name or number per image, not {str(label)[:60]}.")
+    return label
+
+
+def find_file(folder: Path | None, name: str | None) -> str | None:
+    """The path of an image file that a table names: relative to the dataset where it is there, else as it is."""
+    if folder is not None and name and "://" not in name:
+        path = os.path.join(folder, name.replace("\\", "/"))
+        return path if os.path.exists(path) else name
+    return name
 
 
 def _read_parquet_metadata(file: str) -> pq.FileMetaData:

@@ -63,7 +63,7 @@ def load_validation(arguments: EvaluationArguments, segmentation: bool = False) 
     if arguments.validation_share is None:
         only = {"train_split": arguments.validation_split, "max_train_samples": arguments.max_validation_samples}
         arguments = dataclasses.replace(arguments, **only)
-    splits = load_splits(arguments, segmentation)
+    splits = load_splits(arguments, segmentation, evaluation=True)
     return splits.validation, splits.label_names
 
 
