@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -246,13 +247,23 @@ def classification_objective(
 
 
 class SegmentationTransform:
-    """Maps (image, map) to (normalised pixels (3, crop, crop), labels (crop, crop) int64, 255 for no class).
+    """Maps (image, map) to (normalized pixels (3, crop, crop), labels (crop, crop) int64, 255 for no class).
 
     mean, std: of the channels, in 0 to 1.
+    count: a function of (labels, num_labels) whose value, a tensor, is added to each sample; it gets the labels of the
+        whole image.
     Raises ValueError where image and map differ in size or a label is outside the classes.
     """
 
-    def __init__(self, arguments: SegmentationAugmentation, num_labels: int, mean: list[float], std: list[float]):
+    def __init__(
+        self,
+        arguments: SegmentationAugmentation,
+        num_labels: int,
+        mean: list[float],
+        std: list[float],
+        count: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    ):
+        self.num_labels, self.count = num_labels, count
         if not 0 < arguments.scale[0] <= arguments.scale[-1] or len(arguments.scale) != 2:
             raise ValueError(f"scale must be [smallest, largest], both above 0, got {arguments.scale}.")
         self.read_labels = LabelReader(arguments, num_labels)
@@ -272,14 +283,17 @@ class SegmentationTransform:
             ]
         )
 
-    def __call__(self, image: Image.Image, label_map: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = tv_tensors.Mask(self.read_labels(image, label_map))
+    def __call__(self, image: Image.Image, label_map: Image.Image) -> tuple[torch.Tensor, ...]:
+        read = self.read_labels(image, label_map)
         pixels = pil_to_rgb(image)
         pixels = tvF.rgb_to_grayscale(pixels) if self.is_grey else pixels
-        pixels, labels = self.transform(tv_tensors.Image(pixels), labels)
+        pixels, labels = self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(read))
         pixels, labels = pixels.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
         bottom, right = (self.crop_size - side for side in labels.shape)  # where the scaled image is smaller
-        return F.pad(pixels, (0, right, 0, bottom)), F.pad(labels, (0, right, 0, bottom), value=IGNORE_INDEX)
+        pixels, labels = (
+            F.pad(entry, (0, right, 0, bottom), value=value) for entry, value in ((pixels, 0), (labels, IGNORE_INDEX))
+        )
+        return (pixels, labels) if self.count is None else (pixels, labels, self.count(read, self.num_labels))
 
 
 class LabelReader:
@@ -297,6 +311,11 @@ class LabelReader:
         self.mapping = _parse_label_mapping(arguments.label_mapping)
         if self.mapping is not None and self.reduce_labels:
             raise ValueError("Give reduce_labels or label_mapping, not both: the mapping can leave label 0 out.")
+        if num_labels is not None and num_labels < 2:
+            raise ValueError("A segmentation tells at least two classes apart, such as a background and an object.")
+        highest = None if self.mapping is None else self.mapping.highest_class
+        if num_labels is not None and highest is not None and highest >= num_labels:
+            raise ValueError(f"label_mapping names class {highest}, outside the {num_labels} classes of --label_names.")
         if num_labels is not None and num_labels > IGNORE_INDEX:
             raise ValueError(
                 f"Label {IGNORE_INDEX} marks pixels without a class, so there are at most {IGNORE_INDEX} classes, not "
@@ -319,8 +338,11 @@ class LabelReader:
         if self.mapping is not None and self.mapping.of_colors:
             red, green, blue = tvF.pil_to_tensor(label_map.convert("RGB")).to(torch.int64)
             labels = (red << 16) + (green << 8) + blue
-        elif label_map.mode in ("1", "L", "P", "I") or label_map.mode.startswith("I;"):
-            labels = tvF.pil_to_tensor(label_map).squeeze(0).to(torch.int64)
+        elif label_map.mode in ("1", "L", "P", "I", "F") or label_map.mode.startswith("I;"):
+            labels = tvF.pil_to_tensor(label_map).squeeze(0)
+            if label_map.mode == "F" and not (labels == labels.round()).all():
+                raise ValueError("a label map holds one class id a pixel, but this one holds fractions or no numbers.")
+            labels = labels.to(torch.int64)
             if label_map.mode.startswith("I;"):
                 labels &= 0xFFFF  # torchvision may read unsigned values as signed
         else:
@@ -351,11 +373,16 @@ def read_labels(
 
 
 class LabelMapping(NamedTuple):
-    """keys: ids, or colours as 0xRRGGBB, in ascending order. classes: the class of each. of_colors: which they are."""
+    """keys: ids, or colors as 0xRRGGBB, in ascending order. classes: the class of each. of_colors: which they are."""
 
     keys: torch.Tensor
     classes: torch.Tensor
     of_colors: bool
+
+    @property
+    def highest_class(self) -> int | None:
+        """The highest id of a class; None where all keys are left without one."""
+        return max((label for label in self.classes.tolist() if label != IGNORE_INDEX), default=None)
 
 
 def _parse_label_mapping(mapping: dict | str | None) -> LabelMapping | None:
@@ -367,16 +394,38 @@ def _parse_label_mapping(mapping: dict | str | None) -> LabelMapping | None:
             raise ValueError(f"{path} is not a JSON file: {error.strerror}.") from None
     if not mapping:
         return None
-    try:
-        (of_colors,) = {str(key).startswith("#") for key in mapping}  # a mixture is an error too
-        pairs = {
-            int(str(key).removeprefix("#"), 16 if of_colors else 10): IGNORE_INDEX if value is None else int(value)
-            for key, value in mapping.items()
-        }
-    except (AttributeError, TypeError, ValueError):
-        raise ValueError("label_mapping must map ids, or colours like '#804080', to class ids.") from None
+    if not isinstance(mapping, dict) or len({str(key).startswith("#") for key in mapping}) > 1:
+        raise ValueError("label_mapping must map ids, or colors like '#804080', to class ids.")
+    pairs: dict[int, int] = {}
+    for key, value in mapping.items():
+        number, label = _parse_key(str(key)), _parse_class(key, value)
+        if pairs.setdefault(number, label) != label:
+            raise ValueError(f"label_mapping maps {key} to {pairs[number]} and to {label}.")
     keys, classes = torch.tensor(sorted(pairs.items())).unbind(dim=1)
-    return LabelMapping(keys.contiguous(), classes.contiguous(), of_colors)
+    return LabelMapping(keys.contiguous(), classes.contiguous(), str(key).startswith("#"))
+
+
+def _parse_key(key: str) -> int:
+    """An id, or a color of three or six hexadecimal digits as 0xRRGGBB."""
+    if re.fullmatch("#[0-9a-fA-F]{3}", key):
+        key = "#" + "".join(2 * digit for digit in key[1:])
+    if re.fullmatch("#[0-9a-fA-F]{6}", key):
+        return int(key[1:], 16)
+    if not re.fullmatch("[0-9]+", key):
+        reason = "colors have three or six hexadecimal digits" if key.startswith("#") else "ids are whole numbers"
+        raise ValueError(f"label_mapping must map ids, or colors like '#804080', to class ids, not {key!r}: {reason}.")
+    return int(key)
+
+
+def _parse_class(key: Any, value: Any) -> int:
+    if value is None:
+        return IGNORE_INDEX
+    if isinstance(value, bool) or not re.fullmatch("[0-9]+", str(value)) or int(value) > IGNORE_INDEX:
+        raise ValueError(
+            f"label_mapping maps {key} to {value!r}, but a class is a whole number of at most {IGNORE_INDEX - 1}, or "
+            "null where there is none."
+        )
+    return int(value)
 
 
 class RandomScale(v2.Transform):

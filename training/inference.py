@@ -1,17 +1,17 @@
 """A segmentation model measured on labelled images, and drawn beside their labels."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torchvision.transforms.v2 import functional as tvF
 from transformers import PreTrainedModel
 
 from locatvit_hf import LocAtViTImageProcessor
 from locatvit_hf.segmentation import InferenceArguments, check_inference, predict, prepare, scaled_size
-from training.augmentation import LabelReader
+from training.augmentation import LabelArguments, LabelReader, resize_labels
+from training.data.label_counts import LabelCounts, count_pixels
 from training.metrics import compute_over_processes, load_metric
 from training.pictures import draw_batch
 
@@ -40,23 +40,40 @@ def evaluate(
     loader: Iterable,
     accelerator: Accelerator,
     arguments: InferenceArguments | None = None,
+    report: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:
     """Mean IoU, mean and overall accuracy at the size of the labels, over all batches of all processes.
 
-    loader: batches of a `SegmentationCollator`.
-    Returns also `per_category_iou` and `per_category_accuracy` by class name, nan for classes that do not occur.
+    Args:
+        model: with the names of the classes in its configuration.
+        processor: of the model.
+        loader: batches of a `SegmentationCollator`.
+        accelerator: of the processes.
+        arguments: how images are segmented, and where they are `LabelArguments` too, how label maps were read.
+        report: called, in all processes, with a sentence that names the classes which no label map holds.
+
+    Returns:
+        The metrics, and by class name `per_category_iou` and `per_category_accuracy`, nan for classes that do not
+        occur.
+
+    Raises:
+        ValueError: no label map holds any class.
     """
     arguments = arguments or InferenceArguments()
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    counts = LabelCounts("validation", names, arguments if isinstance(arguments, LabelArguments) else LabelArguments())
     metric = load_metric("mean_iou", num_labels=model.config.num_labels)
     model.eval()
     for images, labels in loader:
         images = [[pixels.to(accelerator.device) for pixels in views] for views in images]
         sizes = [tuple(label_map.shape) for label_map in labels]
+        for label_map in labels:
+            counts.add(count_pixels(label_map, len(names)))
         with accelerator.autocast():
             for index, class_map in predict(model, processor, images, sizes, arguments):
                 metric.add(prediction=class_map.cpu(), reference=labels[index])
+    counts.check(accelerator, report, least=1)
     result = compute_over_processes(accelerator, metric)
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     for name in ("per_category_iou", "per_category_accuracy"):
         result[name] = dict(zip(names, result[name], strict=True))
     return result
@@ -77,7 +94,7 @@ def draw_examples(
     pictures = []
     # Drawn at the size that the model sees.
     for index, class_map in predict(model, processor, images, [views[0].shape[-2:] for views in images], arguments):
-        truth = tvF.resize_mask(labels[index][None], list(class_map.shape))[0]
+        truth = resize_labels(labels[index], class_map.shape)
         batch = images[index][0].cpu().expand(2, -1, -1, -1), torch.stack([truth, class_map.cpu()])
         pictures.append(draw_batch(batch, processor.image_mean, processor.image_std, model.config.id2label))
     return pictures

@@ -28,6 +28,7 @@ from locatvit_hf.segmentation import InferenceArguments
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import IGNORE_INDEX, LabelReader, SegmentationAugmentation, SegmentationTransform
 from training.data import TrainingSamples, create_evaluation_loader, describe_data, load_splits
+from training.data.label_counts import LabelCounts, count_pixels
 from training.inference import SegmentationCollator, draw_examples, evaluate
 from training.loop import TrainingLoop, create_accelerator
 from training.optimization import create_optimizer
@@ -101,26 +102,41 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
     processor = build_processor(arguments, model.config)
     optimizer = create_optimizer(model, arguments)
     num_labels = model.config.num_labels
-    transform = SegmentationTransform(arguments, num_labels, processor.image_mean, processor.image_std)
+    transform = SegmentationTransform(arguments, num_labels, processor.image_mean, processor.image_std, count_pixels)
     samples = TrainingSamples(splits.train, columns, transform, arguments.seed)
     collator = SegmentationCollator(processor, LabelReader(arguments, num_labels), arguments)
     validation = create_evaluation_loader(splits.validation, columns, collator, arguments, accelerator)
 
+    counts = LabelCounts("training", splits.label_names, arguments)
+    told: set[str] = set()
+
+    def tell_once(sentence: str) -> None:
+        if sentence not in told:
+            told.add(sentence)
+            loop.print(sentence)
+
     data = partial(describe_data, columns, splits.label_names, training=splits.train, validation=splits.validation)
     loop = TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="mean_iou", data=data)
     with loop:
-        for images, labels in loop:
+        one_pass = loop.updates_per_epoch * arguments.batch_size // accelerator.num_processes
+        for images, labels, counted in loop:
             loss = loop.model(pixel_values=images, labels=labels).loss
             if arguments.loss_average == "all":
                 loss = loss * (labels != IGNORE_INDEX).float().mean()
             loop.update(loss)
+            if counts.num_maps < one_pass:
+                counts.add(counted)
+                if counts.num_maps >= one_pass:
+                    counts.check(accelerator, tell_once, least=2)
             if loop.evaluation_due:
                 test = (loop.evaluation_model, processor, validation)
-                metrics = evaluate(*test, accelerator, arguments)
+                metrics = evaluate(*test, accelerator, arguments, tell_once)
                 loop.record(metrics, examples=partial(draw_examples, *test, arguments))
                 loop.print(
                     "IoU: " + ", ".join(f"{name} {iou:.3f}" for name, iou in metrics["per_category_iou"].items())
                 )
+        if counts.num_maps < one_pass:
+            counts.check(accelerator, tell_once, least=0 if arguments.dry_run else 2)
     return loop.finish(num_train_images=len(splits.train), num_validation_images=len(splits.validation))
 
 
@@ -203,8 +219,12 @@ def initialize_heads(model: PreTrainedModel) -> None:
 def build_config(arguments: SegmentArguments, encoder: PreTrainedConfig, label_names: list[str]) -> PreTrainedConfig:
     """The configuration of an encoder with the names of the classes and the head of `arguments`.
 
-    Raises ValueError for a head that its family does not have, and for an unknown field of UPerNet.
+    Raises ValueError for a head that its family does not have, for an unknown field of UPerNet, and for another label
+    of pixels without a class than this program gives them.
     """
+    for name, given in (("semantic_loss_ignore_index", arguments.model), ("loss_ignore_index", arguments.upernet)):
+        if given.get(name, IGNORE_INDEX) != IGNORE_INDEX:
+            raise ValueError(f"Pixels without a class have the label {IGNORE_INDEX} here: leave out {name}.")
     names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
     is_paca = encoder.model_type == "pacavit"
     if arguments.head == "paca" and not is_paca:
@@ -213,13 +233,15 @@ def build_config(arguments: SegmentArguments, encoder: PreTrainedConfig, label_n
         )
     if arguments.head != "upernet":
         kind = {"segmentation_head_type": "paca" if arguments.head == "paca" else "linear"} if is_paca else {}
-        return change_config(encoder, {**names, **kind})
+        return change_config(encoder, {**names, **kind, "semantic_loss_ignore_index": IGNORE_INDEX})
     if unknown := sorted(set(arguments.upernet) - {f.name for f in fields(transformers.UperNetConfig)}):
         raise ValueError(f"A UPerNet configuration has no field {unknown[0]!r}.")
     stages = {"feature_pyramid": True} if hasattr(encoder, "feature_pyramid") else {"out_indices": [1, 2, 3, 4]}
     try:
         return transformers.UperNetConfig(
-            backbone_config=change_config(encoder, {**names, **stages}), **names, **arguments.upernet
+            backbone_config=change_config(encoder, {**names, **stages, "semantic_loss_ignore_index": IGNORE_INDEX}),
+            **names,
+            **arguments.upernet,
         )
     except StrictDataclassError as error:
         raise ValueError(describe(error)) from None

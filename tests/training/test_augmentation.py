@@ -1,5 +1,6 @@
 import colorsys
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from torchvision import tv_tensors
 from training.augmentation import (
     ClassificationAugmentation,
     ClassificationTransform,
+    LabelArguments,
+    LabelReader,
     PhotometricDistortion,
     RandomCropOfClasses,
     SegmentationAugmentation,
@@ -19,6 +22,7 @@ from training.augmentation import (
     resize_labels,
 )
 from training.data import sample_randomness
+from training.evaluation.hummingbird import JointTransform
 
 MEAN = STD = [0.5, 0.5, 0.5]
 
@@ -48,6 +52,27 @@ def test_image_and_mask_move_together(seed):
     positions = torch.stack(torch.meshgrid(torch.arange(80.0), torch.arange(80.0), indexing="ij"))
     brightest = (positions * weight).sum(dim=(1, 2)) / weight.sum()
     assert (center - brightest).abs().max() <= 1.0
+
+
+@pytest.mark.parametrize(("width", "side"), [(512, 64), (250, 188), (64, 64), (32, 64)])
+def test_labels_lie_on_their_image_after_resizing(width, side):
+    """Both are resized around pixel centers; half a pixel to one side is what `tv_tensors.Mask` would give."""
+    arguments = SegmentationAugmentation(
+        resize=side, max_resize=4096, scale=[1, 1], crop_size=side, max_class_share=1.0, horizontal_flip=0.0,
+        photometric_distortion=0.0,
+    )  # fmt: skip
+    segment = SegmentationTransform(arguments, 2, [0.0] * 3, [1.0] * 3)
+    config = SimpleNamespace(image_size=side, num_channels=3, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    retrieve = JointTransform(config, LabelReader(LabelArguments(), 2), 0, 0, augment=False)
+    for transform in (segment, lambda *row: retrieve(*row, 0)):
+        shifts = []
+        for edge in range(width // 4, 3 * width // 4, 3):
+            pixels, classes = np.zeros((4, width, 3), np.uint8), np.zeros((4, width), np.uint8)
+            pixels[:, edge:], classes[:, edge:] = 255, 1
+            pixels, classes = (np.repeat(a, width // 4, axis=0) for a in (pixels, classes))
+            image, labels = transform(Image.fromarray(pixels), Image.fromarray(classes))
+            shifts.append(float(image[0, side // 2].sum() - labels[side // 2].float().sum()))
+        assert abs(np.mean(shifts)) < 0.2 and max(map(abs, shifts)) < 0.6
 
 
 def test_randomness_belongs_to_the_sample():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -297,6 +298,18 @@ def test_segmentation_is_what_the_pipeline_says(dense, squares, segmenter):
     ious = [((predicted == c) & (true == c)).sum() / ((predicted == c) | (true == c)).sum() for c in range(3)]
     assert list(result["metrics"]["per_category_iou"].values()) == pytest.approx(ious)
     assert result["num_images"] == 10 and result["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("program", [segmentation, hummingbird])
+def test_classes_that_no_label_map_holds_are_named(dense, segmenter, program, capsys):
+    """An evaluation of labels without any class ends; where one class is missing it is named."""
+    dense |= {"pretrained": str(segmenter)} if program is segmentation else {}
+    with pytest.raises(ValueError, match=r"No pixel of the .* label maps is of a class: all .* leaves out"):
+        evaluate(program, dense | {"label_mapping": {77: 0, 78: 1, 79: 2}})
+    evaluate(program, dense | {"label_mapping": {0: 0, 1: 1}})
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert re.search(rf"No pixel of the 10 validation label maps is {CLASSES[2]!r}: .* of 2,560 are of values", printed)
+    assert ("48 training label maps" in printed) == (program is hummingbird)
 
 
 def test_results_become_rows_of_a_card(settings):

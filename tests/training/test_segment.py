@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, DatasetDict, Features
+from datasets import Dataset, DatasetDict, Features, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
@@ -368,7 +369,7 @@ def save_maps(folder: Path, maps: list[np.ndarray], sizes: list[tuple[int, int]]
         (np.zeros((16, 12), np.uint8), {}, "sample 0: the label map is 12 x 16 pixels, but its image 16 x 16"),
         (np.full((16, 16), 3, np.uint8), {}, "sample 0: labels run from 3 to 3, outside the 3 classes"),
         (np.zeros((16, 16, 3), np.uint8), {}, "sample 0: .*one class id a pixel.* RGB image"),
-        (np.zeros((16, 16), np.uint8), {"label_mapping": {0: 5}}, "from 5 to 5, outside the 3 classes"),
+        (np.zeros((16, 16), np.uint8), {"label_mapping": {0: 5}}, "names class 5, outside the 3 classes"),
         (np.zeros((16, 16), np.uint8), {"inference": "sliding", "window_size": 14}, "multiple of 4 pixels"),
         (np.zeros((16, 16), np.uint8), {"label_names": None}, "does not name its classes"),
     ],
@@ -378,6 +379,71 @@ def test_bad_maps_end_the_run_with_one_sentence(settings, tmp_path, label_map, c
     with pytest.raises(ValueError, match=message) as caught:
         main(build_arguments(SegmentArguments, settings))
     assert "\n" not in str(caught.value).strip()
+
+
+TWO = {"label_names": ["background", "polyp"], "batch_size": 2, "length": "2 steps", "warmup": "1 steps"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {},
+            "No pixel of the 4 training label maps is 'polyp', but 256 of 1,024 are 255, which means no class; for "
+            "masks of 0 and 255 give --label_mapping '{0: 0, 255: 1}'.",
+        ),
+        (
+            {"label_mapping": {"#123456": 0, "#654321": 1}},
+            "No pixel of the 4 training label maps is of a class: all 1,024 are of values that --label_mapping leaves",
+        ),
+        ({"reduce_labels": True}, "is of a class: all 1,024 are 0 or 255, which with --reduce_labels means no class."),
+        ({"label_names": ["polyp"]}, "at least two classes"),
+    ],
+)
+def test_labels_that_teach_nothing_end_the_run(settings, tmp_path, changes, message, streaming):
+    """Masks of 0 and 255, as most tools write them, train the background alone."""
+    label_map = np.zeros((16, 16), np.uint8)
+    label_map[4:12, 4:12] = 255
+    saved = save_maps(tmp_path / "maps", [label_map] * 4, [(16, 16)] * 4)
+    if streaming:
+        for name, split in load_from_disk(saved).items():
+            split.to_parquet(tmp_path / "parquet" / f"{name}.parquet")
+        files = {"train_split": "train.parquet", "validation_split": "validation.parquet"}
+        changes = {"streaming": True, "dataset": str(tmp_path / "parquet"), **files, **changes}
+    settings |= {"dataset": saved, "evaluate_every": "2 steps", **TWO, **changes}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main(build_arguments(SegmentArguments, settings))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_remedy_of_the_message_trains_both_classes(settings, tmp_path, capsys):
+    label_map = np.zeros((16, 16), np.uint8)
+    label_map[4:12, 4:12] = 255
+    settings |= {"dataset": save_maps(tmp_path / "maps", [label_map] * 4, [(16, 16)] * 4), **TWO}
+    results = main(build_arguments(SegmentArguments, settings | {"label_mapping": {0: 0, 255: 1}}))
+    assert not np.isnan(list(results["metrics"]["per_category_iou"].values())).any()
+    assert "No pixel" not in capsys.readouterr().out
+
+
+def test_a_class_that_never_occurs_is_named_once(settings, capsys):
+    settings |= {"label_names": [*NAMES, "blue"], "length": "8 steps", "evaluate_every": "2 steps"}
+    main(build_arguments(SegmentArguments, settings))
+    printed = capsys.readouterr().out.replace("\n", " ")
+    for split, number in (("training", 48), ("validation", 10)):
+        assert printed.count(f"No pixel of the {number} {split} label maps is 'blue'; see --label_names") == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "changes"),
+    [
+        ("probe", {"model": {"semantic_loss_ignore_index": 0}}),
+        ("upernet", {"upernet": {"loss_ignore_index": 0}}),
+    ],
+)
+def test_another_label_for_no_class_is_refused(sources, head, changes):
+    with pytest.raises(ValueError, match=r"have the label 255 here: leave out .*loss_ignore_index"):
+        build_model(arguments_for(sources["locatvit"], head, **changes), NAMES)
 
 
 def test_examples_show_labels_and_prediction(sources, squares):

@@ -76,16 +76,39 @@ def test_colours_are_mapped_to_classes():
     assert read(palette(IDS, colors), 2, label_mapping=mapping) == expected
 
 
+def test_colors_of_three_digits_are_those_of_six():
+    painted = Image.fromarray(np.array([[(255, 255, 255), (0xFF, 0x88, 0), (0, 0, 0)]], np.uint8))
+    for white, orange in (("#fff", "#f80"), ("#FFFFFF", "#FF8800")):
+        assert read(painted, 2, label_mapping={white: 1, orange: 0}) == [[1, 0, 255]]
+
+
+def test_whole_numbers_of_floating_point_are_ids():
+    assert read(Image.fromarray(IDS.astype(np.float32))) == IDS.tolist()
+
+
+def nan_map() -> Image.Image:
+    return Image.fromarray(np.array([[0, np.nan]], np.float32))
+
+
 @pytest.mark.parametrize(
     ("label_map", "settings", "message"),
     [
+        (Image.new("L", (3, 2)), {"label_mapping": {"#ffffffff": 0}}, "'#ffffffff': colors have three or six"),
+        (Image.new("L", (3, 2)), {"label_mapping": {"#ffff": 0}}, "'#ffff': colors have three or six"),
+        (Image.new("L", (3, 2)), {"label_mapping": {"#fff": 0, "#FFFFFF": 1}}, "maps #FFFFFF to 0 and to 1"),
+        (Image.new("L", (3, 2)), {"label_mapping": {0: 1.5}}, "maps 0 to 1.5, but a class is a whole number"),
+        (Image.new("L", (3, 2)), {"label_mapping": {0: -1}}, "maps 0 to -1, but a class is a whole number"),
+        (Image.new("L", (3, 2)), {"label_mapping": {-1: 0}}, "'-1': ids are whole numbers"),
+        (Image.new("L", (3, 2)), {"label_mapping": {0: True}}, "maps 0 to True"),
+        (Image.new("F", (3, 2), 0.5), {}, "holds fractions or no numbers"),
+        (nan_map(), {}, "holds fractions or no numbers"),
         (Image.new("RGB", (3, 2)), {}, "one class id a pixel, but this one is an RGB image.*label_mapping"),
         (Image.new("LA", (3, 2)), {}, "an LA image"),
         (Image.new("L", (3, 2), 4), {}, "from 4 to 4, outside the 4 classes; see --label_names"),
         (Image.new("L", (3, 2)), {"reduce_labels": True, "label_mapping": {0: 1}}, "not both"),
         (Image.new("L", (3, 2)), {"label_mapping": {0: 9}}, "outside the 4 classes"),
-        (Image.new("L", (3, 2)), {"label_mapping": {"sky": 0}}, "must map ids, or colours"),
-        (Image.new("L", (3, 2)), {"label_mapping": {"#102030": 0, 1: 1}}, "must map ids, or colours"),
+        (Image.new("L", (3, 2)), {"label_mapping": {"sky": 0}}, "must map ids, or colors"),
+        (Image.new("L", (3, 2)), {"label_mapping": {"#102030": 0, 1: 1}}, "must map ids, or colors"),
         (Image.new("L", (3, 2)), {"label_mapping": "nowhere.json"}, "nowhere.json is not a JSON file"),
     ],
 )
@@ -126,6 +149,11 @@ def test_a_map_of_the_unturned_size_names_exif():
         LabelReader(LabelArguments(label_orientation="stored"), 2)(image, turned)
 
 
+def test_a_single_class_is_refused():
+    with pytest.raises(ValueError, match="at least two classes"):
+        LabelReader(LabelArguments(), 1)
+
+
 def test_more_classes_than_labels_are_refused():
     with pytest.raises(ValueError, match="at most 255 classes, not 300"):
         LabelReader(LabelArguments(), 300)
@@ -135,7 +163,7 @@ def corners(size: tuple[int, int], **settings) -> list[tuple[int, int]]:
     """(height, width) that images of `size` (width, height) are scaled to over many draws: the extent of the labels."""
     defaults = {"photometric_distortion": 0.0, "max_class_share": 1.0, "horizontal_flip": 0.0}
     arguments = build_arguments(SegmentationAugmentation, {**defaults, **settings})
-    transform = SegmentationTransform(arguments, 1, [0.5] * 3, [0.5] * 3)
+    transform = SegmentationTransform(arguments, 2, [0.5] * 3, [0.5] * 3)
     extents = []
     for seed in range(30):
         with sample_randomness(seed):
@@ -168,13 +196,13 @@ def test_the_distortion_of_stored_runs_keeps_channels_in_place():
 def test_training_reads_images_as_the_processor_does():
     """16 bits are scaled to 8, not cut off, and transparency is white."""
     settings = SegmentationAugmentation(resize=4, scale=[1.0, 1.0], crop_size=4, photometric_distortion=0.0)
-    transform = SegmentationTransform(settings, 1, [0.0] * 3, [1.0] * 3)
+    transform = SegmentationTransform(settings, 2, [0.0] * 3, [1.0] * 3)
     label_map = Image.new("L", (4, 4))
     deep = transform(Image.fromarray(np.full((4, 4), 0x8000, np.uint16)), label_map)[0]
     torch.testing.assert_close(deep, torch.full((3, 4, 4), 128 / 255))
     clear = transform(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), label_map)[0]
     torch.testing.assert_close(clear, torch.ones(3, 4, 4))
-    grey = SegmentationTransform(settings, 1, [0.5], [0.5])(Image.new("L", (4, 4), 255), label_map)[0]
+    grey = SegmentationTransform(settings, 2, [0.5], [0.5])(Image.new("L", (4, 4), 255), label_map)[0]
     torch.testing.assert_close(grey, torch.ones(1, 4, 4), atol=0.01, rtol=0)
 
 

@@ -22,7 +22,7 @@ taken at the size of the labels.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,8 +47,9 @@ from locatvit_hf.layers_locat import pair
 from training.arguments import run_program
 from training.augmentation import IGNORE_INDEX, LabelReader, ResizedLabelArguments, resize_labels
 from training.data import create_evaluation_loader, load_splits, sample_randomness
+from training.data.label_counts import LabelCounts, count_pixels
 from training.evaluation.features import gather_in_order, load_encoder
-from training.evaluation.results import EvaluationArguments, Meter, start_evaluation, write_result
+from training.evaluation.results import EvaluationArguments, Meter, start_evaluation, tell, write_result
 from training.metrics import compute_over_processes, load_metric
 from training.pretrained import change_config
 
@@ -80,6 +81,7 @@ def main(arguments: HummingbirdArguments) -> dict[str, Any]:
     columns = [arguments.image_column, arguments.label_column]
     read_labels = LabelReader(arguments, num_labels)
     meter = Meter(accelerator)
+    remembered, measured = (LabelCounts(split, splits.label_names, arguments) for split in ("training", "validation"))
     with meter.measure():
         parts = []
         for epoch in range(arguments.epochs):
@@ -88,7 +90,9 @@ def main(arguments: HummingbirdArguments) -> dict[str, Any]:
             collate = partial(collate_patches, transform)
             loader = create_evaluation_loader(splits.train, columns, collate, arguments, accelerator, numbered=True)
             quotas = memory_quotas(arguments, len(splits.train), epoch)
-            parts += remember(model, loader, accelerator, meter, quotas, num_labels, (arguments.seed, epoch))
+            batches = counted(loader, remembered)
+            parts += remember(model, batches, accelerator, meter, quotas, num_labels, (arguments.seed, epoch))
+        remembered.check(accelerator, tell(accelerator), least=2)
         if not sum(len(keys) for keys, *_ in parts):
             raise ValueError("No training patch of this process has a label: nothing can be remembered.")
         memory = gather_in_order(accelerator, *(torch.cat(entries) for entries in zip(*parts, strict=True)))
@@ -98,10 +102,11 @@ def main(arguments: HummingbirdArguments) -> dict[str, Any]:
         collate = partial(collate_queries, transform)
         loader = create_evaluation_loader(splits.validation, columns, collate, arguments, accelerator, numbered=True)
         metric = load_metric("mean_iou", num_labels=num_labels)
-        for pixels, labels in loader:
+        for pixels, labels in counted(loader, measured):
             for class_map, truth in zip(segment(model, bank, pixels, labels, accelerator), labels, strict=True):
                 metric.add(prediction=class_map, reference=truth)
             meter.images += len(labels)
+        measured.check(accelerator, tell(accelerator), least=1)
         metrics = compute_over_processes(accelerator, metric)
     for name in ("per_category_iou", "per_category_accuracy"):
         metrics[name] = dict(zip(splits.label_names, metrics[name], strict=True))
@@ -118,6 +123,14 @@ def main(arguments: HummingbirdArguments) -> dict[str, Any]:
         num_train_images=len(splits.train),
         num_images=len(splits.validation),
     )
+
+
+def counted(loader: Iterable, counts: LabelCounts) -> Iterator[Any]:
+    """The batches of a loader, whose second entry are label maps; their pixels are counted by class."""
+    for batch in loader:
+        for label_map in batch[1]:
+            counts.add(count_pixels(label_map, len(counts.names)))
+        yield batch
 
 
 def check(arguments: HummingbirdArguments) -> None:

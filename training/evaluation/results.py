@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -65,6 +65,16 @@ def load_validation(arguments: EvaluationArguments, segmentation: bool = False) 
         arguments = dataclasses.replace(arguments, **only)
     splits = load_splits(arguments, segmentation, evaluation=True)
     return splits.validation, splits.label_names
+
+
+def tell(accelerator: Accelerator) -> Callable[[str], None]:
+    """What prints a warning, from one process."""
+
+    def print_warning(sentence: str) -> None:
+        if accelerator.is_main_process:
+            console.print(sentence, markup=False, style="yellow")
+
+    return print_warning
 
 
 class Meter:

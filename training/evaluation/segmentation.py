@@ -21,7 +21,14 @@ from locatvit_hf.segmentation import InferenceArguments
 from training.arguments import run_program
 from training.augmentation import LabelArguments, LabelReader
 from training.data import create_evaluation_loader
-from training.evaluation.results import EvaluationArguments, Meter, load_validation, start_evaluation, write_result
+from training.evaluation.results import (
+    EvaluationArguments,
+    Meter,
+    load_validation,
+    start_evaluation,
+    tell,
+    write_result,
+)
 from training.inference import SegmentationCollator, evaluate
 
 
@@ -47,7 +54,7 @@ def main(arguments: SegmentationArguments) -> dict[str, Any]:
     loader = create_evaluation_loader(validation, columns, collator, arguments, accelerator)
     meter = Meter(accelerator)
     with meter.measure():
-        metrics = evaluate(model, processor, counted(loader, meter), accelerator, arguments)
+        metrics = evaluate(model, processor, counted(loader, meter), accelerator, arguments, tell(accelerator))
     return write_result(
         accelerator,
         arguments,
