@@ -111,7 +111,9 @@ def measure_speed(settings: dict, rounds: int) -> dict[str, list[float]]:
 
 def our_pass(settings: dict) -> Callable:
     """One pass over the folder as `pretrain` reads it."""
-    arguments = build_arguments(PretrainArguments, {**settings, "validation_split": "train", "validation_share": None})
+    # Without mixing, images are erased where they are read, as by the other loader.
+    changed = {"validation_split": "train", "validation_share": None, "mixup": 0.0, "cutmix": 0.0}
+    arguments = build_arguments(PretrainArguments, {**settings, **changed})
     train = load_splits(arguments).train
     transform = ClassificationTransform(arguments, SIZE, MEAN, STD)
     samples = TrainingSamples(train, [arguments.image_column, arguments.label_column], transform, seed=0)
