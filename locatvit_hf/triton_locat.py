@@ -379,10 +379,10 @@ class Tiles(NamedTuple):
 
 
 # By bytes of an element and channels of a padded head. A fixed table: no warm-up, the same bits in every process. The
-# entries were chosen by what the compiler reports, not by timing: shared memory below the 99 KB of consumer GPUs, few
-# or no registers spilled on sm_80 and sm_90. Eight warps a program; with 128 registers a thread two programs share a
-# multiprocessor, one computing exponentials while the other multiplies. float32 runs on the ordinary units, which take
-# operands from registers: small tiles are what fits.
+# entries were chosen by what the compiler reports, not by timing: on sm_80, as on consumer GPUs, shared memory below
+# their 99 KB; few or no registers spilled there and on sm_90. Eight warps a program; with 128 registers a thread two
+# programs share a multiprocessor, one computing exponentials while the other multiplies. float32 runs on the ordinary
+# units, which take operands from registers: small tiles are what fits.
 FORWARD_TILES = {
     (2, 32): Tiles(128, 64, 8, 3),
     (2, 64): Tiles(128, 64, 8, 3, max_registers=128),

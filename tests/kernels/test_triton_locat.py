@@ -164,7 +164,10 @@ KERNELS = {
 @pytest.mark.parametrize("capability", (80, 90))
 @pytest.mark.parametrize("name", KERNELS if HAS_TRITON else ())
 def test_every_kernel_compiles_for_the_gpus_it_is_meant_for(name, capability):
-    """No GPU is needed. Shared memory stays below the 99 KB of consumer GPUs, and hardly a register spills."""
+    """No GPU is needed. Shared memory fits what a program may have, and hardly a register spills.
+
+    Consumer GPUs, with the least of it, run what is compiled as for 8.0; 9.0 has matrix units that take more.
+    """
     kernel, table = (getattr(triton_locat, attribute) for attribute in KERNELS[name])
     for dtype, bytes_an_element in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         # 32 and 64 channels on grids that tiles fit exactly, 80 (padded to 128) and 128 on grids that they do not.
@@ -173,5 +176,5 @@ def test_every_kernel_compiles_for_the_gpus_it_is_meant_for(name, capability):
             registers, spilled, shared = compile_for(kernel, capability, dtype, head_dim, tiles, side)
             print(f"{name}, sm_{capability}, {dtype}, {head_dim} channels: {registers} registers, "
                   f"{spilled} bytes spilled, {shared} bytes shared")  # fmt: skip
-            assert shared <= 99 * 1024
+            assert shared <= {80: 99, 90: 227}[capability] * 1024
             assert spilled <= 300
