@@ -42,7 +42,10 @@ from training.self_distillation import (
 class DinoArguments(
     DataArguments, OptimizationArguments, MultiCropAugmentation, SelfDistillationArguments, RunArguments
 ):
-    """Settings of `dino`; the defaults are those of the reference."""
+    """Settings of `dino`; the defaults are those of the reference for 256 images an update.
+
+    `batch_size`, `mixed_precision` and stochastic depth (`model`) have those of all programs; the recipes give them.
+    """
 
     preset: str | None = field(default=None, metadata={"help": "Sizes of the paper: tiny, small, base, large."})
     model: dict[str, Any] = field(

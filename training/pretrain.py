@@ -39,7 +39,10 @@ NUM_EXAMPLES = 16
 class PretrainArguments(
     DataArguments, OptimizationArguments, ClassificationAugmentation, DistillationArguments, RunArguments
 ):
-    """Settings of `pretrain`; the defaults are the paper's ImageNet-1k recipe."""
+    """Settings of `pretrain`; the defaults are the paper's ImageNet-1k recipe, in full precision.
+
+    Stochastic depth (`model`) grows with the size of the model there: the recipes give it.
+    """
 
     family: str = field(default="locatvit", metadata={"help": "`model_type` of the configuration."})
     preset: str | None = field(default=None, metadata={"help": "Sizes of the paper: tiny, small, base, large."})

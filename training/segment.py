@@ -40,7 +40,10 @@ from training.pretrained import change_config, load_pretrained, read_config
 class SegmentArguments(
     DataArguments, OptimizationArguments, SegmentationAugmentation, InferenceArguments, RunArguments
 ):
-    """Settings of `segment`; the defaults are the paper's frozen probe, with the model's own mean and std."""
+    """Settings of `segment`; the defaults are the paper's frozen probe.
+
+    But for the model's own mean and std, and label maps that are resized by the nearest center.
+    """
 
     pretrained: str | None = field(default=None, metadata={"help": "Folder or Hub name of the model to start from."})
     head: Literal["probe", "paca", "upernet"] = field(
