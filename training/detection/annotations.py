@@ -506,7 +506,8 @@ def _find_frame(
     if not fitting and image["size"] is None:
         fitting = [size for size in (upright, stored) if _fits(image["annotations"], size)]
     unclear = upright == stored or len(fitting) != 1
-    if label_orientation == "stored" if unclear else fitting == [stored]:
+    as_stored = label_orientation == "stored" if unclear else fitting == [stored]
+    if as_stored:
         notes.add(
             "images that EXIF turns and whose annotations are for the stored pixels, turned with them", image["name"]
         )
