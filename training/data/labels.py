@@ -1,8 +1,8 @@
 """Labels of any kind as class ids from 0, and the names of the classes."""
 
 import math
-from collections.abc import Hashable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import Any
 
 import datasets
 
@@ -13,56 +13,57 @@ MAX_NAMED = 5
 """Names of classes in a sentence."""
 
 
-class NumberedSplits(NamedTuple):
-    """Both splits with labels from 0 to the number of classes less one.
-
-    label_names: In the order of the ids.
-    remarks: A sentence about classes that do not occur.
-    """
-
-    train: Split
-    validation: Split
-    label_names: list[str]
-    remarks: list[str]
-
-
 def number_labels(
-    train: Split, validation: Split, column: str, label_names: list[str] | None, evaluation: bool = False
-) -> NumberedSplits:
-    """Number the classes of both splits alike, whether labels are names, numbers, true and false, or `ClassLabel`.
+    splits: dict[str, Split], column: str, label_names: list[str] | None, evaluation: bool = False
+) -> tuple[list[Split], list[str]]:
+    """Number the classes of all splits alike, whether labels are names, numbers, true and false, or `ClassLabel`.
 
     Args:
-        label_names: Names of the classes in the order of their ids; None takes those of the training split, where names
+        splits: What a split is for to its rows; the first, usually of training, says which classes there are.
+        label_names: Names of the classes in the order of their ids; None takes those of the first split, where names
             are in alphabetical order.
-        evaluation: Nothing is learned: one class will do, and not every class has to occur.
+        evaluation: Nothing is learned: one class will do, and numbers may have gaps.
+
+    Returns:
+        The splits with labels from 0 to the number of classes less one, and the names of the classes in this order.
 
     Raises:
         ValueError: A label names no class, labels are of a kind that cannot, or there is a single class.
     """
-    for name, split in (("training", train), ("validation", validation)):
+    for name, split in splits.items():
         _check_kind(split, column, name)
-    values = None
-    if not isinstance(train, StreamedRows) or not (label_names or _class_names(train, column)):
-        values = train.unique(column)
-    names = label_names or _class_names(train, column) or _names_of(values, column, evaluation)
+    first_name, first = next(iter(splits.items()))
+    names = label_names or _class_names(first, column)
+    names = names or _names_of(_distinct(first, column), column, first_name, evaluation)
     if len(names) < 2 and not evaluation:
-        raise ValueError(f"The training labels hold a single class, {names[0]!r}: training needs two or more.")
-    numbered, remarks = [], []
-    for name, split in (("training", train), ("validation", validation)):
-        given = label_names is not None
-        if isinstance(split, StreamedRows):
-            ids = _ids(None, split, column, names, name, given)
+        raise ValueError(f"The {first_name} labels hold a single class, {names[0]!r}: training needs two or more.")
+    numbered: list[Split] = []
+    for name, split in splits.items():
+        streamed = isinstance(split, StreamedRows)
+        values = None if streamed else _distinct(split, column)
+        ids = _ids(values, split, column, names, name, given=label_names is not None)
+        if streamed:
             split.number_labels(column, ids)
-            numbered.append(split)
-            continue
-        found = values if split is train else split.unique(column)
-        ids = _ids(found, split, column, names, name, given)
-        unused = sorted(set(range(len(names))) - set(ids.values()))
-        if split is train and unused and not evaluation:
-            shown = ", ".join(repr(names[label]) for label in unused[:MAX_NAMED]) + ", …" * (len(unused) > MAX_NAMED)
-            remarks.append(f"No training image is of {len(unused)} of the {len(names)} classes: {shown}.")
-        numbered.append(_apply(split, column, ids, names))
-    return NumberedSplits(*numbered, list(names), remarks)
+        numbered.append(split if streamed else _apply(split, column, ids, names))
+    return numbered, list(names)
+
+
+def missing_classes(train: Split, column: str, names: list[str]) -> list[str]:
+    """A sentence about classes of which no image is in numbered rows, or none; nobody looks through a stream for it."""
+    if isinstance(train, StreamedRows):
+        return []
+    missing = sorted(set(range(len(names))) - set(_distinct(train, column)))
+    if not missing:
+        return []
+    shown = ", ".join(repr(names[label]) for label in missing[:MAX_NAMED]) + (", …" if len(missing) > MAX_NAMED else "")
+    return [f"No training image is of {len(missing)} of the {len(names)} classes: {shown}."]
+
+
+def _distinct(split: Split, column: str) -> list:
+    if isinstance(split, StreamedRows):
+        return list(split.unique(column))
+    # The method `unique` of `datasets` would first copy all columns of a selection.
+    return split.select_columns(column).with_format("arrow")[:][column].unique().to_pylist()
 
 
 def _class_names(split: Split, column: str) -> list[str] | None:
@@ -92,9 +93,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _odd_one(values: Iterable, name: str, column: str) -> ValueError:
-    """What to say of labels that are not all of one kind: the one that is no label at all, or else the rarer kind."""
-    values = list(values)
+def _odd_one(values: list, name: str, column: str) -> ValueError:
+    """What to say of labels that are not all of one kind: which one is no label at all, if there is such a one."""
     if any(value is None for value in values):
         return ValueError(f"Some {name} labels in {column!r} are None: every image needs a label.")
     fractions = [value for value in values if isinstance(value, float) and not value.is_integer()]
@@ -110,23 +110,22 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and value.is_integer())
 
 
-def _names_of(values: Iterable, column: str, evaluation: bool) -> list[str]:
+def _names_of(values: list, column: str, name: str, evaluation: bool) -> list[str]:
     """Names of the classes from all labels: these in alphabetical order, or their numbers."""
-    values = list(values)
     if values and all(isinstance(value, str) for value in values):
         return sorted(values)
     if values and all(isinstance(value, bool) for value in values):
         return ["False", "True"] if len(values) > 1 or evaluation else [str(*values)]
     if not values or not all(map(_is_whole, values)):
-        raise _odd_one(values, "training", column)
+        raise _odd_one(values, name, column)
     numbers = {int(value) for value in values}
     if min(numbers) < 0:
         raise ValueError(
-            f"The training labels in {column!r} run from {min(numbers)} to {max(numbers)}, but class ids begin at 0."
+            f"The {name} labels in {column!r} run from {min(numbers)} to {max(numbers)}, but class ids begin at 0."
         )
     if max(numbers) + 1 > 2 * len(numbers) and len(numbers) > 1 and not evaluation:
         raise ValueError(
-            f"The training labels in {column!r} are {len(numbers)} numbers from {min(numbers)} to {max(numbers)}, but "
+            f"The {name} labels in {column!r} are {len(numbers)} numbers from {min(numbers)} to {max(numbers)}, but "
             "class ids run from 0 without large gaps: renumber them, or make them text, which is taken as names."
         )
     if len(numbers) == 1 and not evaluation:
@@ -135,7 +134,7 @@ def _names_of(values: Iterable, column: str, evaluation: bool) -> list[str]:
 
 
 def _ids(
-    values: Iterable | None, split: Split, column: str, names: list[str], name: str, given: bool
+    values: list | None, split: Split, column: str, names: list[str], name: str, given: bool
 ) -> dict[Hashable, int]:
     """The class id of each value of a split.
 

@@ -17,7 +17,7 @@ from locatvit_hf.utils.layouts import split_word
 from locatvit_hf.utils.splits import MissingSplitError, failures_named, find_split, image_entry, read_split
 from training.arguments import DataArguments, console
 
-from .labels import number_labels
+from .labels import missing_classes, number_labels
 from .streaming import StreamedRows, find_file, open_shards
 
 Split = datasets.Dataset | StreamedRows
@@ -61,9 +61,14 @@ def load_splits(arguments: DataArguments, segmentation: bool = False, evaluation
         _check_hash(arguments, train, validation)
     label_names = read_label_names(arguments)
     if not segmentation:
-        numbered = number_labels(train, validation, arguments.label_column, label_names, evaluation)
-        train, validation, label_names, missing = numbered
-        remarks += missing
+        column = arguments.label_column
+        if arguments.validation_share is None:
+            splits = {"training": train, "validation": validation}
+            (train, validation), label_names = number_labels(splits, column, label_names, evaluation)
+        else:  # before it is divided: of a part, all columns would be copied
+            (whole,), label_names = number_labels({"training": whole}, column, label_names, evaluation)
+            train, validation = _divide(whole, arguments)
+        remarks += [] if evaluation else missing_classes(train, column, label_names)
     announce(remarks)
     return Splits(train, validation, label_names)
 
