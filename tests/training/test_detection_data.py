@@ -572,6 +572,24 @@ def test_objects_of_a_list_of_dicts_and_of_none(tmp_path):
     assert len(load(tmp_path / "b", **HUB).train) == 1
 
 
+def test_objects_of_a_folder_stand_in_its_metadata(tmp_path):
+    """As `datasets` describes folders of images for detection."""
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        rows = []
+        for number in range(3):
+            Image.new("RGB", (64, 48)).save(tmp_path / split / f"{number}.png")
+            objects = {"bbox": [[1, 2, 30, 40]] * number, "category": ["cup"] * number}
+            rows.append({"file_name": f"{number}.png", "objects": objects})
+        (tmp_path / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    splits = load(tmp_path, **HUB)
+    assert (len(splits.train), len(splits.validation)) == (2, 3) and boxes_of(splits.train) == [[1, 2, 31, 42]]
+    assert splits.categories == [{"id": 0, "name": "cup"}]
+    assert splits.notes == [
+        f"The split 'train' of {tmp_path}: images without an object, left out of training (1): row 0."
+    ]
+
+
 TEXTS = List(Value("string"))
 
 

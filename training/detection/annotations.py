@@ -360,7 +360,7 @@ def _read_objects_column(arguments: DataArguments, name: str, categories: list[d
     rows = [_as_lists(row["objects"], inner) for row in split.remove_columns(arguments.image_column)]
     names = [category["name"] for category in categories] if categories else None
     names = names or _name_categories(arguments, _inner(inner[labels]), (row[labels] for row in rows))
-    notes, objects = Notes(source), []
+    notes, objects = Notes(f"The split {name!r} of {arguments.dataset}"), []
     for index, row in enumerate(rows):
         if len(row[boxes]) != len(row[labels]):
             raise ValueError(f"Row {index} of {source} has {len(row[boxes])} boxes, but {len(row[labels])} categories.")
