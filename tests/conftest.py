@@ -1,4 +1,4 @@
-"""What every test of the repository relies on: no network, one thread a worker, a fixed seed."""
+"""What every test of the repository relies on: no network, one thread a process, a fixed seed."""
 
 import os
 
@@ -7,14 +7,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Read when torch is imported, here and in every process that a test starts: both must add up in the same order where a
+# test compares their bits. `make test OMP_NUM_THREADS=2` tests with two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
 import pytest
 import torch
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

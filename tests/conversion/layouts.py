@@ -54,7 +54,7 @@ def strangers_outputs(inputs: Mapping[Path, Mapping[str, torch.Tensor]]) -> dict
     for folder, tensors in inputs.items():
         save_file(dict(tensors), f"{folder}.inputs")
         root = folder.parent
-    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules")}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", STRANGER, *map(str, inputs)]
     process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """The README.md of a converted checkpoint says what it is, and nothing that is not so."""
 
 import hashlib
+import re
 
 import pytest
 import yaml
@@ -48,7 +49,8 @@ def test_card_of_every_family(card_of, name, tag, kind, papers):
     assert ("in the model but 12 copies, constants" in text) == copies
     assert ("Every tensor has its place in the model." in text) != copies
     assert "No accuracy was measured here" in text
-    assert "difference of its logits from those of the converted model was 0.0" in text
+    said = re.search(r"difference of its logits from those of the converted model was (\S+)\.\s", text)
+    assert 0 <= float(said[1]) < 1e-4  # the folder was refused if it were more than rounding
 
 
 def test_what_the_source_does_not_say_is_unknown(card_of, tmp_path):

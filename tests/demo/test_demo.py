@@ -20,7 +20,6 @@ def demo(folder: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "demo", *paths, *TINY, *options],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
@@ -82,7 +81,6 @@ def test_control_c_leaves_nothing_half_written(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "demo", *paths, *options],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

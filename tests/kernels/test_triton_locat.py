@@ -26,7 +26,7 @@ def run_python(*arguments: str, **environment: str) -> str:
     result = subprocess.run(
         [sys.executable, *arguments],
         cwd=HERE.parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

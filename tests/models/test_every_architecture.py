@@ -18,6 +18,7 @@ from torch import nn
 
 import locatvit_hf
 from locatvit_hf import LocAtViTImageProcessor
+from tests.tolerances import assert_same_but_for_rounding
 
 SWIN = {"image_size": 64, "embed_dim": 16, "depths": [2, 2, 2], "num_heads": [1, 2, 4], "window_size": 3}
 JUMBO = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -93,7 +94,7 @@ def test_any_image_size(architecture, size):
         if model.config.model_type != "pacavit":  # whose convolutions pad each map by themselves
             torch.testing.assert_close(logits, model(padded).logits)
         one_by_one = torch.cat([model(image[None]).logits for image in pixel_values])
-    torch.testing.assert_close(logits, one_by_one, rtol=1e-4, atol=1e-5)
+    assert_same_but_for_rounding(logits, one_by_one)
 
 
 @pytest.mark.parametrize("family", ["locatvit", "locatswin"])  # those that use their grid each in a way of its own
@@ -127,7 +128,7 @@ def test_saving_and_loading(architecture, task, tmp_path):
     pixel_values = torch.randn(1, 3, 40, 72)
     with torch.no_grad():
         for ours, theirs in zip(model(pixel_values).to_tuple(), loaded(pixel_values).to_tuple(), strict=True):
-            torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+            assert_same_but_for_rounding(theirs, ours)
     files = {file.name for file in tmp_path.iterdir()}
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert len(auto_map) == 5
@@ -148,7 +149,7 @@ def test_pipelines(architecture):
         {label: scores[index].item() for index, label in model.config.id2label.items()}, abs=1e-5
     )
     extract = transformers.pipeline("image-feature-extraction", model=model.base_model, image_processor=processor)
-    torch.testing.assert_close(torch.tensor(extract(picture, pool=True)), outputs.pooler_output)
+    assert_same_but_for_rounding(torch.tensor(extract(picture, pool=True)), outputs.pooler_output)
 
     model = build(architecture, "ForSemanticSegmentation")
     processor = LocAtViTImageProcessor.from_model_config(model.config, segmentation=True)
@@ -207,12 +208,12 @@ class TestSegmentation:
         weighted = {1.0: outputs.logits}
         if model.config.model_type == "pacavit":  # whose head reads every stage and has a second loss
             logits, weighted[0.4] = model.segmentation_head(outputs.hidden_states[1:])
-            torch.testing.assert_close(weighted[0.4], outputs.auxiliary_logits)
+            assert_same_but_for_rounding(weighted[0.4], outputs.auxiliary_logits)
         else:
             last = outputs.hidden_states[-1]
             features = last[:, last.shape[1] - grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
             logits = model.segmentation_head(features)
-        torch.testing.assert_close(logits, outputs.logits)
+        assert_same_but_for_rounding(logits, outputs.logits)
         padded = [cells * cell for cells, cell in zip(grid, stride, strict=True)]
         expected = 0.0
         for weight, scores in weighted.items():

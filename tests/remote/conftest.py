@@ -147,9 +147,10 @@ def environment_of(machine: Path, hub: str | None) -> dict[str, str]:
 
     With `hub` it talks to that Hub and nobody else, without it is offline.
     """
-    environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    kept = ("PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
     environment |= {"HOME": str(machine), "HF_HOME": str(machine / "hf"), "HF_MODULES_CACHE": str(machine / "modules")}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
     if hub is None:
         return environment | {"HF_HUB_OFFLINE": "1"}
     return environment | {"HF_ENDPOINT": hub, "HF_TOKEN": "hf_loopback", "HF_HUB_DISABLE_XET": "1"}

@@ -175,7 +175,6 @@ CHECKS = {
 
 if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
     answers = {}
     for name in REQUEST["checks"]:
         try:

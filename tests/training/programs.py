@@ -25,7 +25,6 @@ def start(program: str, settings: dict, *options: str, as_file: bool = False) ->
     return subprocess.Popen(
         [sys.executable, *target, "--config", str(recipe), *options],
         cwd=ROOT if not as_file else recipe.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -127,7 +126,6 @@ def spoil_third_step_of_second_process(rank: int) -> None:
 def _work(program: str, settings: dict, environment: dict[str, str], fault: Callable[[int], None] | None) -> None:
     if environment["WORLD_SIZE"] != "1":
         os.environ |= {**environment, "LOCAL_RANK": environment["RANK"], "LOCAL_WORLD_SIZE": environment["WORLD_SIZE"]}
-    torch.set_num_threads(1)
     if fault is not None:
         fault(int(environment["RANK"]))
     module = importlib.import_module(f"training.{program}")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import socket
 import subprocess
@@ -366,7 +365,6 @@ def launch_two(program: str, settings: dict) -> dict:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
     finished = subprocess.run(
         [sys.executable, *launcher, str(ROOT / "training" / "evaluation" / f"{program}.py"), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,7 +1,6 @@
 """Fine-tuning: new classes on our checkpoints and on plain ViTs, freezing, adapters, and the options of the Trainer."""
 
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -388,7 +387,6 @@ def test_every_program_starts(program, as_file, tmp_path):
     finished = subprocess.run(
         [sys.executable, *target, "--help"],
         cwd=tmp_path if as_file else ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
