@@ -31,7 +31,7 @@ def rehearsal(repository_root, tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_check", "--rehearse", "--seed", "0", "--output", str(folder)],
         cwd=repository_root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+        env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
     )

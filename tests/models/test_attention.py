@@ -73,7 +73,7 @@ def test_logits_beyond_the_range_of_exponentials(blocks_of, shift, dtype):
         results.append([output, *torch.autograd.grad(output.square().sum(), [query, key, value])])
     for blockwise, expected in zip(*results, strict=True):
         assert blockwise.isfinite().all()
-        # A logit sums 8 terms of up to 1000, and what it is off by is what its exponential is off by, relatively.
+        # A logit is a sum of 8 terms of up to 1000; what it is off by, its exponential is off by relatively.
         assert_same_but_for_rounding(blockwise, expected, terms=8 * 1000)
 
 

@@ -141,7 +141,7 @@ def test_the_launch_file_for_cpus_starts_several_processes(settings, tmp_path):
     recipe.write_text(yaml.safe_dump({**settings, "length": "2 steps", "warmup": "0 steps"}))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "several_cpus.yaml")]
     launch += ["--main_process_port", "0", "training/pretrain.py", "--config", str(recipe)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 300}
     finished = subprocess.run([*launch, "--output_dir", str(tmp_path / "run")], **options)
     assert finished.returncode == 0, finished.stderr
