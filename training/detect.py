@@ -23,6 +23,7 @@ from torchvision.utils import draw_bounding_boxes
 from transformers import AutoBackbone, AutoConfig
 
 from locatvit_hf import LocAtViTImageProcessor
+from locatvit_hf.utils.colors import label_colors
 from training.arguments import OptimizationArguments, RunArguments, run_program
 from training.data import TrainingSamples, create_evaluation_loader, describe_data
 from training.detection import (
@@ -40,7 +41,7 @@ from training.detection import (
 from training.loop import TrainingLoop, create_accelerator
 from training.metrics import compute_over_processes, load_metric
 from training.optimization import create_optimizer
-from training.pictures import caption, hue_color, restore_image
+from training.pictures import caption, restore_image
 from training.pretrain import build_config
 
 NUM_DRAWN = 10
@@ -157,6 +158,7 @@ def draw_detections(model: Detector, loader: DataLoader, accelerator: Accelerato
     """The first images of the validation split with the boxes that the detector is most sure of."""
     images = [image.to(accelerator.device) for image in next(iter(loader))[0]]
     config, pictures = model.encoder.config, []
+    table = label_colors(len(model.categories))
     with accelerator.autocast():
         found = model.eval()(images)
     for image, objects in zip(images, found, strict=True):
@@ -164,7 +166,7 @@ def draw_detections(model: Detector, loader: DataLoader, accelerator: Accelerato
         boxes, labels = objects["boxes"][:NUM_DRAWN].float().cpu(), objects["labels"][:NUM_DRAWN].tolist()
         if len(boxes):
             names = [model.categories[label]["name"] for label in labels]
-            colors = [hue_color(label) for label in labels]
+            colors = [tuple(table[label].tolist()) for label in labels]
             picture = draw_bounding_boxes(picture, boxes, names, colors, width=2)
         pictures.append(caption(tvF.to_pil_image(picture), ""))
     return pictures

@@ -1,6 +1,5 @@
 """Batches and predictions as pictures, for the dry run and for the trackers."""
 
-import colorsys
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +8,8 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as tvF
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from locatvit_hf.utils.colors import background_class, class_colors
 
 LARGEST_SIDE = 224
 MOST_IMAGES = 16
@@ -99,10 +100,11 @@ def _draw_label(pixels: torch.Tensor, text: str, label: Any, names: dict[int, st
         boxes = label.get("boxes")
         return (draw_bounding_boxes(pixels, boxes.cpu(), width=2) if boxes is not None and len(boxes) else pixels), text
     if label.ndim == 2 and label.shape == pixels.shape[-2:]:
-        classes = [index for index in label.unique().tolist() if index in names]
+        background = background_class(names)
+        classes = [index for index in label.unique().tolist() if index in names and index != background]
         if classes:
             masks = torch.stack([label.cpu() == index for index in classes])
-            colors = [hue_color(index) for index in classes]
+            colors = [tuple(class_colors(names)[index].tolist()) for index in classes]
             pixels = draw_segmentation_masks(pixels, masks, alpha=0.6, colors=colors)
         return pixels, text
     if label.ndim == 0 and not label.is_floating_point():
@@ -114,8 +116,3 @@ def _draw_label(pixels: torch.Tensor, text: str, label: Any, names: dict[int, st
             for share, index in zip(shares.tolist(), classes.tolist(), strict=True)
         )
     return pixels, text
-
-
-def hue_color(index: int) -> tuple[int, int, int]:
-    """A colour that differs from that of neighbouring class ids: steps of the golden ratio around the hue circle."""
-    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(index * 0.61803398875 % 1.0, 0.8, 1.0))

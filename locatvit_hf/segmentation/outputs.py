@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..visualization.segmentation import label_colors, legend_figure, overlay_segmentation
+from ..utils.colors import background_class, class_colors
+from ..visualization.segmentation import legend_figure, overlay_segmentation
 from ..writing import fitting_name, write_complete
 
 # Where a label map says which state of its image it was made from.
@@ -40,9 +41,7 @@ class OutputFolder:
 
     def __init__(self, folder: Path, id2label: dict[int, str], settings: dict[str, Any]):
         self.folder = folder
-        # Name 0 as background and it stays as it is: it is no thing of its own.
-        self.background = 0 if id2label.get(0, "").lower() == "background" else None
-        self.colors = label_colors(len(id2label), self.background)
+        self.background, self.colors = background_class(id2label), class_colors(id2label)
         described = {
             "settings": settings,
             "labels": [

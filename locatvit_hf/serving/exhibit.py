@@ -10,7 +10,8 @@ from transformers import AutoModel, AutoModelForImageClassification, AutoModelFo
 from ..hub.checkpoints import load_config, load_model, load_processor
 from ..image_processing_locatvit import LocAtViTImageProcessor
 from ..segmentation import Segmenter
-from ..visualization import build_page, label_colors, overlay_segmentation, read_layers
+from ..utils.colors import background_class, class_colors
+from ..visualization import build_page, overlay_segmentation, read_layers
 from ..visualization.figures import default_layer, default_queries
 
 LARGEST_SIDE = 1600  # pixels; a telephone takes pictures of three times that, which no model here looks at
@@ -55,7 +56,7 @@ class Exhibit:
         """The picture with its classes in colour, and a legend in HTML: colour, name and share of the pixels."""
         label_map = self.segmenter([picture])[0]
         names = self.segmenter.id2label
-        colors = label_colors(len(names))
+        colors = class_colors(names)
         shares = {label: float((label_map == label).mean()) for label in names}
         largest = sorted((label for label in names if shares[label]), key=lambda label: -shares[label])
         rows = "".join(
@@ -65,7 +66,8 @@ class Exhibit:
         )
         more = len(largest) - LONGEST_LEGEND
         legend = f'<ul class="legend">{rows}</ul>' + (f"<p>and {more} smaller ones</p>" if more > 0 else "")
-        return overlay_segmentation(picture, label_map, colors, ignore_index=None), legend
+        background = background_class(names)
+        return overlay_segmentation(picture, label_map, colors, background=background, ignore_index=None), legend
 
     def look(self, picture: Image.Image) -> str:
         """A frame in which pointing at a patch shows what it attends to; it needs no further answer from here."""

@@ -1,1 +1,1 @@
-"""What several packages share: text files of users, image files and folders of them."""
+"""What several packages share: text files of users, image files and folders of them, colors of classes."""

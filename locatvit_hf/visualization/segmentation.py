@@ -1,6 +1,5 @@
 """Label maps as colours."""
 
-import colorsys
 import math
 
 import numpy as np
@@ -9,24 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-IGNORED_COLOR = (128, 128, 128)
-
-
-def label_colors(num_labels: int, background: int | None = None) -> np.ndarray:
-    """(num_labels, 3) uint8 colours that differ from their neighbours, always the same for a number of labels.
-
-    background: this label is left black.
-    """
-    if num_labels < 1:
-        raise ValueError(f"There must be at least one label, not {num_labels}.")
-    # Steps of the golden ratio around the hue circle keep any prefix of the sequence spread out.
-    hues = (np.arange(num_labels) * 0.61803398875) % 1.0
-    levels = [(0.62, 1.0), (0.85, 0.85), (0.45, 0.95)]
-    colors = [colorsys.hsv_to_rgb(hue, *levels[label % 3]) for label, hue in enumerate(hues)]
-    colors = (255 * np.asarray(colors)).round().astype(np.uint8)
-    if background is not None:
-        colors[background] = 0
-    return colors
+from ..utils.colors import IGNORED_COLOR
 
 
 def overlay_segmentation(
@@ -41,7 +23,7 @@ def overlay_segmentation(
 
     Args:
         label_map: (height, width) label ids of the image's size.
-        colors: (labels, 3) uint8, from `label_colors`.
+        colors: (labels, 3) uint8, from `class_colors`.
         background: this label stays transparent.
         ignore_index: pixels of this id are grey; None where every id is a label.
 
