@@ -4,6 +4,7 @@ import os
 import threading
 import unicodedata
 from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -200,6 +201,49 @@ def stem_of(name: str) -> str:
     return unicodedata.normalize("NFC", os.path.splitext(readable_name(name))[0])
 
 
+class NamedImages:
+    """Image files below a folder, found by their relative path with or without the suffix."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder = folder
+        self.by_stem: dict[str, list[str]] = {}
+        for name in names:
+            self.by_stem.setdefault(stem_of(name), []).append(name)
+
+    def find(self, names: list[str]) -> list[str]:
+        """The file of each name, relative to the folder.
+
+        Raises:
+            ValueError: A name has no file, or several files have it.
+        """
+        found = [self._find(name) for name in names]
+        missing = [name for name, files in zip(names, found, strict=True) if not files]
+        if missing:
+            near = get_close_matches(missing[0], self.by_stem, n=1)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(
+                f"{self.folder} has no file {missing[0]!r} (of {len(missing)} that are missing there){hint}."
+            )
+        for name, files in zip(names, found, strict=True):
+            if len(files) > 1:
+                raise ValueError(
+                    f"{self.folder} has several images named {name!r}: {', '.join(map(readable_name, files))}; keep "
+                    "one of them."
+                )
+        return [files[0] for files in found]
+
+    def _find(self, name: str) -> list[str]:
+        """The files of a name. Its suffix counts where a file has it: a list of JPEG files serves for PNG masks too."""
+        name = unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
+        if name in self.by_stem:
+            return self.by_stem[name]
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() not in SUFFIXES:
+            return []
+        files = self.by_stem.get(stem, [])
+        return [file for file in files if file.lower().endswith(suffix.lower())] or files
+
+
 def open_image(source: str | Path | BinaryIO, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
     """Open an image file and read its header; the pixels are decoded when they are first used.
 
@@ -338,6 +382,7 @@ __all__ = [
     "CorruptImageError",
     "FolderFiles",
     "FolderImages",
+    "NamedImages",
     "choose_images",
     "left_out",
     "list_files",

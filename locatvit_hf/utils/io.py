@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ def read_text(path: str | Path) -> str:
         ) from None
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file of a user, whatever ends them, without blanks around them and without empty ones.
+
+    Raises what `read_text` raises.
+    """
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", read_text(path)) if line.strip()]
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file of a user.
 
@@ -43,4 +52,4 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from None
 
 
-__all__ = ["read_json", "read_text"]
+__all__ = ["read_json", "read_lines", "read_text"]

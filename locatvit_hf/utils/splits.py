@@ -21,8 +21,8 @@ import pyarrow.json
 import pyarrow.parquet
 
 from ..writing import one_line
-from .images import HEIC_SUFFIXES, choose_images, left_out, list_files, readable_name, remarks_on_links
-from .io import read_text
+from .images import HEIC_SUFFIXES, NamedImages, choose_images, left_out, list_files, readable_name, remarks_on_links
+from .io import read_lines, read_text
 from .layouts import find_classes, split_images, split_tables
 
 SHARDS = {
@@ -186,8 +186,12 @@ def expand_ranges(pattern: str) -> list[str]:
 def _find_in_folder(folder: Path, split: str) -> FoundSplit:
     listed = list_files(folder)
     names, remarks, chosen = listed.files, remarks_on_links(listed), None
-    if _is_pattern(split) or (folder / split).is_file():
+    if split.endswith(".txt") and (folder / split).is_file():
+        files, _ = choose_images(names)
+        chosen = NamedImages(folder, files).find(read_lines(folder / split))
+    elif _is_pattern(split) or (folder / split).is_file():
         chosen = _matching(folder, split)
+    if chosen is not None:
         names = [*chosen, *(name for name in names if os.path.basename(name) in METADATA and name not in chosen)]
     images, _ = choose_images(name for name in names if os.path.basename(name) not in METADATA)
     shards, tables = ([name for name in names if _ending(name, kind)] for kind in (SHARDS, TABLES))

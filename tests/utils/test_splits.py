@@ -54,6 +54,18 @@ def test_folders_of_splits(tmp_path):
     assert len(found.rows) == 1 and found.no_label == "the images lie in no class folders"
 
 
+def test_lists_of_names(tmp_path):
+    root = save(tmp_path, *CLASS_FOLDERS)
+    (root / "lists").mkdir()
+    (root / "lists" / "train.txt").write_text("bee/b\r\nant/B.JPG\r\n\r\n", encoding="utf-8-sig")
+    rows, _ = load(root, "lists/train.txt")
+    paths = [image["path"] for image in rows.cast_column("image", ImageFeature(decode=False))["image"]]
+    assert paths == [str(root / "bee" / "b.avif"), str(root / "ant" / "B.JPG")] and rows["label"][:] == [1, 0]
+    (root / "lists" / "train.txt").write_text("bee/b 0\n")
+    with pytest.raises(ValueError, match=r"has no file 'bee/b 0' .*; the nearest is 'bee/b'"):
+        load(root, "lists/train.txt")
+
+
 def test_links_are_followed(tmp_path):
     save(tmp_path / "store", "cat/a.jpg")
     root = save(tmp_path / "root", *CLASS_FOLDERS)

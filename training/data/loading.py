@@ -2,17 +2,14 @@
 
 import hashlib
 import os
-import re
-import unicodedata
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 
-from locatvit_hf.utils.images import SUFFIXES, left_out, list_images, readable_name, stem_of
-from locatvit_hf.utils.io import read_json, read_text
+from locatvit_hf.utils.images import NamedImages, left_out, list_images, stem_of
+from locatvit_hf.utils.io import read_json, read_lines
 from locatvit_hf.utils.layouts import split_word
 from locatvit_hf.utils.splits import MissingSplitError, failures_named, find_split, image_entry, read_split
 from training.arguments import DataArguments, console
@@ -205,7 +202,7 @@ def _may_hold_images(feature: Any) -> bool:
 
 def _describe(feature: Any) -> str:
     if isinstance(feature, datasets.ClassLabel):
-        return "class labels"
+        return f"class labels, {', '.join(feature.names[:3])}{', …' if len(feature.names) > 3 else ''}"
     return f"values of type {feature.dtype}" if isinstance(feature, datasets.Value) else "something else"
 
 
@@ -239,11 +236,10 @@ def _pair_folders(
     for folder in folders:
         images = list_images(folder)
         remarks += images.remarks
-        found.append(_NamedFiles(folder, images.images))
+        found.append(NamedImages(folder, images.images))
         loops += images.loops
     if listed:
-        lines = re.split(r"\r\n|\r|\n", read_text(root / split))
-        names = [line.strip() for line in lines if line.strip()]
+        names = read_lines(root / split)
     else:
         names = sorted(set().union(*(files.by_stem for files in found)))
         # A link to a folder above is not entered on its side, so nothing on the other side has a partner there.
@@ -252,7 +248,10 @@ def _pair_folders(
             kinds = "image whose partner is behind such a link", "images whose partners are behind such links"
             remarks.append(left_out(cut, *kinds))
             names = [name for name in names if name not in set(cut)]
-    rows = {column: files.paths(names) for column, files in zip(columns, found, strict=True)}
+    rows = {
+        column: [image_entry(files.folder, file) for file in files.find(names)]
+        for column, files in zip(columns, found, strict=True)
+    }
     return datasets.Dataset.from_dict(rows, features=datasets.Features(dict.fromkeys(columns, datasets.Image())))
 
 
@@ -262,48 +261,6 @@ def _child(parent: Path, split: str | None) -> Path:
         return parent / split if split else parent
     alike = [path for path in parent.iterdir() if path.is_dir() and split_word(path.name) == split_word(split)]
     return alike[0] if len(alike) == 1 else parent / split
-
-
-class _NamedFiles:
-    """Image files below a folder, found by their relative path with or without the suffix."""
-
-    def __init__(self, folder: Path, names: list[str]):
-        self.folder = folder
-        self.by_stem: dict[str, list[str]] = {}
-        for name in names:
-            self.by_stem.setdefault(stem_of(name), []).append(name)
-
-    def paths(self, names: list[str]) -> list[dict[str, Any]]:
-        """The file of each name, as entries of an image column.
-
-        Raises ValueError for names without a file, and for those that several files have.
-        """
-        found = [self._find(name) for name in names]
-        missing = [name for name, files in zip(names, found, strict=True) if not files]
-        if missing:
-            near = get_close_matches(missing[0], self.by_stem, n=1)
-            hint = f"; the nearest is {near[0]!r}" if near else ""
-            raise ValueError(
-                f"{self.folder} has no file {missing[0]!r} (of {len(missing)} that are missing there){hint}."
-            )
-        for name, files in zip(names, found, strict=True):
-            if len(files) > 1:
-                raise ValueError(
-                    f"{self.folder} has several images named {name!r}: {', '.join(map(readable_name, files))}; keep "
-                    "one of them."
-                )
-        return [image_entry(self.folder, files[0]) for files in found]
-
-    def _find(self, name: str) -> list[str]:
-        """The files of a name. A suffix counts where one of them has it; JPEG's list serves for the PNG maps too."""
-        name = unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
-        if name in self.by_stem:
-            return self.by_stem[name]
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in SUFFIXES:
-            return []
-        files = self.by_stem.get(stem, [])
-        return [file for file in files if file.lower().endswith(suffix.lower())] or files
 
 
 def _divide(whole: Split, arguments: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
