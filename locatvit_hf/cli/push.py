@@ -31,7 +31,7 @@ def push(
     from transformers.utils import logging
 
     from ..hub.push import assemble, check_target, find_snapshot, upload
-    from ..hub.remote import require_token
+    from ..hub.remote import HubError, require_token
     from ..hub.repository import verify_repository
 
     logging.set_verbosity_error()
@@ -50,6 +50,10 @@ def push(
         if dry_run:
             _print_changes(built, find_snapshot(repository, revision, _report), repository)
             console.print("Nothing was uploaded.")
+            try:
+                check_target(built, repository, **options)
+            except HubError as error:
+                raise HubError(f"It would be refused: {error}") from error
             return
         done = upload(built, repository, **options)
     counts = [

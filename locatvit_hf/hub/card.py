@@ -18,6 +18,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, UperNetConfig
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -54,6 +55,16 @@ HUB_TASKS = {
     "segmentation": "image-segmentation",
     "hummingbird": "image-segmentation",
     "detect": "object-detection",
+}
+
+
+# Type of a field -> what it is in words, and how it is written.
+TYPES = {
+    **dict.fromkeys((str, str | None), ("text", "it in quotes")),
+    list[str]: ("a list of texts", 'it as ["first", "second"]'),
+    float: ("a number", "it without quotes and units, as 0.5"),
+    int: ("a whole number", "it without quotes and units, as 100"),
+    dict[str, Any]: ("fields with their values", "one field a line, indented"),
 }
 
 
@@ -305,10 +316,12 @@ def read_source(path: Path) -> tuple[PreTrainedConfig, Card]:
     for key in ("family", "preset", "architecture"):
         if not content.get(key):
             raise CardError(f"{path.name} is incomplete: the field {key} is unfilled.")
+    for key, kind in {"family": str, "preset": str, "architecture": str, "model": dict[str, Any]}.items():
+        _check_type(kind, content.get(key) or kind(), f"{path.name}: the field {key}")
     family, preset, architecture = (content.pop(key) for key in ("family", "preset", "architecture"))
     if family not in FAMILIES:
         raise CardError(f"{path.name}: the family {family} is none of {', '.join(FAMILIES)}.")
-    fields = {"num_labels": 1000, **content.pop("model", {})}
+    fields = {"num_labels": 1000, **(content.pop("model", None) or {})}
     config = CONFIG_MAPPING[family].from_preset(preset, **fields)
     if architecture.startswith("UperNet"):
         config.out_indices = list(range(1, len(config.depths) + 1))
@@ -316,7 +329,8 @@ def read_source(path: Path) -> tuple[PreTrainedConfig, Card]:
             backbone_config=config, auxiliary_in_channels=config.hidden_sizes[2], num_labels=fields["num_labels"]
         )
     config.architectures = [architecture]
-    protocols, published = _read_yaml(path.with_name("protocols.yaml")), content.pop("published", {})
+    protocols, published = _read_yaml(path.with_name("protocols.yaml")), content.pop("published", None) or {}
+    _check_type(dict[str, Any], published, f"{path.name}: the field published")
     if unknown := published.keys() - protocols.keys():
         raise CardError(f"{path.name}: protocols.yaml beside it has no {sorted(unknown)[0]}.")
     content["published"] = [
@@ -612,12 +626,24 @@ def _build(cls: type, content: Any, where: str) -> Any:
         raise CardError(f"{where} must be a list of fields with their values.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := set(content) - set(fields):
-        raise CardError(f"{where} has no field {sorted(unknown)[0]!r}; it has {', '.join(fields)}.")
+        raise CardError(f"{where} has no field {min(unknown, key=str)!r}; it has {', '.join(fields)}.")
     for name, f in fields.items():
         optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
         if not optional and content.get(name) is None:
             raise CardError(f"{where} is incomplete: the field {name} is unfilled.")
-    return cls(**content)
+    said = {name: value for name, value in content.items() if value is not None}
+    for name, value in said.items():
+        _check_type(fields[name].type, value, f"{where}: the field {name}")
+    return cls(**said)
+
+
+def _check_type(kind: Any, value: Any, where: str) -> None:
+    """Raises CardError, with the expected type and what to do, for a value that YAML reads as another one."""
+    try:
+        type_validator(where, value, float | int if kind is float else kind)
+    except TypeError:
+        expected, remedy = TYPES[kind]
+        raise CardError(f"{where} must be {expected}, not {value!r}; write {remedy}.") from None
 
 
 def _check_filled(value: Any, name: str) -> None:

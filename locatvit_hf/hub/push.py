@@ -88,6 +88,7 @@ def upload(
     pull_request: propose the commit instead of making it. tag: name the commit. report: called with lines to show.
     Where it fails, the repository is as it was, and the same call can be repeated. Raises HubError.
     """
+    require_token()
     snapshot, tagged = check_target(
         folder, repository, private=private, revision=revision, pull_request=pull_request, tag=tag, report=report
     )
@@ -136,9 +137,9 @@ def check_target(
 ) -> tuple[Snapshot | None, str | None]:
     """What is there before `upload` is called with the same arguments, and the commit of the tag where it exists.
 
-    Raises HubError where the upload would be refused, without changing anything.
+    Raises HubError where the upload would be refused, without changing anything. A repository that the token may not
+    see is one that is not there.
     """
-    require_token()
     snapshot = find_snapshot(repository, revision, report)
     if pull_request and snapshot is None:
         raise NotThereError(f"There is no repository {repository} that a pull request could change, or it is private.")

@@ -239,6 +239,10 @@ def test_weights_come_from_somewhere():
         render_card(tiny_config(), dataclasses.replace(FILLED, training=None))
 
 
+RESULT = "task: x, dataset: x, split: x, metric: x, protocol: x"
+TRAINING = "program: segment, version: '1', updates: 5, batch_size: 2, processes: 1"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -248,6 +252,17 @@ def test_weights_come_from_somewhere():
         ("conversion: {source: here}\n", "conversion is incomplete: the field layout"),
         ("results: {accuracy: 1}\n", "results must be a list"),
         ("published: [{task: x, percentage: 3}]\n", "published 1 has no field 'percentage'"),
+        ("{1: x, title: y, b: z}\n", "has no field 1"),
+        ("datasets: imagenet-1k\n", "field datasets must be a list of texts, not 'imagenet-1k'; write it as"),
+        ("datasets: [2012]\n", "field datasets must be a list of texts"),
+        ("title: 2024\n", "field title must be text, not 2024; write it in quotes"),
+        ("revision: 1.0\n", "field revision must be text, not 1.0; write it in quotes"),
+        ("remarks: [one, two]\n", "field remarks must be text"),
+        (f"results: [{{{RESULT}, value: 77 %}}]\n", "results 1: the field value must be a number, not '77 %'"),
+        (f"results: [{{{RESULT}, value: true}}]\n", "results 1: the field value must be a number"),
+        (f"results: [{{{RESULT}, value: 1, date: 2024-01-31}}]\n", "results 1: the field date must be text"),
+        (f"training: {{{TRAINING}, step: 3.5}}\n", "training: the field step must be a whole number, not 3.5"),
+        (f"training: {{{TRAINING}, step: 3, options: none}}\n", "options must be fields with their values, not 'none'"),
     ],
 )
 def test_a_wrong_card_is_one_sentence(text, message, tmp_path):
@@ -255,6 +270,24 @@ def test_a_wrong_card_is_one_sentence(text, message, tmp_path):
     with pytest.raises(CardError, match=message) as error:
         read_card(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_fields_that_are_left_empty_are_not_there(tmp_path):
+    training = f"training: {{{TRAINING}, step: 1, options: }}"
+    (tmp_path / "card.yaml").write_text(f"title: x\ndatasets:\nresults:\n{training}\n")
+    card = read_card(tmp_path)
+    assert (card.datasets, card.results, card.training.options) == ([], [], {})
+
+
+def test_a_wrong_source_is_one_sentence(tmp_path):
+    (tmp_path / "protocols.yaml").write_text("{}")
+    for text, message in (
+        ("model: tiny", "the field model must be fields with their values, not 'tiny'"),
+        ("published: [1]", "the field published must be fields"),
+    ):
+        (tmp_path / "x.yaml").write_text(f"family: locatvit\npreset: tiny\narchitecture: LocAtViTModel\n{text}\n")
+        with pytest.raises(CardError, match=message):
+            read_source(tmp_path / "x.yaml")
 
 
 def test_a_folder_without_a_card_is_refused(tmp_path):

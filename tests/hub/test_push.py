@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,30 @@ def test_the_command_says_so_in_one_sentence(folder: Path, monkeypatch: pytest.M
         run = CliRunner().invoke(app, ["push", *arguments])
         assert run.exit_code == 1
         assert run.stderr.startswith(message) and len(run.stderr.splitlines()) == 1, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tag", "v1"], "It would be refused: tester/tiny has a tag v1 already, at 1111111: choose another tag."),
+        (["--tag", "v2"], None),
+        (["--private"], "It would be refused: tester/tiny exists and is public"),
+    ],
+)
+def test_a_dry_run_says_what_would_be_refused(
+    options: list[str], message: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also to somebody who is not logged in: tags of public repositories can be read by all."""
+    there = SimpleNamespace(sha="2" * 40, private=False, siblings=[])
+    tags = SimpleNamespace(tags=[SimpleNamespace(name="v1", target_commit="1" * 40)])
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.model_info", lambda *_, **__: there)
+    monkeypatch.setattr("huggingface_hub.list_repo_refs", lambda *_, **__: tags)
+    monkeypatch.setattr("locatvit_hf.hub.repository.verify_repository", lambda built: 0.0)
+    run = CliRunner().invoke(app, ["push", str(folder), "tester/tiny", "--dry-run", *options])
+    assert "added" in run.stdout and "Nothing was uploaded." in run.stdout
+    assert run.exit_code == (message is not None)
+    assert run.stderr.splitlines()[-1].startswith(message) if message else "refused" not in run.stderr
 
 
 def test_changes_are_told_apart_by_content_and_strangers_files_stay(tmp_path: Path) -> None:
