@@ -323,9 +323,9 @@ class TestBackbone:
 class TestCompilers:
     def test_one_graph_in_training_and_inference(self, architecture):
         torch.compiler.reset()  # other architectures were compiled from the same functions
-        model = build(architecture)
+        model = build(architecture).double()
         twin = copy.deepcopy(model)
-        pixel_values, labels = torch.randn(2, 3, 64, 40), torch.tensor([0, 4])
+        pixel_values, labels = torch.randn(2, 3, 64, 40, dtype=torch.float64), torch.tensor([0, 4])
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
             torch.testing.assert_close(compiled(pixel_values).logits, twin(pixel_values).logits)
@@ -334,7 +334,7 @@ class TestCompilers:
         twin(pixel_values, labels=labels).loss.backward()
         for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
             if parameter.requires_grad:
-                torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(parameter.grad, expected.grad)
 
     def test_one_exported_graph_serves_every_size(self, architecture):
         model = build(architecture)
@@ -342,7 +342,7 @@ class TestCompilers:
             # How often a window fits is part of the graph: torch guards the size, so there is one graph a size.
             pixel_values = torch.randn(2, 3, 40, 56)
             program = torch.export.export(model, (pixel_values,), strict=False)
-            torch.testing.assert_close(program.module()(pixel_values).logits, model(pixel_values).logits)
+            assert_same_but_for_rounding(program.module()(pixel_values).logits, model(pixel_values).logits)
             return
         dynamic = torch.export.Dim.DYNAMIC
         with torch.no_grad():
@@ -355,7 +355,7 @@ class TestCompilers:
             # PaCa-ViT merges patches to 32 pixels; torch.export specialises a side of one patch.
             for size in [(40, 56), (64, 64), (48, 40), (128, 128), (33, 70)]:
                 pixel_values = torch.randn(2, 3, *size)
-                torch.testing.assert_close(program.module()(pixel_values).logits, model(pixel_values).logits)
+                assert_same_but_for_rounding(program.module()(pixel_values).logits, model(pixel_values).logits)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_is_finite(self, architecture, dtype):
@@ -369,8 +369,8 @@ class TestCompilers:
 
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_gradient_checkpointing_changes_nothing(self, architecture, use_reentrant):
-        model = build(architecture).train()
-        pixel_values, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 4])
+        model = build(architecture).double().train()
+        pixel_values, labels = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 4])
         model(pixel_values, labels=labels).loss.backward()
         expected = [parameter.grad for parameter in model.parameters()]
         model.zero_grad()
