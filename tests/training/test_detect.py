@@ -20,6 +20,7 @@ from transformers import AutoBackbone, AutoModel
 
 from locatvit_hf.hub.card import read_card
 from locatvit_hf.hub.push import assemble
+from tests.tolerances import assert_same_but_for_rounding
 from tests.training.programs import ROOT, run, start
 from tests.training.programs import train as launch
 from training.arguments import build_arguments, load_recipe
@@ -154,6 +155,14 @@ def settings(coco) -> dict:
     }
 
 
+def assert_same_objects(found: dict, expected: dict) -> None:
+    """The same objects; a pixel at the edge of a mask may fall on either side of it."""
+    assert found["labels"].equal(expected["labels"])
+    for name in ("boxes", "scores"):
+        assert_same_but_for_rounding(found[name], expected[name])
+    assert (found["masks"] == expected["masks"]).float().mean() > 0.999
+
+
 def train(settings: dict, output) -> dict:
     return detect(build_arguments(DetectArguments, {**settings, "output_dir": str(output)}))
 
@@ -187,7 +196,7 @@ def test_training_leaves_a_detector_and_its_encoder(trained, coco, tmp_path):
     published.mkdir()
     assemble(output / "model", published, "tester/detector")
     again = load_detector(published).detect(Image.open(coco / "val" / "0000.png"))
-    assert torch.equal(again["boxes"], found["boxes"])
+    assert_same_objects(again, found)
     (average_precision,) = [result for result in read_card(published).results if result.metric == "segm_ap"]
     assert average_precision.value == pytest.approx(stored["metrics"]["segm_ap"])
 
@@ -199,8 +208,9 @@ def test_a_saved_detector_answers_the_same(settings, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
     expected, observed = detector.detect(image), reloaded.detect(image)
     assert len(expected["boxes"]) == 10
-    for name in ("boxes", "labels", "scores", "masks"):
-        assert torch.equal(expected[name], observed[name])
+    assert_same_objects(observed, expected)
+    weights = detector.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in reloaded.state_dict().items())
     with pytest.raises(ValueError, match="holds no detector"):
         load_detector(tmp_path)
 
@@ -334,13 +344,7 @@ def test_a_detector_without_the_option_keeps_its_function(tmp_path):
     with torch.no_grad():
         (expected,), (found,) = theirs.eval()([image]), loaded([image])
     assert len(found["boxes"]) == 10
-    for name, value in (
-        ("boxes", expected["boxes"]),
-        ("scores", expected["scores"]),
-        ("labels", expected["labels"] - 1),
-    ):
-        torch.testing.assert_close(found[name], value)
-    assert torch.equal(found["masks"], expected["masks"][:, 0] > 0.5)
+    assert_same_objects(found, {**expected, "labels": expected["labels"] - 1, "masks": expected["masks"][:, 0] > 0.5})
     with torch.no_grad():
         (other,) = small_detector(score_threshold=0.0, max_detections=10).eval()([image])
     assert not torch.allclose(other["scores"], found["scores"], atol=1e-4)  # the default reads elsewhere

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 
-from tests.training.conftest import SMALL_MODEL
+from tests.tolerances import rounding
+from tests.training.conftest import PLAIN_DESCENT, SMALL_MODEL
 from tests.training.programs import ROOT, run, start
 from tests.training.programs import train as launch
 from training.arguments import build_arguments, load_recipe
@@ -37,6 +38,8 @@ from training.self_distillation import (
 
 RECIPES = ROOT / "training" / "recipes" / "dino"
 SMALL_HEAD = {"num_prototypes": 24, "head_hidden_size": 16, "head_bottleneck_size": 8}
+# Of losses that add up in another order: an answer is a sum of 8 products, divided by the teacher's first temperature.
+TOLERANCE = rounding(8, 1 / 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -140,14 +143,14 @@ def test_a_checkpoint_continues_bit_identically(settings, trained, tmp_path):
 
 def test_accumulation_changes_nothing(settings, tmp_path):
     """The centre, too, belongs to the batch of an update, however it is cut."""
-    plain = {"model": SMALL_MODEL, "length": "5 steps"}
+    plain = {"model": SMALL_MODEL, **PLAIN_DESCENT, "length": "5 steps"}
     results = [
         train({**settings, **plain, "gradient_accumulation_steps": steps}, tmp_path / str(steps)) for steps in (1, 4)
     ]
     losses = [[point["loss"] for point in result["train_curve"]] for result in results]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[1], abs=TOLERANCE)
     for name in ("teacher_entropy", "feature_variance"):
-        assert results[0]["metrics"][name] == pytest.approx(results[1]["metrics"][name], abs=1e-5)
+        assert results[0]["metrics"][name] == pytest.approx(results[1]["metrics"][name], abs=TOLERANCE)
 
 
 def test_the_last_layer_is_frozen_at_first(settings, tmp_path):
@@ -364,10 +367,10 @@ def test_two_processes_learn_what_one_does(settings, tmp_path):
     """The centre and what is watched are those of the whole batch."""
     results = []
     for number in (1, 2):
-        changes = {"model": SMALL_MODEL, "output_dir": str(tmp_path / str(number))}
+        changes = {"model": SMALL_MODEL, **PLAIN_DESCENT, "output_dir": str(tmp_path / str(number))}
         assert launch({**settings, **changes}, number, program="dino").wait() == [0] * number
         results.append(json.loads((tmp_path / str(number) / "all_results.json").read_text()))
     assert [result["num_processes"] for result in results] == [1, 2]
     losses = [[point["loss"] for point in result["train_curve"]] for result in results]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[1], abs=TOLERANCE)
+    assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], abs=TOLERANCE)

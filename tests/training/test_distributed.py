@@ -16,7 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 
-from tests.training.conftest import SMALL_MODEL
+from tests.training.conftest import PLAIN_DESCENT, SMALL_MODEL
 from tests.training.programs import ROOT, spoil_third_step_of_second_process, train
 from training.checkpointing import list_checkpoints
 from training.processes import create_processes
@@ -30,6 +30,7 @@ def settings(squares) -> dict:
     return {
         "dataset": str(squares),
         "model": SMALL_MODEL,
+        **PLAIN_DESCENT,
         "length": "8 steps",
         "warmup": "2 steps",
         "batch_size": 32,

@@ -16,6 +16,7 @@ from locatvit_hf import (
     PaCaViTForSemanticSegmentation,
 )
 from locatvit_hf.segmentation import InferenceArguments, compute_logits, segment_image
+from tests.tolerances import assert_same_but_for_rounding, assert_same_labels
 from training.augmentation import LabelArguments, LabelReader
 from training.inference import SegmentationCollator, evaluate
 
@@ -71,14 +72,14 @@ def scores(segmenter, image: Image.Image, size: dict = SIZE) -> torch.Tensor:
 def test_whole_image_is_what_the_pipeline_gives(segmenter):
     image = picture(43, 31)
     found = segment_image(*segmenter, image)
-    assert torch.equal(found, scores(segmenter, image).argmax(dim=0))
+    assert_same_labels(found, scores(segmenter, image).argmax(dim=0))
     assert found.shape == (31, 43) and len(found.unique()) > 1
 
 
 def test_a_window_that_covers_the_image_changes_nothing(segmenter):
     image = picture(43, 31)
     sliding = InferenceArguments(inference="sliding", window_size=96, window_stride=32)
-    assert torch.equal(segment_image(*segmenter, image, sliding), segment_image(*segmenter, image))
+    assert_same_labels(segment_image(*segmenter, image, sliding), segment_image(*segmenter, image))
 
 
 def test_windows_average_their_logits():
@@ -97,9 +98,9 @@ def test_windows_average_their_logits():
     assert count.min() >= 1 and count.max() > 1
     sliding = InferenceArguments(inference="sliding", window_size=window, window_stride=10)
     with torch.no_grad():
-        torch.testing.assert_close(compute_logits(model, processor, pixels, sliding), total / count)
+        assert_same_but_for_rounding(compute_logits(model, processor, pixels, sliding), total / count)
     found = segment_image(*segmenter, image, sliding)
-    assert torch.equal(found, F.interpolate(total / count, (28, 60), mode="bilinear")[0].argmax(dim=0))
+    assert_same_labels(found, F.interpolate(total / count, (28, 60), mode="bilinear")[0].argmax(dim=0))
     assert not torch.equal(found, segment_image(*segmenter, image))
 
 
@@ -149,7 +150,8 @@ def test_metrics_do_not_depend_on_the_batch(segmenter):
     results = []
     for batches in ([rows], [[row] for row in rows]):
         results.append(evaluate(model, processor, [collate(batch) for batch in batches], Accelerator(), arguments))
-    assert results[0]["mean_iou"] == pytest.approx(results[1]["mean_iou"], abs=2e-3)  # rounding of batched products
+    # Rounding decides where two classes tie.
+    assert results[0]["mean_iou"] == pytest.approx(results[1]["mean_iou"], abs=2e-3)
     assert list(results[0]["per_category_iou"]) == [f"LABEL_{index}" for index in range(5)]
 
     right = counted = 0
@@ -157,7 +159,7 @@ def test_metrics_do_not_depend_on_the_batch(segmenter):
         labels = torch.from_numpy(np.array(label_map).astype(np.int64))
         found = scores(segmenter, image).argmax(dim=0)
         right, counted = right + (found == labels).sum().item(), counted + (labels != 255).sum().item()
-    assert results[1]["overall_accuracy"] == pytest.approx(right / counted, abs=1e-9)
+    assert results[1]["overall_accuracy"] == pytest.approx(right / counted, abs=2e-3)
 
 
 @pytest.mark.parametrize(
