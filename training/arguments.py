@@ -388,7 +388,7 @@ def _parse_command_line(argv: list[str], cls: type) -> dict[str, Any]:
         for parent in parents:
             target = target.setdefault(parent, {})
         option = others.get(name, name)
-        annotation = hints[option] if not parents and option in fields else Any
+        annotation = hints[option] if not parents and option in fields else str if name == "config" else Any
         target[name] = value if value is True else _read_word(value, annotation)
     return given
 

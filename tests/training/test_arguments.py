@@ -92,6 +92,9 @@ def test_options_of_text_are_taken_as_typed(word):
         assert getattr(parse_arguments(program, [f"--{option}={word}"]), option) == word
     assert parse_arguments(PretrainArguments, ["--train_split", word]).train_split == word
     assert parse_arguments(FinetuneArguments, ["--model_name_or_path", word]).pretrained == word
+    with pytest.raises(ValueError, match="Cannot read the recipe") as caught:
+        parse_arguments(PretrainArguments, ["--config", word])
+    assert f"recipe {word}: " in str(caught.value)
     assert parse_arguments(FinetuneArguments, ["--unfreeze", word]).unfreeze == ["x" if word == "[x]" else word]
 
 
