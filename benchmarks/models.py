@@ -21,8 +21,8 @@ from locatvit_hf import (
     PaCaViTConfig,
     PaCaViTForImageClassification,
 )
-from locatvit_hf.attention_locat import ALL_ATTENTION_FUNCTIONS
 from locatvit_hf.locat import Gaussian
+from locatvit_hf.modeling_locatvit import ALL_ATTENTION_FUNCTIONS
 
 REFERENCE = "timm-vit"  # every time is divided by that of timm's plain ViT
 ATTENTION_REFERENCE = "plain"  # and of attention alone, by that of SDPA without any bias

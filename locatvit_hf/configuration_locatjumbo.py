@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Configuration of the `locatjumbo` models: the Jumbo ViT, plain or with LocAt."""
 
 from transformers.utils.versions import require_version
@@ -7,7 +8,7 @@ require_version("transformers>=5.14", "Older versions cannot add the Gaussian to
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
-from .layers_locat import FamilyConfigMixin  # noqa: E402
+from .configuration_utils_locat import FamilyConfigMixin  # noqa: E402
 
 PRESETS = {
     "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3},
@@ -50,7 +51,7 @@ class LocAtJumboConfig(FamilyConfigMixin, PreTrainedConfig):
             all channels, or one each.
         semantic_loss_ignore_index: label of pixels without a class.
         segmentation_hidden_size: channels of the segmentation head.
-        apply_layernorm: whether the backbone normalises its feature maps with the final norm of the patches. The plain
+        apply_layernorm: whether the backbone normalizes its feature maps with the final norm of the patches. The plain
             Jumbo has none.
         reshape_hidden_states: whether backbone maps are (batch, channels, height, width), or (batch, tokens, channels)
             with the jumbo tokens first.
@@ -100,7 +101,7 @@ class LocAtJumboConfig(FamilyConfigMixin, PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.jumbo_intermediate_size is None:
             self.jumbo_intermediate_size = 4 * self.jumbo_hidden_size
-        self.name_stages(kwargs)
+        self.set_stage_names(kwargs)
         super().__post_init__(**kwargs)
 
     @property

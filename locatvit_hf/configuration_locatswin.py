@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Configuration of the `locatswin` models: Swin, plain or with LocAt."""
 
 from transformers.utils.versions import require_version
@@ -7,7 +8,7 @@ require_version("transformers>=5.14", "Older versions cannot add the Gaussian to
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
-from .layers_locat import FamilyConfigMixin, pair  # noqa: E402
+from .configuration_utils_locat import FamilyConfigMixin, pair  # noqa: E402
 
 PRESETS = {
     "tiny": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
@@ -43,7 +44,7 @@ class LocAtSwinConfig(FamilyConfigMixin, PreTrainedConfig):
             all channels, or one each.
         semantic_loss_ignore_index: label of pixels without a class.
         segmentation_hidden_size: channels of the segmentation head.
-        apply_layernorm: whether the backbone normalises each feature map with a LayerNorm of its own, as Swin does for
+        apply_layernorm: whether the backbone normalizes each feature map with a LayerNorm of its own, as Swin does for
             dense prediction. Those are new parameters; without them maps are as the stages leave them.
         reshape_hidden_states: whether backbone maps are (batch, channels, height, width), or (batch, patches,
             channels).
@@ -83,7 +84,7 @@ class LocAtSwinConfig(FamilyConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self.name_stages(kwargs)
+        self.set_stage_names(kwargs)
         super().__post_init__(**kwargs)
 
     @property

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Configuration of the `locatvit` models: ViT, RegViT and RoPE-ViT, each plain or with LocAt."""
 
 from transformers.utils.versions import require_version
@@ -7,7 +8,7 @@ require_version("transformers>=5.14", "Older versions cannot add the Gaussian to
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
-from .layers_locat import FamilyConfigMixin  # noqa: E402
+from .configuration_utils_locat import FamilyConfigMixin  # noqa: E402
 
 PRESETS = {
     "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3},
@@ -55,7 +56,7 @@ class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
             for all channels, or one each.
         semantic_loss_ignore_index: label of pixels without a class.
         segmentation_hidden_size: channels of the segmentation head.
-        apply_layernorm: whether the backbone normalises its feature maps with the final norm.
+        apply_layernorm: whether the backbone normalizes its feature maps with the final norm.
         reshape_hidden_states: whether backbone maps are (batch, channels, height, width), or (batch, tokens, channels)
             with the class token first.
         feature_pyramid: whether the backbone brings four maps to strides of a quarter, half, once and twice the patch.
@@ -105,7 +106,7 @@ class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        self.name_stages(kwargs)
+        self.set_stage_names(kwargs)
         super().__post_init__(**kwargs)
 
     @property

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Configuration of the `pacavit` models: PaCa-ViT, whose patches attend to learned clusters of patches."""
 
 from transformers.utils.versions import require_version
@@ -7,7 +8,7 @@ require_version("transformers>=5.14", "Older versions lack the attention interfa
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
-from .layers_locat import FamilyConfigMixin  # noqa: E402
+from .configuration_utils_locat import FamilyConfigMixin  # noqa: E402
 
 TINY = {"hidden_sizes": [96, 192, 320, 384], "depths": [2, 2, 4, 2]}
 SMALL = {"hidden_sizes": [96, 192, 320, 384], "depths": [3, 3, 10, 3]}
@@ -105,7 +106,7 @@ class PaCaViTConfig(FamilyConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for name in ("hidden_sizes", "depths", "num_attention_heads", "num_clusters", "teacher_depths"):
             setattr(self, name, list(getattr(self, name)))  # a tuple would come back from JSON as another value
-        self.name_stages(kwargs)
+        self.set_stage_names(kwargs)
         super().__post_init__(**kwargs)
 
     @property

@@ -1,4 +1,5 @@
-"""One image processor for all families: classification crops the centre, segmentation keeps every pixel in place."""
+# SPDX-License-Identifier: MIT
+"""One image processor for all families: classification crops the center, segmentation keeps every pixel in place."""
 
 import base64
 import io
@@ -22,6 +23,8 @@ from transformers.image_utils import (
     get_image_type,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
+
+from .configuration_utils_locat import channel_values, pair
 
 IGNORE_INDEX = 255
 # In widths of the crop: of longer sides only the middle is resized, so many widths of it.
@@ -87,7 +90,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
     def from_model_config(cls, config, segmentation: bool = False, **kwargs) -> "LocAtViTImageProcessor":
         """The processor of a model's configuration: its mean, std, crop and patch size.
 
-        segmentation: keep every pixel and resize to multiples of the patch, instead of cropping the centre.
+        segmentation: keep every pixel and resize to multiples of the patch, instead of cropping the center.
         """
         height, width = pair(config.image_size)
         arguments = {
@@ -357,19 +360,6 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         return placed
 
 
-def channel_values(values: float | list[float] | tuple[float, ...], num_channels: int) -> list[float]:
-    """A mean or std for every channel, from one number, from equal ones, or for grey images from those of a colour."""
-    values = [values] if isinstance(values, float | int) else list(values)
-    if len(set(values)) == 1:
-        return values[:1] * num_channels
-    return [sum(values) / len(values)] if num_channels == 1 and values else values
-
-
-def pair(size) -> tuple[int, int]:
-    """(height, width) of a size given as one number or as two."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 def _with_channel_axis(image):
     """A grey array or tensor (height, width) as (1, height, width); anything else as it is."""
     return image[None] if getattr(image, "ndim", None) == 2 else image
@@ -459,4 +449,4 @@ def _check_floats(images: list[torch.Tensor], do_rescale: bool) -> None:
                 )
 
 
-__all__ = ["LocAtViTImageProcessor", "channel_values", "pair", "pil_to_rgb"]
+__all__ = ["LocAtViTImageProcessor", "pil_to_rgb"]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The two ideas of LocAt (Locality-Attending Vision Transformer, ICLR 2026): the Gaussian and the refinement.
 
 Words used throughout: `grid` is (height, width) in patches; `native grid` is the grid of the size a model was built
@@ -23,10 +24,10 @@ LOWEST_EXPONENT = -40.0
 
 
 class Gaussian(NamedTuple):
-    """One Gaussian bonus a query patch, before it is written out as an attention bias.
+    """The Gaussians of all query patches, before they are materialized as an attention bias.
 
     inverse_variance: (batch, heads, patches, 2), 1 / (V + epsilon) along rows and columns, in 1 / patches squared.
-    amplitude: (batch, heads, patches), the strength of the bonus, above zero.
+    amplitude: (batch, heads, patches), the height of each Gaussian, above zero.
     grid: (height, width) of the patches, row-major.
     num_prefix_tokens: tokens before the patches; their rows and columns of the bias are zero.
     distance_cap: largest squared distance along one axis, in patches squared.

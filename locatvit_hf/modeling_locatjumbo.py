@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The `locatjumbo` models: the Jumbo ViT, plain or with LocAt."""
 
 import math
@@ -5,27 +6,24 @@ import math
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.backbone_utils import filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_locat import ALL_ATTENTION_FUNCTIONS, additive_attention_mask, eager_attention_forward
+from .attention_locat import LocAtAttentionInterface, additive_attention_mask, eager_attention_forward
+from .blockwise_locat import blockwise_attention_forward
 from .configuration_locatjumbo import LocAtJumboConfig
 from .layers_locat import (
     MLP,
     DropPath,
-    FamilyPreTrainedModel,
-    FeatureMapsMixin,
     FeaturePyramid,
-    ImageClassificationMixin,
     LayerScale,
     MultiHeadProjections,
     ProbeHead,
-    ProbeSegmentationMixin,
-    TokenMaskMixin,
     check_pixel_values,
     drop_path_rates,
     pad_to_multiple,
@@ -33,7 +31,19 @@ from .layers_locat import (
     patch_grid,
     resample_position_embeddings,
 )
-from .locat import refine
+from .locat import LocAtGaussian, refine
+from .modeling_utils_locat import (
+    BackboneForwardMixin,
+    FamilyPreTrainedModel,
+    FreezableBackboneMixin,
+    classification_loss,
+    optional_outputs,
+    segmentation_loss,
+)
+from .triton_locat import fused_attention_forward
+
+# 'eager' and 'flex_attention' are those of every family; on CPU 'sdpa' works a block of logits at a time.
+ALL_ATTENTION_FUNCTIONS = LocAtAttentionInterface(sdpa=blockwise_attention_forward, locat_fused=fused_attention_forward)
 
 
 class LocAtJumboEmbeddings(nn.Module):
@@ -59,7 +69,7 @@ class LocAtJumboEmbeddings(nn.Module):
 
 
 class LocAtJumboAttention(MultiHeadProjections):
-    """Multi-head self-attention; with `use_gaussian` the logits get a bonus around each query patch."""
+    """Multi-head self-attention; with `use_gaussian` the logits get a bias around each query patch."""
 
     def __init__(self, config: LocAtJumboConfig):
         super().__init__(
@@ -67,10 +77,11 @@ class LocAtJumboAttention(MultiHeadProjections):
             config.num_attention_heads,
             config.qkv_bias,
             config.attention_probs_dropout_prob,
-            gaussian_grid=config.native_grid if config.use_gaussian else None,
-            coarse_training=config.coarse_training,
         )
         self.config = config
+        self.gaussian = None
+        if config.use_gaussian:
+            self.gaussian = LocAtGaussian(self.head_dim, config.native_grid, config.coarse_training)
 
     def forward(
         self,
@@ -141,7 +152,7 @@ class LocAtJumboPreTrainedModel(FamilyPreTrainedModel):
     base_model_prefix = "locatjumbo"
     _no_split_modules = ["LocAtJumboEmbeddings", "LocAtJumboLayer"]
     _can_record_outputs = {"hidden_states": LocAtJumboLayer, "attentions": LocAtJumboAttention}
-    _undecayed = ("embeddings.jumbo_tokens", "embeddings.position_embeddings")
+    _no_weight_decay_suffixes = ("embeddings.jumbo_tokens", "embeddings.position_embeddings")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -223,6 +234,11 @@ class LocAtJumboModel(LocAtJumboPreTrainedModel):
             tokens = refine(tokens, self.config.num_attention_heads, mask, num_queries=num_jumbo)
         return tokens[:, :num_jumbo].flatten(1)
 
+    def feature_map(self, hidden_states: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """A layer's (batch, tokens, channels) of these images, as (batch, channels, grid height, grid width)."""
+        grid = patch_grid(pixel_values, self.config.patch_shape)
+        return patch_feature_map(hidden_states, grid, self.config.num_jumbo_tokens)
+
     def freeze_unread(self, *, patches: bool = False, jumbo_token: bool = False) -> None:
         """Freezes what only changes the patches, or the jumbo token, after the last attention.
 
@@ -237,8 +253,10 @@ class LocAtJumboModel(LocAtJumboPreTrainedModel):
             module.requires_grad_(False)
 
 
-class LocAtJumboForImageClassification(TokenMaskMixin, ImageClassificationMixin, LocAtJumboPreTrainedModel):
+class LocAtJumboForImageClassification(LocAtJumboPreTrainedModel):
     """The encoder and a linear classifier on its pooled output."""
+
+    _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: LocAtJumboConfig):
         super().__init__(config)
@@ -250,9 +268,34 @@ class LocAtJumboForImageClassification(TokenMaskMixin, ImageClassificationMixin,
             self.classifier = LocAtJumboClassifier(config.jumbo_hidden_size, config.num_labels)
         self.post_init()
 
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """Class scores of images.
 
-class LocAtJumboForSemanticSegmentation(TokenMaskMixin, ProbeSegmentationMixin, LocAtJumboPreTrainedModel):
+        Args:
+            pixel_values, attention_mask: as in `LocAtJumboModel`.
+            labels: (batch,) class ids, or (batch, classes) soft labels; `config.problem_type` may say otherwise.
+
+        Returns:
+            `loss` where there are labels, `logits` (batch, classes), and what else the encoder was asked for.
+        """
+        outputs = self.locatjumbo(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = classification_loss(logits, labels, self.config) if labels is not None else None
+        return ImageClassifierOutput(loss=loss, logits=logits, **optional_outputs(outputs))
+
+
+class LocAtJumboForSemanticSegmentation(FreezableBackboneMixin, LocAtJumboPreTrainedModel):
     """The encoder and the paper's probe on the last layer's patches, before the final norm and without refinement."""
+
+    _auto_class = "AutoModelForSemanticSegmentation"
+    _segments_images = True
 
     def __init__(self, config: LocAtJumboConfig):
         super().__init__(config)
@@ -263,11 +306,38 @@ class LocAtJumboForSemanticSegmentation(TokenMaskMixin, ProbeSegmentationMixin, 
         self.segmentation_head = ProbeHead(config.hidden_size, config.segmentation_hidden_size, config.num_labels)
         self.post_init()
 
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SemanticSegmenterOutput:
+        """Class scores of each cell of the last map.
 
-class LocAtJumboBackbone(FeatureMapsMixin, LocAtJumboPreTrainedModel):
+        Args:
+            pixel_values, attention_mask: as in `LocAtJumboModel`.
+            labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left
+                out.
+
+        Returns:
+            `loss` where there are labels, and `logits` (batch, classes, grid height, grid width), whose cells are
+            `config.output_stride` pixels of the padded image; the processor's `post_process_semantic_segmentation`
+            cuts the padding off.
+        """
+        kwargs["output_hidden_states"] = True
+        outputs = self.locatjumbo(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
+        logits = self.segmentation_head(self.locatjumbo.feature_map(outputs.hidden_states[-1], pixel_values))
+        loss = None
+        if labels is not None:
+            loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config)
+        return SemanticSegmenterOutput(loss=loss, logits=logits, **optional_outputs(outputs))
+
+
+class LocAtJumboBackbone(BackboneForwardMixin, LocAtJumboPreTrainedModel):
     """Feature maps of chosen layers for the dense-prediction frameworks of transformers."""
-
-    _auto_class = "AutoBackbone"
 
     def __init__(self, config: LocAtJumboConfig):
         super().__init__(config)
@@ -280,7 +350,7 @@ class LocAtJumboBackbone(FeatureMapsMixin, LocAtJumboPreTrainedModel):
             self.locatjumbo.patch_layernorm.requires_grad_(False)
         self.post_init()
 
-    def feature_map(self, hidden_states: torch.Tensor, stage: str, grid: tuple[int, int]) -> torch.Tensor:
+    def feature_map(self, hidden_states: torch.Tensor, stage: str, pixel_values: torch.Tensor) -> torch.Tensor:
         """A layer's tokens as (batch, hidden_size, grid height, grid width).
 
         With `reshape_hidden_states=False` they are (batch, jumbo tokens + patches, hidden_size), the former without
@@ -290,9 +360,10 @@ class LocAtJumboBackbone(FeatureMapsMixin, LocAtJumboPreTrainedModel):
         jumbo, patches = hidden_states[:, :num_jumbo], hidden_states[:, num_jumbo:]
         if self.config.apply_layernorm:
             patches = self.locatjumbo.patch_layernorm(patches)
+        hidden_states = torch.cat([jumbo, patches], dim=1)
         if self.config.reshape_hidden_states:
-            return patch_feature_map(patches, grid)
-        return torch.cat([jumbo, patches], dim=1)
+            return self.locatjumbo.feature_map(hidden_states, pixel_values)
+        return hidden_states
 
 
 __all__ = [

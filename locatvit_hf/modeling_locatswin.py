@@ -1,37 +1,45 @@
+# SPDX-License-Identifier: MIT
 """The `locatswin` models: Swin, plain or with LocAt inside each window."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.backbone_utils import filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, is_tracing
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_locat import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from .attention_locat import LocAtAttentionInterface, eager_attention_forward
 from .configuration_locatswin import LocAtSwinConfig
 from .layers_locat import (
     MLP,
     DropPath,
-    FamilyPreTrainedModel,
-    FeatureMapsMixin,
-    ImageClassificationMixin,
     MultiHeadProjections,
     ProbeHead,
-    ProbeSegmentationMixin,
     check_pixel_values,
     drop_path_rates,
     pad_to_multiple,
     patch_feature_map,
     patch_grid,
 )
-from .locat import refine
+from .locat import LocAtGaussian, refine
+from .modeling_utils_locat import (
+    BackboneForwardMixin,
+    FamilyPreTrainedModel,
+    FreezableBackboneMixin,
+    classification_loss,
+    optional_outputs,
+    segmentation_loss,
+)
 
-# What the reference adds to the logits of two patches that the shift brought together: finite, and never forgiven.
-APART = -100.0
+# Every window has a position bias and many a shift mask, so no kernel without masks is of use.
+ALL_ATTENTION_FUNCTIONS = LocAtAttentionInterface()
+# What the reference adds to the logits of two patches that the shift brought together: finite, as everything there is.
+SHIFT_MASK_VALUE = -100.0
 
 
 def relative_position_index(window: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -63,7 +71,7 @@ def shift_mask(
     regions = wrapped[0][:, None] * 2 + wrapped[1][None, :]
     regions = partition_windows(regions[None, :, :, None], window)[..., 0]
     apart = regions[:, None, :, None] != regions[:, None, None, :]
-    return torch.zeros_like(apart, dtype=like.dtype).masked_fill(apart, APART)
+    return torch.zeros_like(apart, dtype=like.dtype).masked_fill(apart, SHIFT_MASK_VALUE)
 
 
 def partition_windows(feature_map: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
@@ -132,7 +140,7 @@ class LocAtSwinPatchMerging(nn.Module):
 
 
 class LocAtSwinAttention(MultiHeadProjections):
-    """Self-attention inside windows; with `use_gaussian` the logits get a bonus around each query patch."""
+    """Self-attention inside windows; with `use_gaussian` the logits get a bias around each query patch."""
 
     def __init__(self, config: LocAtSwinConfig, stage: int):
         window, _ = config.windows[stage]
@@ -141,10 +149,10 @@ class LocAtSwinAttention(MultiHeadProjections):
             config.num_heads[stage],
             config.qkv_bias,
             config.attention_probs_dropout_prob,
-            gaussian_grid=window if config.use_gaussian else None,
         )
         self.config = config
         self.window = window
+        self.gaussian = LocAtGaussian(self.head_dim, window) if config.use_gaussian else None
         num_offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, config.num_heads[stage]))
 
@@ -260,7 +268,7 @@ class LocAtSwinPreTrainedModel(FamilyPreTrainedModel):
     base_model_prefix = "locatswin"
     _no_split_modules = ["LocAtSwinEmbeddings", "LocAtSwinLayer"]
     _can_record_outputs = {"hidden_states": LocAtSwinStage, "attentions": LocAtSwinAttention}
-    _undecayed = ("relative_position_bias_table",)
+    _no_weight_decay_suffixes = ("relative_position_bias_table",)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -324,9 +332,18 @@ class LocAtSwinModel(LocAtSwinPreTrainedModel):
             tokens = refine(tokens, self.config.num_heads[-1])
         return tokens.mean(dim=1)
 
+    def feature_map(self, hidden_states: torch.Tensor, pixel_values: torch.Tensor, stage: int = -1) -> torch.Tensor:
+        """The (batch, patches, channels) of a stage of these images, as (batch, channels, height, width)."""
+        grid = patch_grid(pixel_values, self.config.patch_shape)
+        for _ in range(stage % self.config.num_stages):
+            grid = merged_grid(grid)
+        return patch_feature_map(hidden_states, grid)
 
-class LocAtSwinForImageClassification(ImageClassificationMixin, LocAtSwinPreTrainedModel):
+
+class LocAtSwinForImageClassification(LocAtSwinPreTrainedModel):
     """The encoder and a linear classifier on its pooled output."""
+
+    _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: LocAtSwinConfig):
         super().__init__(config)
@@ -335,9 +352,33 @@ class LocAtSwinForImageClassification(ImageClassificationMixin, LocAtSwinPreTrai
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """Class scores of images.
 
-class LocAtSwinForSemanticSegmentation(ProbeSegmentationMixin, LocAtSwinPreTrainedModel):
+        Args:
+            pixel_values: as in `LocAtSwinModel`.
+            labels: (batch,) class ids, or (batch, classes) soft labels; `config.problem_type` may say otherwise.
+
+        Returns:
+            `loss` where there are labels, `logits` (batch, classes), and what else the encoder was asked for.
+        """
+        outputs = self.locatswin(pixel_values, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = classification_loss(logits, labels, self.config) if labels is not None else None
+        return ImageClassifierOutput(loss=loss, logits=logits, **optional_outputs(outputs))
+
+
+class LocAtSwinForSemanticSegmentation(FreezableBackboneMixin, LocAtSwinPreTrainedModel):
     """The encoder and the paper's probe on the last stage's map, before the final norm and without refinement."""
+
+    _auto_class = "AutoModelForSemanticSegmentation"
+    _segments_images = True
 
     def __init__(self, config: LocAtSwinConfig):
         super().__init__(config)
@@ -347,11 +388,37 @@ class LocAtSwinForSemanticSegmentation(ProbeSegmentationMixin, LocAtSwinPreTrain
         self.segmentation_head = ProbeHead(config.hidden_size, config.segmentation_hidden_size, config.num_labels)
         self.post_init()
 
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SemanticSegmenterOutput:
+        """Class scores of each cell of the last map.
 
-class LocAtSwinBackbone(FeatureMapsMixin, LocAtSwinPreTrainedModel):
+        Args:
+            pixel_values: as in `LocAtSwinModel`.
+            labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left
+                out.
+
+        Returns:
+            `loss` where there are labels, and `logits` (batch, classes, grid height, grid width), whose cells are
+            `config.output_stride` pixels of the padded image; the processor's `post_process_semantic_segmentation`
+            cuts the padding off.
+        """
+        kwargs["output_hidden_states"] = True
+        outputs = self.locatswin(pixel_values, return_dict=True, **kwargs)
+        logits = self.segmentation_head(self.locatswin.feature_map(outputs.hidden_states[-1], pixel_values))
+        loss = None
+        if labels is not None:
+            loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config)
+        return SemanticSegmenterOutput(loss=loss, logits=logits, **optional_outputs(outputs))
+
+
+class LocAtSwinBackbone(BackboneForwardMixin, LocAtSwinPreTrainedModel):
     """Feature maps of chosen stages for the dense-prediction frameworks of transformers, each with its own norm."""
-
-    _auto_class = "AutoBackbone"
 
     def __init__(self, config: LocAtSwinConfig):
         super().__init__(config)
@@ -364,7 +431,7 @@ class LocAtSwinBackbone(FeatureMapsMixin, LocAtSwinPreTrainedModel):
                 self.norms[stage] = nn.LayerNorm(channels, eps=config.layer_norm_eps)
         self.post_init()
 
-    def feature_map(self, hidden_states: torch.Tensor, stage: str, grid: tuple[int, int]) -> torch.Tensor:
+    def feature_map(self, hidden_states: torch.Tensor, stage: str, pixel_values: torch.Tensor) -> torch.Tensor:
         """A stage's patches as (batch, channels, height, width) of its own grid.
 
         With `reshape_hidden_states=False` they are (batch, patches, channels).
@@ -373,9 +440,7 @@ class LocAtSwinBackbone(FeatureMapsMixin, LocAtSwinPreTrainedModel):
             hidden_states = self.norms[stage](hidden_states)
         if not self.config.reshape_hidden_states:
             return hidden_states
-        for _ in range(self.stage_names.index(stage) - 1):
-            grid = merged_grid(grid)
-        return patch_feature_map(hidden_states, grid)
+        return self.locatswin.feature_map(hidden_states, pixel_values, max(self.stage_names.index(stage) - 1, 0))
 
 
 __all__ = [

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The `locatvit` models: ViT, RegViT and RoPE-ViT, each plain or with LocAt."""
 
 import math
@@ -5,27 +6,25 @@ import math
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.backbone_utils import filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_locat import ALL_ATTENTION_FUNCTIONS, additive_attention_mask, eager_attention_forward
+from .attention_locat import LocAtAttentionInterface, additive_attention_mask, eager_attention_forward
+from .blockwise_locat import blockwise_attention_forward
 from .configuration_locatvit import LocAtViTConfig
 from .layers_locat import (
     MLP,
     DropPath,
-    FamilyPreTrainedModel,
-    FeatureMapsMixin,
     FeaturePyramid,
-    ImageClassificationMixin,
     LayerScale,
     MultiHeadProjections,
     ProbeHead,
-    ProbeSegmentationMixin,
-    TokenMaskMixin,
+    ScaledInitLinear,
     check_pixel_values,
     drop_path_rates,
     pad_to_multiple,
@@ -33,7 +32,19 @@ from .layers_locat import (
     patch_grid,
     resample_position_embeddings,
 )
-from .locat import refine
+from .locat import LocAtGaussian, refine
+from .modeling_utils_locat import (
+    BackboneForwardMixin,
+    FamilyPreTrainedModel,
+    FreezableBackboneMixin,
+    classification_loss,
+    optional_outputs,
+    segmentation_loss,
+)
+from .triton_locat import fused_attention_forward
+
+# 'eager' and 'flex_attention' are those of every family; on CPU 'sdpa' works a block of logits at a time.
+ALL_ATTENTION_FUNCTIONS = LocAtAttentionInterface(sdpa=blockwise_attention_forward, locat_fused=fused_attention_forward)
 
 
 class LocAtViTEmbeddings(nn.Module):
@@ -121,18 +132,20 @@ def rotate_patches(
 
 
 class LocAtViTAttention(MultiHeadProjections):
-    """Multi-head self-attention; with `use_gaussian` the logits get a bonus around each query patch."""
+    """Multi-head self-attention; with `use_gaussian` the logits get a bias around each query patch."""
 
-    def __init__(self, config: LocAtViTConfig):
+    def __init__(self, config: LocAtViTConfig, init_scale: float = 1.0):
         super().__init__(
             config.hidden_size,
             config.num_attention_heads,
             config.qkv_bias,
             config.attention_probs_dropout_prob,
-            gaussian_grid=config.native_grid if config.use_gaussian else None,
-            coarse_training=config.coarse_training,
+            init_scale,
         )
         self.config = config
+        self.gaussian = None
+        if config.use_gaussian:
+            self.gaussian = LocAtGaussian(self.head_dim, config.native_grid, config.coarse_training)
 
     def forward(
         self,
@@ -169,10 +182,13 @@ class LocAtViTLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LocAtViTConfig, index: int):
         super().__init__()
+        # RoPE-ViT shrinks what each layer first writes to the residual stream, more so in deeper layers.
+        init_scale = 1 / math.sqrt(2 * (index + 1)) if config.position_embedding_type == "rope_mixed" else 1.0
+        sizes = config.hidden_size, config.intermediate_size
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = LocAtViTAttention(config)
+        self.attention = LocAtViTAttention(config, init_scale)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.hidden_dropout_prob)
+        self.mlp = MLP(*sizes, config.hidden_act, config.hidden_dropout_prob, init_scale)
         if config.layer_scale_init_value is None:
             self.layer_scale1, self.layer_scale2 = nn.Identity(), nn.Identity()
         else:
@@ -180,9 +196,6 @@ class LocAtViTLayer(GradientCheckpointingLayer):
             self.layer_scale2 = LayerScale(config.hidden_size, config.layer_scale_init_value)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rates(config.drop_path_rate, config.num_hidden_layers)[index])
-        if config.position_embedding_type == "rope_mixed":
-            # RoPE-ViT shrinks what each layer first writes to the residual stream, more so in deeper layers.
-            self.attention.o_proj.init_scale = self.mlp.down_proj.init_scale = 1 / math.sqrt(2 * (index + 1))
 
     def forward(
         self,
@@ -205,7 +218,7 @@ class LocAtViTPreTrainedModel(FamilyPreTrainedModel):
     base_model_prefix = "locatvit"
     _no_split_modules = ["LocAtViTEmbeddings", "LocAtViTLayer"]
     _can_record_outputs = {"hidden_states": LocAtViTLayer, "attentions": LocAtViTAttention}
-    _undecayed = ("embeddings.cls_token", "embeddings.position_embeddings", "rope.frequencies")
+    _no_weight_decay_suffixes = ("embeddings.cls_token", "embeddings.position_embeddings", "rope.frequencies")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -294,22 +307,55 @@ class LocAtViTModel(LocAtViTPreTrainedModel):
             pooled = patches.mean(dim=1)
         return pooled if self.config.normalizes_tokens else self.layernorm(pooled)
 
+    def feature_map(self, hidden_states: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """A layer's (batch, tokens, channels) of these images, as (batch, channels, grid height, grid width)."""
+        grid = patch_grid(pixel_values, self.config.patch_shape)
+        return patch_feature_map(hidden_states, grid, self.config.num_prefix_tokens)
 
-class LocAtViTForImageClassification(TokenMaskMixin, ImageClassificationMixin, LocAtViTPreTrainedModel):
+
+class LocAtViTForImageClassification(LocAtViTPreTrainedModel):
     """The encoder and a linear classifier on its pooled output."""
+
+    _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: LocAtViTConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.locatvit = LocAtViTModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        if config.position_embedding_type == "rope_mixed":
-            self.classifier.init_scale = 0.001
+        self.classifier = nn.Identity()
+        if config.num_labels > 0:
+            init_scale = 0.001 if config.position_embedding_type == "rope_mixed" else 1.0
+            self.classifier = ScaledInitLinear(config.hidden_size, config.num_labels, init_scale=init_scale)
         self.post_init()
 
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """Class scores of images.
 
-class LocAtViTForSemanticSegmentation(TokenMaskMixin, ProbeSegmentationMixin, LocAtViTPreTrainedModel):
+        Args:
+            pixel_values, attention_mask: as in `LocAtViTModel`.
+            labels: (batch,) class ids, or (batch, classes) soft labels; `config.problem_type` may say otherwise.
+
+        Returns:
+            `loss` where there are labels, `logits` (batch, classes), and what else the encoder was asked for.
+        """
+        outputs = self.locatvit(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = classification_loss(logits, labels, self.config) if labels is not None else None
+        return ImageClassifierOutput(loss=loss, logits=logits, **optional_outputs(outputs))
+
+
+class LocAtViTForSemanticSegmentation(FreezableBackboneMixin, LocAtViTPreTrainedModel):
     """The encoder and the paper's probe on the last layer's patches, before the final norm and without refinement."""
+
+    _auto_class = "AutoModelForSemanticSegmentation"
+    _segments_images = True
 
     def __init__(self, config: LocAtViTConfig):
         super().__init__(config)
@@ -319,11 +365,38 @@ class LocAtViTForSemanticSegmentation(TokenMaskMixin, ProbeSegmentationMixin, Lo
         self.segmentation_head = ProbeHead(config.hidden_size, config.segmentation_hidden_size, config.num_labels)
         self.post_init()
 
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SemanticSegmenterOutput:
+        """Class scores of each cell of the last map.
 
-class LocAtViTBackbone(FeatureMapsMixin, LocAtViTPreTrainedModel):
+        Args:
+            pixel_values, attention_mask: as in `LocAtViTModel`.
+            labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left
+                out.
+
+        Returns:
+            `loss` where there are labels, and `logits` (batch, classes, grid height, grid width), whose cells are
+            `config.output_stride` pixels of the padded image; the processor's `post_process_semantic_segmentation`
+            cuts the padding off.
+        """
+        kwargs["output_hidden_states"] = True
+        outputs = self.locatvit(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
+        logits = self.segmentation_head(self.locatvit.feature_map(outputs.hidden_states[-1], pixel_values))
+        loss = None
+        if labels is not None:
+            loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config)
+        return SemanticSegmenterOutput(loss=loss, logits=logits, **optional_outputs(outputs))
+
+
+class LocAtViTBackbone(BackboneForwardMixin, LocAtViTPreTrainedModel):
     """Feature maps of chosen layers for the dense-prediction frameworks of transformers."""
-
-    _auto_class = "AutoBackbone"
 
     def __init__(self, config: LocAtViTConfig):
         super().__init__(config)
@@ -334,7 +407,7 @@ class LocAtViTBackbone(FeatureMapsMixin, LocAtViTPreTrainedModel):
             self.locatvit.layernorm.requires_grad_(False)  # never read, see LocAtViTForSemanticSegmentation
         self.post_init()
 
-    def feature_map(self, hidden_states: torch.Tensor, stage: str, grid: tuple[int, int]) -> torch.Tensor:
+    def feature_map(self, hidden_states: torch.Tensor, stage: str, pixel_values: torch.Tensor) -> torch.Tensor:
         """A layer's tokens as (batch, hidden_size, grid height, grid width).
 
         With `reshape_hidden_states=False` they are (batch, class token + patches, hidden_size).
@@ -342,7 +415,7 @@ class LocAtViTBackbone(FeatureMapsMixin, LocAtViTPreTrainedModel):
         if self.config.apply_layernorm and self.config.normalizes_tokens:
             hidden_states = self.locatvit.layernorm(hidden_states)
         if self.config.reshape_hidden_states:
-            return patch_feature_map(hidden_states, grid, self.config.num_prefix_tokens)
+            return self.locatvit.feature_map(hidden_states, pixel_values)
         class_token = hidden_states[:, : int(self.config.use_class_token)]
         return torch.cat([class_token, hidden_states[:, self.config.num_prefix_tokens :]], dim=1)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The `pacavit` models: PaCa-ViT, whose patches attend to learned clusters of patches instead of to each other.
 
 An assignment of patches to clusters is (batch, clusters, patches). Its softmax runs over the patches: a cluster is a
@@ -19,29 +20,30 @@ from transformers.modeling_outputs import (
     ImageClassifierOutput,
     SemanticSegmenterOutput,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_locat import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
 from .configuration_pacavit import PaCaViTConfig
 from .layers_locat import (
     MLP,
     DropPath,
-    FamilyPreTrainedModel,
-    FeatureMapsMixin,
-    FreezableBackboneMixin,
-    ImageClassificationMixin,
     LayerScale,
     MultiHeadProjections,
-    ResidualDepthwise,
     channels_last_map,
     check_pixel_values,
     drop_path_rates,
     feature_map_tokens,
     patch_feature_map,
-    records,
+)
+from .modeling_utils_locat import (
+    BackboneForwardMixin,
+    FamilyPreTrainedModel,
+    FreezableBackboneMixin,
+    classification_loss,
+    optional_outputs,
     segmentation_loss,
 )
 
@@ -94,6 +96,31 @@ class PaCaViTEmbeddings(nn.Module):
         return self.downsampling(self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype)))
 
 
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention step by step, softmax in at least float32; the only backend that returns the attention maps.
+
+    Args:
+        query, key, value: (batch, heads, patches or clusters, head_dim).
+        attention_mask: None, as PaCa-ViT has no mask.
+
+    Returns:
+        (batch, patches, heads, head_dim) and (batch, heads, patches, clusters).
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    weights = F.softmax(query @ key.transpose(-2, -1) * scaling, dim=-1, dtype=dtype).to(query.dtype)
+    output = F.dropout(weights, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2).contiguous(), weights
+
+
 KERNEL_SIZE = 7  # of the depthwise convolutions that cluster
 CASTLING_THRESHOLD = 0.02  # softmax weights up to it are left out of Castling-ViT's auxiliary branch
 
@@ -115,8 +142,8 @@ def pool_clusters(assignment: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
 class PaCaViTClustering(nn.Module):
     """(batch, channels, height, width) to an assignment (batch, clusters, patches).
 
-    This one is the teacher's: a 1x1 convolution of its map. Its bias is dead, for a constant does not change a softmax,
-    but stands in the released checkpoints.
+    This one is the teacher's: a 1x1 convolution of its map. Its bias is redundant, for a constant does not change a
+    softmax, but stands in the released checkpoints.
     """
 
     def __init__(self, config: PaCaViTConfig, stage: int):
@@ -146,7 +173,7 @@ class PaCaViTConvClustering(PaCaViTClustering):
 
 
 class PaCaViTMlpClustering(PaCaViTClustering):
-    """Two linear layers on each patch alone. The bias of the second is as dead as the teacher's."""
+    """Two linear layers on each patch alone. The bias of the second is as redundant as the teacher's."""
 
     def __init__(self, config: PaCaViTConfig, stage: int):
         super().__init__(config, stage)
@@ -261,9 +288,11 @@ class PaCaViTAttention(MultiHeadProjections):
     earlier layer of the stage or from the teacher. Without clusters it is full attention among the patches.
     """
 
+    is_causal = False  # which the attention functions of transformers read
+
     def __init__(self, config: PaCaViTConfig, stage: int, clusters: bool):
         hidden_size, num_heads = config.hidden_sizes[stage], config.num_attention_heads[stage]
-        super().__init__(hidden_size, num_heads, True, config.attention_probs_dropout_prob, gaussian_grid=None)
+        super().__init__(hidden_size, num_heads, True, config.attention_probs_dropout_prob)
         self.config = config
         self.clustering = ON_SITE_CLUSTERINGS[config.clustering_type](config, stage) if clusters else None
         self.cluster_norm = None
@@ -280,7 +309,7 @@ class PaCaViTAttention(MultiHeadProjections):
         """
         hidden_states: (batch, patches, hidden_size). assignment: (batch, clusters, patches); None if there is none yet.
 
-        Returns the attended patches, the attention maps (batch, heads, patches, clusters) if the back-end has them, and
+        Returns the attended patches, the attention maps (batch, heads, patches, clusters) if the backend has them, and
         the assignment that was used.
         """
         if self.clustering is not None:
@@ -336,6 +365,14 @@ class PaCaViTCastlingAttention(PaCaViTAttention):
         local = self.local_mixing(maps).flatten(2).unflatten(0, (-1, self.head_dim))
         output = output.transpose(1, 2).flatten(2).to(hidden_states.dtype)
         return self.o_proj(output + local.permute(0, 3, 2, 1).flatten(2)), None, assignment
+
+
+class ResidualDepthwise(nn.Conv2d):
+    """x + depthwise 3x3 convolution of x, in one pass: the identity is one more weight in the middle of the kernel."""
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        identity = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        return self._conv_forward(feature_map, self.weight + identity, self.bias)
 
 
 class PaCaViTMLP(MLP):
@@ -430,6 +467,7 @@ class PaCaViTPreTrainedModel(FamilyPreTrainedModel):
     config: PaCaViTConfig
     config_class = PaCaViTConfig
     base_model_prefix = "pacavit"
+    _supports_flash_attn = True  # there is no bias: every attention function of transformers serves
     _no_split_modules = ["PaCaViTEmbeddings", "PaCaViTLayer", "PaCaViTTeacher"]
     _can_record_outputs = {
         "hidden_states": PaCaViTStage,
@@ -441,13 +479,14 @@ class PaCaViTPreTrainedModel(FamilyPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """As the reference: truncated normal linear weights, convolutions by fan-out, PyTorch's bounds in the head."""
         super()._init_weights(module)
-        if getattr(module, "keeps_default_init", False):
+        if isinstance(module, PaCaViTHeadConv2d | PaCaViTHeadLinear):
             bound = math.prod(module.weight.shape[1:]) ** -0.5
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.Conv2d):
             fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-            init.normal_(module.weight, std=getattr(module, "init_std", math.sqrt(2 / fan_out)))
+            std = 0.01 if isinstance(module, PaCaViTPixelClassifier) else math.sqrt(2 / fan_out)
+            init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
 
@@ -501,10 +540,10 @@ class PaCaViTModel(PaCaViTPreTrainedModel):
         return PaCaViTModelOutput(last_hidden_state=feature_map, pooler_output=feature_map.mean(dim=(2, 3)))
 
 
-class PaCaViTForImageClassification(ImageClassificationMixin, PaCaViTPreTrainedModel):
+class PaCaViTForImageClassification(PaCaViTPreTrainedModel):
     """The encoder and a linear classifier on the mean of the last map."""
 
-    _output_class = PaCaViTImageClassifierOutput
+    _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: PaCaViTConfig):
         super().__init__(config)
@@ -512,6 +551,27 @@ class PaCaViTForImageClassification(ImageClassificationMixin, PaCaViTPreTrainedM
         self.pacavit = PaCaViTModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PaCaViTImageClassifierOutput:
+        """Class scores of images.
+
+        Args:
+            pixel_values: as in `PaCaViTModel`.
+            labels: (batch,) class ids, or (batch, classes) soft labels; `config.problem_type` may say otherwise.
+
+        Returns:
+            `loss` where there are labels, `logits` (batch, classes), and what else the encoder was asked for.
+        """
+        outputs = self.pacavit(pixel_values, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = classification_loss(logits, labels, self.config) if labels is not None else None
+        return PaCaViTImageClassifierOutput(loss=loss, logits=logits, **optional_outputs(outputs))
 
 
 class PaCaViTConvLayer(nn.Sequential):
@@ -524,12 +584,26 @@ class PaCaViTConvLayer(nn.Sequential):
         self.activation = nn.ReLU()
 
 
+class PaCaViTHeadConv2d(nn.Conv2d):
+    """A convolution of the head, initialized within PyTorch's own bounds."""
+
+
+class PaCaViTHeadLinear(nn.Linear):
+    """A linear map of the head, initialized within PyTorch's own bounds."""
+
+
+class PaCaViTPixelClassifier(nn.Conv2d):
+    """The last convolution of the head, whose fresh weights have a standard deviation of 0.01."""
+
+
 class PaCaViTSegmentationHead(nn.Module):
     """The PaCa head: pixels attend to one cluster for each class.
 
     Its cluster logits are class scores themselves, and get the auxiliary loss. The attention has one head and, as in
     the reference, no scaling.
     """
+
+    is_causal = False  # which the attention functions of transformers read
 
     def __init__(self, config: PaCaViTConfig):
         super().__init__()
@@ -539,18 +613,14 @@ class PaCaViTSegmentationHead(nn.Module):
         self.projections = nn.ModuleList([PaCaViTConvLayer(size, channels) for size in config.hidden_sizes])
         self.query = PaCaViTConvLayer(merged, channels)
         self.cluster_projection = PaCaViTConvLayer(merged, channels)
-        self.clusters = nn.Conv2d(channels, num_labels, kernel_size=1)
-        self.key = nn.Linear(merged, channels)
+        self.clusters = PaCaViTHeadConv2d(channels, num_labels, kernel_size=1)
+        self.key = PaCaViTHeadLinear(merged, channels)
         self.key_norm = nn.BatchNorm1d(channels)
-        self.value = nn.Linear(merged, channels)
+        self.value = PaCaViTHeadLinear(merged, channels)
         self.value_norm = nn.BatchNorm1d(channels)
         self.output = PaCaViTConvLayer(channels, channels)
         self.dropout = nn.Dropout2d(config.segmentation_dropout_prob)
-        self.classifier = nn.Conv2d(channels, num_labels, kernel_size=1)
-        # Read by `PaCaViTPreTrainedModel._init_weights`.
-        self.classifier.init_std = 0.01
-        for layer in (self.clusters, self.key, self.value):
-            layer.keeps_default_init = True
+        self.classifier = PaCaViTPixelClassifier(channels, num_labels, kernel_size=1)
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """The stages' maps to logits and auxiliary logits, both (batch, classes, height, width) of the first map."""
@@ -615,32 +685,34 @@ class PaCaViTForSemanticSegmentation(FreezableBackboneMixin, PaCaViTPreTrainedMo
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PaCaViTSemanticSegmenterOutput:
-        """
-        pixel_values: as in `PaCaViTModel`.
-        labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left out.
+        """Class scores of each cell of the first map.
 
-        Returns `loss` where there are labels, `logits` (batch, classes, height / 4, width / 4), rounded up, and with
-        the PaCa head `auxiliary_logits` of the same shape, whose loss is part of `loss`.
+        Args:
+            pixel_values: as in `PaCaViTModel`.
+            labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left
+                out.
+
+        Returns:
+            `loss` where there are labels, `logits` (batch, classes, height / 4, width / 4), rounded up, and with the
+            PaCa head `auxiliary_logits` of the same shape, whose loss is part of `loss`.
         """
         kwargs["output_hidden_states"] = True
         outputs = self.pacavit(pixel_values, return_dict=True, **kwargs)
         logits, auxiliary_logits = self.segmentation_head(outputs.hidden_states[1:])
         loss = None
         if labels is not None:
-            sizes = (pixel_values.shape[-2:], self.config.output_stride, self.config.semantic_loss_ignore_index)
-            loss = segmentation_loss(logits, labels, *sizes)
+            image_size = pixel_values.shape[-2:]
+            loss = segmentation_loss(logits, labels, image_size, self.config)
             if auxiliary_logits is not None:
-                auxiliary_loss = segmentation_loss(auxiliary_logits, labels, *sizes)
+                auxiliary_loss = segmentation_loss(auxiliary_logits, labels, image_size, self.config)
                 loss = loss + self.config.auxiliary_loss_weight * auxiliary_loss
         return PaCaViTSemanticSegmenterOutput(
-            loss=loss, logits=logits, auxiliary_logits=auxiliary_logits, **records(outputs)
+            loss=loss, logits=logits, auxiliary_logits=auxiliary_logits, **optional_outputs(outputs)
         )
 
 
-class PaCaViTBackbone(FeatureMapsMixin, PaCaViTPreTrainedModel):
+class PaCaViTBackbone(BackboneForwardMixin, PaCaViTPreTrainedModel):
     """The normed maps of chosen stages, at strides 4, 8, 16 and 32, for dense-prediction frameworks."""
-
-    _auto_class = "AutoBackbone"
 
     def __init__(self, config: PaCaViTConfig):
         super().__init__(config)

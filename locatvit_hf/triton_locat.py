@@ -1,4 +1,5 @@
-"""Attention with a Gaussian bonus as one GPU kernel: softmax(q k^T * scaling + S) v, and S never exists as a tensor.
+# SPDX-License-Identifier: MIT
+"""Attention with a Gaussian bias as one GPU kernel: softmax(q k^T * scaling + S) v, and S never exists as a tensor.
 
 S is zero for prefix tokens; of a query patch in row y, column x and a key patch in row i, column j it is
 `amplitude * exp(-Dy / 2 * inverse_variance[0]) * exp(-Dx / 2 * inverse_variance[1])`, D the capped squared distances.
@@ -8,12 +9,12 @@ How the work is cut. A program owns a block of queries and walks over the keys; 
 and the gradients of the three scalars (all of them belong to queries), and once with the parts exchanged for dK and dV.
 Nothing is added atomically, so that two runs give the same bits.
 
-How exponentials are saved. A tile of keys is a rectangle of the grid, ROWS x COLUMNS patches. The bonus of a block of
+How exponentials are saved. A tile of keys is a rectangle of the grid, ROWS x COLUMNS patches. The bias of a block of
 queries for the tile is then the outer product of a (BLOCK_M, ROWS) and a (BLOCK_M, COLUMNS) table. Tiles are walked
 column by column of tiles, so the second table is computed once for each column of tiles; for a grid as wide as a tile
 that is height + width exponentials a query, not height * width. `_key_tile` picks the rectangle with the least work.
 A grid that no rectangle fits is padded with masked keys: one more exponential for each pair of patches, the price of
-tiles that ignore the grid, costs more than the padding does. Prefix keys are tiles of their own, without a bonus.
+tiles that ignore the grid, costs more than the padding does. Prefix keys are tiles of their own, without a bias.
 """
 
 import math
@@ -21,8 +22,12 @@ import re
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+from transformers.utils import logging
 
+from .attention_locat import sdpa_attention_forward
 from .locat import Gaussian
 
 try:
@@ -32,6 +37,8 @@ try:
 except ImportError:  # a machine without it uses another back-end; `unsupported_reason` says so
     triton = None
     constexpr = object  # what follows names it in annotations
+
+logger = logging.get_logger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOWEST_CAPABILITY = (8, 0)  # the first with bfloat16 and asynchronous copies
@@ -43,9 +50,9 @@ def _jit(function):
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
-# Names: M counts queries, N keys; `channels` is arange(BLOCK_D), of which the first HEAD_DIM exist. A logit is kept
-# divided by `scaling`, so that the bonus costs one multiply-add more than plain attention does, and weights are
-# exp2(logit * scale2 - log_sum) with scale2 = scaling * log2(e).
+# Names are those of FlashAttention: `m_i`, `l_i`, `acc`, `lse`. M counts queries, N keys; `channels` is arange(BLOCK_D)
+# with HEAD_DIM real ones. A logit is kept divided by `scaling`, so that the bias costs one multiply-add more
+# than plain attention does, and weights are exp2(logit * scale2 - lse_i) with scale2 = scaling * log2(e).
 
 
 @_jit
@@ -73,12 +80,16 @@ def _store_tile(base, tokens, token_stride, channels, valid, tile, HEAD_DIM):
 
 @_jit
 def _load_gaussian(inverse_variance, amplitude, iv_patch, iv_axis, amp_patch, tokens, num_tokens, prefix):
-    """Row and column inverse variance and amplitude of queries, zero for a prefix token: no bonus."""
+    """Row and column inverse variance and amplitude of queries, zero for a prefix token: no bias."""
     patches = tokens - prefix
     is_patch = (patches >= 0) & (tokens < num_tokens)
-    row_precision = tl.load(inverse_variance + patches * iv_patch, mask=is_patch, other=0.0)
-    column_precision = tl.load(inverse_variance + patches * iv_patch + iv_axis, mask=is_patch, other=0.0)
-    return row_precision, column_precision, tl.load(amplitude + patches * amp_patch, mask=is_patch, other=0.0)
+    row_inverse_variance = tl.load(inverse_variance + patches * iv_patch, mask=is_patch, other=0.0)
+    column_inverse_variance = tl.load(inverse_variance + patches * iv_patch + iv_axis, mask=is_patch, other=0.0)
+    return (
+        row_inverse_variance,
+        column_inverse_variance,
+        tl.load(amplitude + patches * amp_patch, mask=is_patch, other=0.0),
+    )
 
 
 @_jit
@@ -91,9 +102,9 @@ def _squared_distances(query_positions, key_positions, distance_cap, block_size)
 
 
 @_jit
-def _decay(precision, squared):
-    """exp(-precision * squared / 2), shape of `squared`; the constant is log2(e) / 2."""
-    return tl.exp2(squared * (precision * -0.7213475204444817)[:, None])
+def _decay(inverse_variance, squared):
+    """exp(-inverse_variance * squared / 2), shape of `squared`; the constant is log2(e) / 2."""
+    return tl.exp2(squared * (inverse_variance * -0.7213475204444817)[:, None])
 
 
 @_jit
@@ -105,19 +116,19 @@ def _outer(row_factors, column_factors):
 
 
 @_jit
-def _absorb(logits, value, maximum, total, mixed, scale2):
-    """One step of the running softmax: maximum and total of every query, and its mixture of values so far."""
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-    weights = tl.exp2(logits * scale2 - (new_maximum * scale2)[:, None])
-    correction = tl.exp2((maximum - new_maximum) * scale2)
-    total = total * correction + tl.sum(weights, 1)
-    mixed = tl.dot(weights.to(value.dtype), value, mixed * correction[:, None], input_precision="ieee")
-    return new_maximum, total, mixed
+def _absorb(logits, value, m_i, l_i, acc, scale2):
+    """One step of the running softmax: largest logit, sum of weights and mixture of values of every query so far."""
+    m_new = tl.maximum(m_i, tl.max(logits, 1))
+    weights = tl.exp2(logits * scale2 - (m_new * scale2)[:, None])
+    correction = tl.exp2((m_i - m_new) * scale2)
+    l_i = l_i * correction + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(value.dtype), value, acc * correction[:, None], input_precision="ieee")
+    return m_new, l_i, acc
 
 
 @_jit
 def _forward_kernel(
-    query, key, value, inverse_variance, amplitude, output, log_sums,
+    query, key, value, inverse_variance, amplitude, output, lse,
     q_batch, q_head, q_token, q_channel,
     k_batch, k_head, k_token, k_channel,
     v_batch, v_head, v_token, v_channel,
@@ -140,17 +151,17 @@ def _forward_kernel(
 
     q_base = query + batch * q_batch + head * q_head
     q = _load_tile(q_base, queries, q_token, channels, q_channel, is_query, HEAD_DIM, BLOCK_D)
-    row_precision, column_precision, strength = _load_gaussian(
+    row_inverse_variance, column_inverse_variance, query_amplitude = _load_gaussian(
         inverse_variance + batch * iv_batch + head * iv_head, amplitude + batch * amp_batch + head * amp_head,
         iv_patch, iv_axis, amp_patch, queries, num_tokens, prefix,
     )  # fmt: skip
-    strength = strength / scaling
+    query_amplitude = query_amplitude / scaling
     query_rows = (queries - prefix) // width
     query_columns = (queries - prefix) % width
 
-    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     for start in tl.range(0, prefix, BLOCK_P, num_stages=1):
         keys = start + tl.arange(0, BLOCK_P)
@@ -159,12 +170,12 @@ def _forward_kernel(
         v = _load_tile(v_base, keys, v_token, channels, v_channel, is_key, HEAD_DIM, BLOCK_D)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         logits = tl.where(is_key[None, :], logits, float("-inf"))
-        maximum, total, mixed = _absorb(logits, v, maximum, total, mixed, scale2)
+        m_i, l_i, acc = _absorb(logits, v, m_i, l_i, acc, scale2)
 
     offsets = tl.arange(0, ROWS * COLUMNS)
     for first_column in range(0, width, COLUMNS):
         squared = _squared_distances(query_columns, first_column + tl.arange(0, COLUMNS), distance_cap, block_size)
-        column_factors = _decay(column_precision, squared) * strength[:, None]
+        column_factors = _decay(column_inverse_variance, squared) * query_amplitude[:, None]
         key_columns = first_column + offsets % COLUMNS
         for first_row in range(0, height, ROWS):
             key_rows = first_row + offsets // COLUMNS
@@ -173,21 +184,21 @@ def _forward_kernel(
             k = _load_tile(k_base, keys, k_token, channels, k_channel, is_key, HEAD_DIM, BLOCK_D)
             v = _load_tile(v_base, keys, v_token, channels, v_channel, is_key, HEAD_DIM, BLOCK_D)
             squared_rows = _squared_distances(query_rows, first_row + tl.arange(0, ROWS), distance_cap, block_size)
-            bonus = _outer(_decay(row_precision, squared_rows), column_factors)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") + bonus
+            bias = _outer(_decay(row_inverse_variance, squared_rows), column_factors)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") + bias
             if PADDED:
                 logits = tl.where(is_key[None, :], logits, float("-inf"))
-            maximum, total, mixed = _absorb(logits, v, maximum, total, mixed, scale2)
+            m_i, l_i, acc = _absorb(logits, v, m_i, l_i, acc, scale2)
 
     out_base = output + (batch * num_tokens * heads + head) * HEAD_DIM
-    _store_tile(out_base, queries, heads * HEAD_DIM, channels, is_query, mixed / total[:, None], HEAD_DIM)
-    log_sums_base = log_sums + (batch * heads + head) * num_tokens
-    tl.store(log_sums_base + queries, maximum * scale2 + tl.log2(total), mask=is_query)
+    _store_tile(out_base, queries, heads * HEAD_DIM, channels, is_query, acc / l_i[:, None], HEAD_DIM)
+    lse_base = lse + (batch * heads + head) * num_tokens
+    tl.store(lse_base + queries, m_i * scale2 + tl.log2(l_i), mask=is_query)
 
 
 @_jit
 def _query_gradient_kernel(
-    query, key, value, inverse_variance, amplitude, output, log_sums, d_output,
+    query, key, value, inverse_variance, amplitude, output, lse, d_output,
     d_query, d_inverse_variance, d_amplitude, deltas,
     q_batch, q_head, q_token, q_channel,
     k_batch, k_head, k_token, k_channel,
@@ -219,8 +230,8 @@ def _query_gradient_kernel(
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(deltas + query_base + queries, delta, mask=is_query)
     q = _load_tile(q_base, queries, q_token, channels, q_channel, is_query, HEAD_DIM, BLOCK_D)
-    log_sum = tl.load(log_sums + query_base + queries, mask=is_query, other=0.0)
-    row_precision, column_precision, strength = _load_gaussian(
+    lse_i = tl.load(lse + query_base + queries, mask=is_query, other=0.0)
+    row_inverse_variance, column_inverse_variance, query_amplitude = _load_gaussian(
         inverse_variance + batch * iv_batch + head * iv_head, amplitude + batch * amp_batch + head * amp_head,
         iv_patch, iv_axis, amp_patch, queries, num_tokens, prefix,
     )  # fmt: skip
@@ -228,7 +239,7 @@ def _query_gradient_kernel(
     query_columns = (queries - prefix) % width
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    d_strength = tl.zeros((BLOCK_M,), tl.float32)
+    d_query_amplitude = tl.zeros((BLOCK_M,), tl.float32)
     d_row = tl.zeros((BLOCK_M,), tl.float32)
     d_column = tl.zeros((BLOCK_M,), tl.float32)
 
@@ -238,7 +249,7 @@ def _query_gradient_kernel(
         k = _load_tile(k_base, keys, k_token, channels, k_channel, is_key, HEAD_DIM, BLOCK_D)
         v = _load_tile(v_base, keys, v_token, channels, v_channel, is_key, HEAD_DIM, BLOCK_D)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-        weights = tl.where(is_key[None, :], tl.exp2(logits * scale2 - log_sum[:, None]), 0.0)
+        weights = tl.where(is_key[None, :], tl.exp2(logits * scale2 - lse_i[:, None]), 0.0)
         d_logits = weights * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision="ieee")
 
@@ -247,9 +258,9 @@ def _query_gradient_kernel(
         squared_columns = _squared_distances(
             query_columns, first_column + tl.arange(0, COLUMNS), distance_cap, block_size
         )
-        column_factors = _decay(column_precision, squared_columns)
+        column_factors = _decay(column_inverse_variance, squared_columns)
         key_columns = first_column + offsets % COLUMNS
-        d_bonus_columns = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+        d_bias_columns = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
         for first_row in range(0, height, ROWS):
             key_rows = first_row + offsets // COLUMNS
             keys = prefix + key_rows * width + key_columns
@@ -257,31 +268,31 @@ def _query_gradient_kernel(
             k = _load_tile(k_base, keys, k_token, channels, k_channel, is_key, HEAD_DIM, BLOCK_D)
             v = _load_tile(v_base, keys, v_token, channels, v_channel, is_key, HEAD_DIM, BLOCK_D)
             squared_rows = _squared_distances(query_rows, first_row + tl.arange(0, ROWS), distance_cap, block_size)
-            # Here the bonus is kept without its amplitude: that is what the gradient of the amplitude multiplies.
-            shape = _outer(_decay(row_precision, squared_rows), column_factors)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") + shape * (strength / scaling)[:, None]
-            weights = tl.exp2(logits * scale2 - log_sum[:, None])
+            # Here the bias is kept without its amplitude: that is what the gradient of the amplitude multiplies.
+            shape = _outer(_decay(row_inverse_variance, squared_rows), column_factors)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") + shape * (query_amplitude / scaling)[:, None]
+            weights = tl.exp2(logits * scale2 - lse_i[:, None])
             if PADDED:
                 weights = tl.where(is_key[None, :], weights, 0.0)
             d_logits = weights * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision="ieee")
             d_shape = tl.reshape(d_logits * shape, (BLOCK_M, ROWS, COLUMNS))
-            d_bonus_columns += tl.sum(d_shape, 1)
+            d_bias_columns += tl.sum(d_shape, 1)
             d_row += tl.sum(tl.sum(d_shape * squared_rows[:, :, None], 1), 1)
-        d_strength += tl.sum(d_bonus_columns, 1)
-        d_column += tl.sum(d_bonus_columns * squared_columns, 1)
+        d_query_amplitude += tl.sum(d_bias_columns, 1)
+        d_column += tl.sum(d_bias_columns * squared_columns, 1)
 
     _store_tile(d_query + token_base, queries, heads * HEAD_DIM, channels, is_query, dq * scaling, HEAD_DIM)
     is_patch = is_query & (queries >= prefix)
     patches = (batch * heads + head) * (height * width) + queries - prefix
-    tl.store(d_amplitude + patches, d_strength, mask=is_patch)
-    tl.store(d_inverse_variance + 2 * patches, d_row * strength * -0.5, mask=is_patch)
-    tl.store(d_inverse_variance + 2 * patches + 1, d_column * strength * -0.5, mask=is_patch)
+    tl.store(d_amplitude + patches, d_query_amplitude, mask=is_patch)
+    tl.store(d_inverse_variance + 2 * patches, d_row * query_amplitude * -0.5, mask=is_patch)
+    tl.store(d_inverse_variance + 2 * patches + 1, d_column * query_amplitude * -0.5, mask=is_patch)
 
 
 @_jit
 def _key_value_gradient_kernel(
-    query, key, value, inverse_variance, amplitude, log_sums, d_output, d_key, d_value, deltas,
+    query, key, value, inverse_variance, amplitude, lse, d_output, d_key, d_value, deltas,
     q_batch, q_head, q_token, q_channel,
     k_batch, k_head, k_token, k_channel,
     v_batch, v_head, v_token, v_channel,
@@ -292,7 +303,7 @@ def _key_value_gradient_kernel(
     HEAD_DIM: constexpr, BLOCK_D: constexpr, BLOCK_M: constexpr,
     ROWS: constexpr, COLUMNS: constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys. The first tiles hold the prefix keys: there the strength of the bonus is zero."""
+    """dK and dV of one tile of keys. The first tiles hold the prefix keys: there the amplitude is zero."""
     BLOCK_N: constexpr = ROWS * COLUMNS
     num_tokens = prefix + height * width
     prefix_tiles = tl.cdiv(prefix, BLOCK_N)
@@ -333,20 +344,20 @@ def _key_value_gradient_kernel(
         is_query = queries < num_tokens
         q = _load_tile(q_base, queries, q_token, channels, q_channel, is_query, HEAD_DIM, BLOCK_D)
         do = _load_tile(do_base, queries, do_token, channels, do_channel, is_query, HEAD_DIM, BLOCK_D)
-        log_sum = tl.load(log_sums + query_base + queries, mask=is_query, other=0.0)
+        lse_i = tl.load(lse + query_base + queries, mask=is_query, other=0.0)
         delta = tl.load(deltas + query_base + queries, mask=is_query, other=0.0)
-        row_precision, column_precision, strength = _load_gaussian(
+        row_inverse_variance, column_inverse_variance, query_amplitude = _load_gaussian(
             inverse_variance + batch * iv_batch + head * iv_head, amplitude + batch * amp_batch + head * amp_head,
             iv_patch, iv_axis, amp_patch, queries, num_tokens, prefix,
         )  # fmt: skip
         query_rows = (queries - prefix) // width
         query_columns = (queries - prefix) % width
         squared = _squared_distances(query_rows, first_row + tl.arange(0, ROWS), distance_cap, block_size)
-        row_factors = _decay(row_precision, squared) * (strength * unit)[:, None]
+        row_factors = _decay(row_inverse_variance, squared) * (query_amplitude * unit)[:, None]
         squared = _squared_distances(query_columns, first_column + tl.arange(0, COLUMNS), distance_cap, block_size)
-        bonus = _outer(row_factors, _decay(column_precision, squared))
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") + bonus
-        weights = tl.exp2(logits * scale2 - log_sum[:, None])
+        bias = _outer(row_factors, _decay(column_inverse_variance, squared))
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") + bias
+        weights = tl.exp2(logits * scale2 - lse_i[:, None])
         dv = tl.dot(tl.trans(weights.to(do.dtype)), do, dv, input_precision="ieee")
         d_logits = weights * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         dk = tl.dot(tl.trans(d_logits.to(q.dtype)), q, dk, input_precision="ieee")
@@ -455,29 +466,29 @@ def _forward(query, key, value, inverse_variance, amplitude, *geometry):
     batch, heads, tokens, head_dim = query.shape
     height, width, prefix = geometry[:3]
     output = query.new_empty((batch, tokens, heads, head_dim))
-    log_sums = query.new_empty((batch, heads, tokens), dtype=torch.float32)
+    lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
     strides, numbers = _kernel_arguments(query, key, value, inverse_variance, amplitude, geometry)
     block_d = triton.next_power_of_2(head_dim)
     tiles = FORWARD_TILES[query.element_size(), block_d]
     rows, columns = _key_tile(height, width, tiles.keys, columns_once=True)
     with torch.cuda.device_of(query):
         _forward_kernel[(triton.cdiv(tokens, tiles.queries) * batch * heads,)](
-            query, key, value, inverse_variance, amplitude, output, log_sums, *strides, *numbers,
+            query, key, value, inverse_variance, amplitude, output, lse, *strides, *numbers,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=tiles.queries, BLOCK_P=_prefix_block(prefix),
             ROWS=rows, COLUMNS=columns, PADDED=bool(height % rows or width % columns),
             **tiles.options(),
         )  # fmt: skip
-    return output, log_sums
+    return output, lse
 
 
-def _backward(d_output, output, log_sums, query, key, value, inverse_variance, amplitude, *geometry):
+def _backward(d_output, output, lse, query, key, value, inverse_variance, amplitude, *geometry):
     """Gradients of query, key and value, (batch, tokens, heads, head_dim), of inverse_variance and of amplitude."""
     batch, heads, tokens, head_dim = query.shape
     height, width, prefix = geometry[:3]
     d_query, d_key, d_value = (torch.empty_like(output) for _ in range(3))
     d_inverse_variance = query.new_empty(inverse_variance.shape, dtype=torch.float32)
     d_amplitude = query.new_empty(amplitude.shape, dtype=torch.float32)
-    deltas = torch.empty_like(log_sums)
+    deltas = torch.empty_like(lse)
     strides, numbers = _kernel_arguments(query, key, value, inverse_variance, amplitude, geometry)
     strides += [d_output.stride(axis) for axis in (0, 2, 1, 3)]
     block_d = triton.next_power_of_2(head_dim)
@@ -486,7 +497,7 @@ def _backward(d_output, output, log_sums, query, key, value, inverse_variance, a
         tiles = QUERY_GRADIENT_TILES[query.element_size(), block_d]
         rows, columns = _key_tile(height, width, tiles.keys, columns_once=True)
         _query_gradient_kernel[(triton.cdiv(tokens, tiles.queries) * batch * heads,)](
-            query, key, value, inverse_variance, amplitude, output, log_sums, d_output,
+            query, key, value, inverse_variance, amplitude, output, lse, d_output,
             d_query, d_inverse_variance, d_amplitude, deltas, *strides, *numbers,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=tiles.queries, BLOCK_P=_prefix_block(prefix),
             ROWS=rows, COLUMNS=columns, PADDED=bool(height % rows or width % columns),
@@ -496,7 +507,7 @@ def _backward(d_output, output, log_sums, query, key, value, inverse_variance, a
         rows, columns = _key_tile(height, width, tiles.keys, columns_once=False)
         key_tiles = triton.cdiv(prefix, tiles.keys) + triton.cdiv(height, rows) * triton.cdiv(width, columns)
         _key_value_gradient_kernel[(key_tiles * batch * heads,)](
-            query, key, value, inverse_variance, amplitude, log_sums, d_output, d_key, d_value, deltas,
+            query, key, value, inverse_variance, amplitude, lse, d_output, d_key, d_value, deltas,
             *strides, *numbers,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=tiles.queries, ROWS=rows, COLUMNS=columns,
             **tiles.options(),
@@ -515,7 +526,7 @@ _backward_operator = torch.library.custom_op(
     f"{NAMESPACE}::attention_backward",
     _backward,
     mutates_args=(),
-    schema="(Tensor d_output, Tensor output, Tensor log_sums, Tensor query, Tensor key, Tensor value, "
+    schema="(Tensor d_output, Tensor output, Tensor lse, Tensor query, Tensor key, Tensor value, "
     f"Tensor inverse_variance, Tensor amplitude, {GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -523,12 +534,12 @@ _backward_operator = torch.library.custom_op(
 @_forward_operator.register_fake
 def _forward_shapes(query, key, value, inverse_variance, amplitude, *geometry):
     batch, heads, tokens, head_dim = query.shape
-    log_sums = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-    return query.new_empty((batch, tokens, heads, head_dim)), log_sums
+    lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
+    return query.new_empty((batch, tokens, heads, head_dim)), lse
 
 
 @_backward_operator.register_fake
-def _backward_shapes(d_output, output, log_sums, query, key, value, inverse_variance, amplitude, *geometry):
+def _backward_shapes(d_output, output, lse, query, key, value, inverse_variance, amplitude, *geometry):
     scalars = (query.new_empty(tensor.shape, dtype=torch.float32) for tensor in (inverse_variance, amplitude))
     return *(torch.empty_like(output) for _ in range(3)), *scalars
 
@@ -558,8 +569,8 @@ class _EagerAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_output, d_log_sums):
-        return _gradients(ctx, d_output, d_log_sums, backward=_backward)
+    def backward(ctx, d_output, d_lse):
+        return _gradients(ctx, d_output, d_lse, backward=_backward)
 
 
 # ------------------------------------------------------------------------------------------------------------- public
@@ -653,4 +664,31 @@ def fused_attention(
     return output
 
 
-__all__ = ["fused_attention", "unsupported_reason"]
+def fused_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    gaussian: Gaussian | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The backend "locat_fused"; where the kernel cannot run, 'sdpa' and one line that says why.
+
+    Shapes as in `eager_attention_forward`.
+    """
+    reason = unsupported_reason(query, key, value, gaussian, attention_mask, dropout)
+    if reason is None:
+        return fused_attention(query, key, value, gaussian, scaling), None
+    logger.warning_once(f"'locat_fused' is not used: {reason}.")
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, gaussian=gaussian, **kwargs
+    )
+
+
+# Makes the name legal in transformers; which function runs is decided by the table of the model's family.
+AttentionInterface.register("locat_fused", fused_attention_forward)
+
+__all__ = ["fused_attention", "fused_attention_forward", "unsupported_reason"]

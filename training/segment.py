@@ -23,7 +23,9 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
 from locatvit_hf import LocAtViTImageProcessor
-from locatvit_hf.layers_locat import FamilyConfigMixin, FreezableBackboneMixin, ProbeHead
+from locatvit_hf.configuration_utils_locat import FamilyConfigMixin
+from locatvit_hf.layers_locat import ProbeHead
+from locatvit_hf.modeling_utils_locat import FreezableBackboneMixin
 from locatvit_hf.segmentation import InferenceArguments
 from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import IGNORE_INDEX, LabelReader, SegmentationAugmentation, SegmentationTransform

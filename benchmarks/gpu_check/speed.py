@@ -9,10 +9,9 @@ from unittest import mock
 import torch
 
 from benchmarks import measure, models
-from locatvit_hf import LocAtSwinConfig, LocAtViTConfig, attention_locat
-from locatvit_hf.attention_locat import ALL_ATTENTION_FUNCTIONS
+from locatvit_hf import LocAtSwinConfig, LocAtViTConfig, attention_locat, triton_locat
 from locatvit_hf.locat import LocAtGaussian
-from locatvit_hf.modeling_locatswin import shift_mask
+from locatvit_hf.modeling_locatswin import ALL_ATTENTION_FUNCTIONS, shift_mask
 
 from .cells import Profile, Speed
 from .contenders import Contenders
@@ -43,7 +42,9 @@ def no_fallback() -> Iterator[None]:
     def refuse(*arguments, **keywords):
         raise RuntimeError("it would use 'sdpa' instead")
 
-    with mock.patch.object(attention_locat, "sdpa_attention_forward", refuse):
+    with contextlib.ExitStack() as patches:
+        for module in (attention_locat, triton_locat):
+            patches.enter_context(mock.patch.object(module, "sdpa_attention_forward", refuse))
         yield
 
 

@@ -450,9 +450,13 @@ def public_name(name: str) -> str:
 
 def code_files(config: PreTrainedConfig) -> list[str]:
     """The Python files that a checkpoint of this family carries, in the order of their names."""
-    package = Path(locatvit_hf.__file__).parent
     modules = {reference.partition(".")[0] for reference in _inner_config(config).auto_map.values()}
-    modules.add("image_processing_locatvit")
+    return files_with_imports(modules | {"image_processing_locatvit"})
+
+
+def files_with_imports(modules: set[str]) -> list[str]:
+    """The files of these modules of remote code and of all that they import, in the order of their names."""
+    package = Path(locatvit_hf.__file__).parent
     found = {package / f"{module}.py" for module in modules}
     for file in list(found):
         found.update(Path(imported) for imported in get_relative_import_files(file))
@@ -698,6 +702,7 @@ __all__ = [
     "count_parameters",
     "dump_card",
     "family_of",
+    "files_with_imports",
     "load_card",
     "public_name",
     "read_card",

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 import locatvit_hf
 
-from ..layers_locat import FamilyConfigMixin
+from ..configuration_utils_locat import FamilyConfigMixin
 from .card import CARD_FILE
 from .remote import HubError, ask, read_snapshot, sha256_of
 from .repository import (

@@ -21,11 +21,11 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
 import locatvit_hf
 
+from ..configuration_utils_locat import FamilyConfigMixin
 from ..conversion.export import licence_text
 from ..image_processing_locatvit import LocAtViTImageProcessor
-from ..layers_locat import FamilyConfigMixin
 from ..writing import one_line
-from .card import CARD_FILE, code_files
+from .card import CARD_FILE, code_files, files_with_imports
 from .families import FAMILIES
 from .remote import sha256_of
 
@@ -153,7 +153,8 @@ def build_repository(folder: Path, destination: Path) -> PreTrainedConfig:
         processor = destination / processor.name
     settings = read_json(processor)
     settings["auto_map"] = PROCESSOR_MAP
-    code = ["image_processing_locatvit.py"]  # all that can travel with a model of transformers around our backbone
+    # All that can travel with a model of transformers around our backbone.
+    code = files_with_imports({"image_processing_locatvit"})
     if isinstance(config, FamilyConfigMixin):
         content["auto_map"], code = complete_auto_map(config), code_files(config)
     for name in code:

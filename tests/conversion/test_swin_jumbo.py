@@ -21,7 +21,14 @@ def write_timm_of_family(case, folder):
 
 
 WRITERS = {"timm": write_timm_of_family, "run": write_run}
-FAMILY_FILES = {"attention_locat.py", "layers_locat.py", "locat.py", "image_processing_locatvit.py"}
+FAMILY_FILES = {
+    "attention_locat.py",
+    "configuration_utils_locat.py",
+    "image_processing_locatvit.py",
+    "layers_locat.py",
+    "locat.py",
+    "modeling_utils_locat.py",
+}
 
 
 def write_rule_case(folder, architecture):
@@ -75,7 +82,10 @@ def test_whole_models_in_timms_layout(converted, model):
 @pytest.mark.parametrize("name", golden.OTHER_CHECKPOINTS)
 def test_a_folder_carries_only_the_code_of_its_family(converted, name):
     files = {file.name for file in (converted[0] / f"{name}-timm").glob("*.py")} - {"__init__.py"}
-    assert files - {"triton_locat.py"} == FAMILY_FILES | {f"configuration_{name}.py", f"modeling_{name}.py"}
+    assert files - {"blockwise_locat.py", "triton_locat.py"} == FAMILY_FILES | {
+        f"configuration_{name}.py",
+        f"modeling_{name}.py",
+    }
     config = json.loads((converted[0] / f"{name}-timm" / "config.json").read_text())
     mean = {"locatswin": [0.485, 0.456, 0.406], "locatjumbo": [0.5, 0.5, 0.5]}[name]
     assert config["image_mean"] == mean

@@ -61,9 +61,10 @@ def test_the_repository_holds_what_belongs_there_and_computes_the_same(folder: P
     assert verify_repository(built) < LARGEST_DIFFERENCE
     names = {path.name for path in built.iterdir()}
     assert names == {
-        "CHECKSUMS.sha256", "LICENSE", "README.md", "attention_locat.py", "card.yaml", "config.json",
-        "configuration_locatvit.py", "image_processing_locatvit.py", "layers_locat.py", "locat.py", "model.safetensors",
-        "modeling_locatvit.py", "preprocessor_config.json", "triton_locat.py",
+        "CHECKSUMS.sha256", "LICENSE", "README.md", "attention_locat.py", "blockwise_locat.py", "card.yaml",
+        "config.json", "configuration_locatvit.py", "configuration_utils_locat.py", "image_processing_locatvit.py",
+        "layers_locat.py", "locat.py", "model.safetensors", "modeling_locatvit.py", "modeling_utils_locat.py",
+        "preprocessor_config.json", "triton_locat.py",
     }  # fmt: skip
     assert lines == [f"locat.py of {folder} is not that of the installed package, which is taken instead."]
     auto_map = json.loads((built / "config.json").read_text())["auto_map"]
@@ -206,5 +207,8 @@ def test_a_segmenter_of_transformers_around_our_backbone_is_published_with_the_c
     UperNetForSemanticSegmentation(config).save_pretrained(tmp_path / "model")
     (tmp_path / "built").mkdir()
     build_repository(tmp_path / "model", tmp_path / "built")
-    assert [path.name for path in (tmp_path / "built").glob("*.py")] == ["image_processing_locatvit.py"]
+    assert sorted(path.name for path in (tmp_path / "built").glob("*.py")) == [
+        "configuration_utils_locat.py",
+        "image_processing_locatvit.py",
+    ]
     assert verify_repository(tmp_path / "built") < LARGEST_DIFFERENCE

@@ -126,7 +126,7 @@ def compile_for(kernel, capability: int, dtype: str, head_dim: int, tiles: trito
         "PADDED": bool(side % rows or side % columns),
     }
     in_dtype = {"query", "key", "value", "output", "d_output", "d_query", "d_key", "d_value"}
-    in_float32 = {"inverse_variance", "amplitude", "log_sums", "deltas", "d_inverse_variance", "d_amplitude"}
+    in_float32 = {"inverse_variance", "amplitude", "lse", "deltas", "d_inverse_variance", "d_amplitude"}
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, attention_locat
-from locatvit_hf.attention_locat import BlockwiseAttention, eager_attention_forward, sdpa_attention_forward
+from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, blockwise_locat
+from locatvit_hf.attention_locat import eager_attention_forward
+from locatvit_hf.blockwise_locat import BlockwiseAttention, blockwise_attention_forward
 from locatvit_hf.locat import Gaussian, LocAtGaussian
 from tests.tolerances import assert_same_but_for_rounding, rounding
 
@@ -15,8 +16,8 @@ def blocks_of(monkeypatch):
     """Sets how many logits a block holds, and lets no size be too small for blocks."""
 
     def set_block(logits):
-        monkeypatch.setattr(attention_locat, "BLOCK_LOGITS", logits)
-        monkeypatch.setattr(attention_locat, "FEWEST_BLOCKWISE_LOGITS", 0)
+        monkeypatch.setattr(blockwise_locat, "BLOCK_LOGITS", logits)
+        monkeypatch.setattr(blockwise_locat, "FEWEST_BLOCKWISE_LOGITS", 0)
 
     return set_block
 
@@ -47,10 +48,10 @@ def test_values_and_gradients_are_those_of_the_formula(blocks_of, batch, heads, 
     projected, module = inputs(batch, heads, grid, prefix, 8)
     weight = torch.randn_like(projected[0])
     results = []
-    for attend in (sdpa_attention_forward, eager_attention_forward):
+    for attend in (blockwise_attention_forward, eager_attention_forward):
         query, key, value = (states.transpose(1, 2) for states in projected)
         output, _ = attend(nn.Identity(), query, key, value, None, 0.3, gaussian=module(query, grid, prefix))
-        if attend is sdpa_attention_forward:
+        if attend is blockwise_attention_forward:
             assert "Blockwise" in output.grad_fn.name()
         gradients = torch.autograd.grad((output * weight).sum(), [*projected, *module.parameters()])
         results.append([output, *gradients])
@@ -67,7 +68,7 @@ def test_logits_beyond_the_range_of_exponentials(blocks_of, shift, dtype):
     with torch.no_grad():
         query[:, ::3, :, 0], key[..., 0] = shift, 1.0
     results = []
-    for attend in (sdpa_attention_forward, eager_attention_forward):
+    for attend in (blockwise_attention_forward, eager_attention_forward):
         states = (tensor.transpose(1, 2) for tensor in (query, key, value))
         output, _ = attend(nn.Identity(), *states, None, 1.0, gaussian=module(query.transpose(1, 2), (3, 4), 1))
         results.append([output, *torch.autograd.grad(output.square().sum(), [query, key, value])])
@@ -81,7 +82,7 @@ def test_large_sums_times_large_values_stay_finite(blocks_of):
     blocks_of(10**6)
     states = torch.full((1, 1, 256, 1), 79.0**0.5)
     gaussian = Gaussian(torch.full((1, 1, 256, 2), 10.0), torch.full((1, 1, 256), 1e-3), (16, 16), 0, 225.0)
-    output, _ = sdpa_attention_forward(
+    output, _ = blockwise_attention_forward(
         nn.Identity(), states, states, torch.full_like(states, 100.0), None, 1.0, gaussian=gaussian
     )
     # A sum of 256 weights times values, divided by the sum of the weights.
@@ -118,7 +119,7 @@ def test_it_is_chosen_where_it_pays_and_leaves_the_model_as_it_is():
         gradients[implementation] = [parameter.grad.clone() for parameter in model.parameters()]
     for blockwise, expected in zip(gradients["sdpa"], gradients["eager"], strict=True):
         torch.testing.assert_close(blockwise, expected, rtol=1e-9, atol=1e-12)
-    assert attention_locat.runs_blockwise(torch.empty(1, 3, 197, 64))
-    assert not attention_locat.runs_blockwise(torch.empty(1, 3, 50, 64))
-    assert attention_locat.runs_blockwise(torch.empty(16, 3, 50, 64))
-    assert not attention_locat.runs_blockwise(torch.empty(1, 3, 197, 64, dtype=torch.bfloat16))
+    assert blockwise_locat.runs_blockwise(torch.empty(1, 3, 197, 64))
+    assert not blockwise_locat.runs_blockwise(torch.empty(1, 3, 50, 64))
+    assert blockwise_locat.runs_blockwise(torch.empty(16, 3, 50, 64))
+    assert not blockwise_locat.runs_blockwise(torch.empty(1, 3, 197, 64, dtype=torch.bfloat16))

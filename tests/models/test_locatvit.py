@@ -18,7 +18,8 @@ from locatvit_hf import (
     LocAtViTForSemanticSegmentation,
     LocAtViTModel,
 )
-from locatvit_hf.attention_locat import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from locatvit_hf.attention_locat import eager_attention_forward
+from locatvit_hf.modeling_locatvit import ALL_ATTENTION_FUNCTIONS
 from tests.tolerances import assert_same_but_for_rounding
 
 SMALL = {

@@ -25,7 +25,21 @@ FAMILIES = {
         },
     ),
 }  # fmt: skip
-SHARED = {"attention_locat.py", "image_processing_locatvit.py", "layers_locat.py", "locat.py", "triton_locat.py"}
+SHARED = {
+    "configuration_utils_locat.py",
+    "image_processing_locatvit.py",
+    "layers_locat.py",
+    "modeling_utils_locat.py",
+}
+GAUSSIAN = {"attention_locat.py", "locat.py"}
+KERNELS = {"blockwise_locat.py", "triton_locat.py"}
+# Swin has a mask in every window, which no kernel takes, and PaCa-ViT has no Gaussian.
+CODE = {
+    "locatvit": SHARED | GAUSSIAN | KERNELS,
+    "locatjumbo": SHARED | GAUSSIAN | KERNELS,
+    "locatswin": SHARED | GAUSSIAN,
+    "pacavit": SHARED,
+}
 CHECKS = ["image_processor", "model", "classifier", "segmenter"]
 PIPELINES = ["classification_pipeline", "segmentation_pipeline", "features_pipeline"]
 
@@ -45,7 +59,7 @@ def test_a_folder_works_without_the_package(
         model.save_pretrained(tmp_path / name)
         models[name] = model
         code = {path.name for path in (tmp_path / name).glob("*.py")}
-        assert code == SHARED | {f"configuration_{family}.py", f"modeling_{family}.py"}
+        assert code == CODE[family] | {f"configuration_{family}.py", f"modeling_{family}.py"}
 
     image = Image.open(exported / "photo.png")
     crop, whole = (locatvit_hf.LocAtViTImageProcessor.from_pretrained(tmp_path / name) for name in models)

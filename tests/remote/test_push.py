@@ -24,11 +24,14 @@ CARD = Card(
 )
 CODE = {
     "attention_locat.py",
+    "blockwise_locat.py",
     "configuration_locatvit.py",
+    "configuration_utils_locat.py",
     "image_processing_locatvit.py",
     "layers_locat.py",
     "locat.py",
     "modeling_locatvit.py",
+    "modeling_utils_locat.py",
     "triton_locat.py",
 }
 OTHERS = {

@@ -31,7 +31,7 @@ from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms.v2 import functional as tvF
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from locatvit_hf.image_processing_locatvit import channel_values, pair
+from locatvit_hf.configuration_utils_locat import channel_values, pair
 from training.data.images import CorruptImageError, decode_image
 from training.detection.augmentation import normalized_pixels, shortest_side_size
 

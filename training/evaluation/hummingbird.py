@@ -42,8 +42,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import AutoBackbone, PreTrainedModel
 
+from locatvit_hf.configuration_utils_locat import pair
 from locatvit_hf.image_processing_locatvit import pil_to_rgb
-from locatvit_hf.layers_locat import pair
 from training.arguments import run_program
 from training.augmentation import IGNORE_INDEX, LabelReader, ResizedLabelArguments, resize_labels
 from training.data import create_evaluation_loader, load_splits, sample_randomness
