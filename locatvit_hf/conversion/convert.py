@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
 from .. import __version__
+from ..configuration_utils_locat import pair
 from ..hub.card import UNKNOWN, Card, Conversion, public_name, write_card
-from ..image_processing_locatvit import LocAtViTImageProcessor, pair
+from ..image_processing_locatvit import LocAtViTImageProcessor
 from ..writing import one_line
 from .arguments import changed_rates
 from .errors import ConversionError

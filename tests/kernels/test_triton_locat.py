@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from locatvit_hf import attention_locat, triton_locat
-from locatvit_hf.attention_locat import ALL_ATTENTION_FUNCTIONS
+from locatvit_hf import triton_locat
+from locatvit_hf.modeling_locatvit import ALL_ATTENTION_FUNCTIONS
 
 HERE = Path(__file__).resolve().parent
 HAS_TRITON = triton_locat.triton is not None  # there is none for macOS
@@ -85,8 +85,8 @@ def test_on_cuda_it_runs_only_where_its_name_is_asked_for(name, fused_calls, mon
         calls.append(query.device.type)
         return query.transpose(1, 2)
 
-    monkeypatch.setattr(attention_locat, "fused_attention", fused_attention)
-    monkeypatch.setattr(attention_locat, "unsupported_reason", lambda *arguments: None)
+    monkeypatch.setattr(triton_locat, "fused_attention", fused_attention)
+    monkeypatch.setattr(triton_locat, "unsupported_reason", lambda *arguments: None)
     with FakeTensorMode():  # tensors that say that they are on a GPU; there need be none
         tokens = torch.empty(1, 2, 5, 32, device="cuda")
         scalars = torch.empty(1, 2, 4, 2, device="cuda"), torch.empty(1, 2, 4, device="cuda")
