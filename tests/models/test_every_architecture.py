@@ -184,7 +184,7 @@ def test_attention_maps_are_distributions_and_include_the_gaussian(architecture)
         maps = model(pixel_values, output_attentions=True).attentions
         for attention in maps:
             torch.testing.assert_close(attention.sum(dim=-1), torch.ones(attention.shape[:-1]))
-        modules = [module for module in model.modules() if hasattr(module, "gaussian")]
+        modules = [module for module in model.modules() if hasattr(module, "o_proj")]
         assert len(maps) == len(modules)
         seen = {}
         if getattr(model.config, "use_gaussian", False):
