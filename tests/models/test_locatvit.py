@@ -559,7 +559,7 @@ class TestCompilers:
         ({"num_labels": -1}, "num_labels must not be negative"),
         ({"image_std": [0.5, 0.5, 0]}, "image_std must be one number, or one for each of the 3 channels, above 0"),
         ({"num_channels": 4, "image_mean": [0.1, 0.2, 0.3]}, "image_mean must be one number, or one for each of the 4"),
-        ({"hidden_act": "geluu"}, "hidden_act='geluu' is no activation"),
+        ({"hidden_act": "geluu"}, "hidden_act='geluu' is not an activation"),
         ({"problem_type": "guess"}, "problem_type"),
         ({"layer_norm_eps": -1.0}, "layer_norm_eps must not be negative"),
         ({"initializer_range": 0}, "initializer_range must be above 0"),
