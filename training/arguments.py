@@ -230,6 +230,10 @@ RUNTIME_OPTIONS = {
 """Options that may change between an interrupted run and its continuation: they leave the weights alone."""
 
 
+NULLS = ("", "~", "null", "Null", "NULL")
+"""How YAML writes that there is nothing."""
+
+
 class TextLoader(yaml.SafeLoader):
     """YAML in which every scalar is the text that stands there."""
 
@@ -387,6 +391,8 @@ def _parse_command_line(argv: list[str], cls: type) -> dict[str, Any]:
         target = given
         for parent in parents:
             target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"{key} is an entry of {parent}, which was given as {target!r} before.")
         option = others.get(name, name)
         annotation = hints[option] if not parents and option in fields else str if name == "config" else Any
         target[name] = value if value is True else _read_word(value, annotation)
@@ -405,7 +411,7 @@ def _read_word(word: str, annotation: Any) -> Any:
     try:
         if not (texts or lists) or kinds - texts - lists - {type(None)}:
             return yaml.load(word, RecipeLoader)
-        if type(None) in kinds and yaml.load(word, RecipeLoader) is None:
+        if type(None) in kinds and word in NULLS:
             return None
         if lists and word.lstrip().startswith("["):
             return yaml.load(word, TextLoader)

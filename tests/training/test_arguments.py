@@ -48,6 +48,10 @@ def test_command_line_wins_over_recipe(tmp_path):
         (["--streaming", "no"], "streaming"),
         (["--batch_size", "010"], "batch_size"),
         (["--seed", "12:30"], "seed"),
+        (
+            ["--model", "vit", "--model.patch_size", "4"],
+            "--model.patch_size is an entry of model, which was given as 'vit'",
+        ),
         (["--output_dir"], "output_dir takes text: give it a value"),
         # Names of other tools, which spelling alone would take for something else.
         (["--train_dir", "photos"], "no option 'train_dir': name the folder with train/ and validation/ in it"),
@@ -81,7 +85,7 @@ def test_words_are_words_and_one_value_is_a_list_of_one(tmp_path):
 WORDS = ["001", "010", "0x10", "1_000", "12:30", "1.10", "+7", "1e3", "2024-11-27", ".5", "yes"]
 
 
-@pytest.mark.parametrize("word", [*WORDS, "runs #2", "a: b", "- x", "{x}", "[x]", "true", "'quoted'", "*x"])
+@pytest.mark.parametrize("word", [*WORDS, "runs #2", "#2", "a: b", "- x", "{x}", "[x]", "true", "'quoted'", "*x"])
 def test_options_of_text_are_taken_as_typed(word):
     for program, option in (
         (FinetuneArguments, "output_dir"),
