@@ -1,0 +1,1 @@
+../../../locatvit_hf/blockwise_locat.py

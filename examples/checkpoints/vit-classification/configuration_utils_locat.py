@@ -1,0 +1,1 @@
+../../../locatvit_hf/configuration_utils_locat.py

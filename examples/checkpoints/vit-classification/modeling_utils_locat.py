@@ -1,0 +1,1 @@
+../../../locatvit_hf/modeling_utils_locat.py
