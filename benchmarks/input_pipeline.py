@@ -129,7 +129,7 @@ def timm_pass(settings: dict) -> Callable:
     def loader(done: int):
         return create_loader(
             create_dataset("", root=f"{settings['dataset']}/train"),
-            input_size=SIZE,
+            input_size=(3, SIZE, SIZE),
             batch_size=arguments.batch_size,
             is_training=True,
             scale=tuple(arguments.crop_scale),
@@ -143,6 +143,7 @@ def timm_pass(settings: dict) -> Callable:
             mean=tuple(MEAN),
             std=tuple(STD),
             num_workers=arguments.num_workers,
+            persistent_workers=arguments.num_workers > 0,  # older versions of timm ask for it without workers too
             device=torch.device("cpu"),
         )
 
