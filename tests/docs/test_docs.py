@@ -81,7 +81,8 @@ def test_files_that_pipelines_read_otherwise(kind: str, reader: Path, monkeypatc
     for name, same in (("plain.png", True), ("scan.png", False)):
         masks = {segment["label"]: np.asarray(segment["mask"]) > 0 for segment in segmenter(name)}
         found = sum(session["model"].config.label2id[label] * mask for label, mask in masks.items())
-        assert np.array_equal(found, session["class_map"].numpy()) == same
+        agreeing = np.mean(found == session["class_map"].numpy())
+        assert (agreeing > 0.99) == same  # not all of them: rounding decides where two classes tie
 
 
 @pytest.mark.slow
