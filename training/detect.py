@@ -1,17 +1,12 @@
 """Object detection and instance segmentation on COCO or data in its format, with Mask R-CNN on our encoders.
 
-accelerate launch training/detect.py --config training/recipes/detect/coco_pacavit.yaml --pretrained FOLDER \
+accelerate launch -m training.detect --config training/recipes/detect/coco_pacavit.yaml --pretrained FOLDER \
     --output_dir runs/coco
 """
 
-import sys
 from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
-
-if not __package__:  # started as a file
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from accelerate import Accelerator

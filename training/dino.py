@@ -1,16 +1,11 @@
 """DINO: self-supervised pretraining of a LocAtViT on images without labels.
 
-accelerate launch training/dino.py --config training/recipes/dino/digits.yaml --output_dir runs/digits_dino
+accelerate launch -m training.dino --config training/recipes/dino/digits.yaml --output_dir runs/digits_dino
 """
 
-import sys
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
-
-if not __package__:  # started as a file
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from accelerate.utils import DistributedType

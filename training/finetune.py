@@ -1,20 +1,16 @@
 """Fine-tuning of any of our checkpoints, or of any plain ViT, on the classes of another data set.
 
-accelerate launch training/finetune.py --pretrained FOLDER --dataset FOLDER --output_dir runs/finetuned
+accelerate launch -m training.finetune --pretrained FOLDER --dataset FOLDER --output_dir runs/finetuned
 
 Options of the Trainer and of its examples are understood too, as far as they have a counterpart: --model_name_or_path,
 --num_train_epochs, --per_device_train_batch_size, --warmup_ratio, --lr_scheduler_type, --bf16, --report_to and so on.
 """
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
-
-if not __package__:  # started as a file
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from huggingface_hub.dataclasses import strict

@@ -1,16 +1,11 @@
 """Image-label training of a LocAtViT, or of the plain ViT that it is compared with.
 
-accelerate launch training/pretrain.py --config training/recipes/pretrain/digits.yaml --output_dir runs/digits
+accelerate launch -m training.pretrain --config training/recipes/pretrain/digits.yaml --output_dir runs/digits
 """
 
-import sys
 from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-if not __package__:  # started as a file
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from accelerate import Accelerator

@@ -1,16 +1,11 @@
 """Semantic segmentation: the papers' probes and heads on a frozen model, or full fine-tuning.
 
-accelerate launch training/segment.py --config training/recipes/segment/digits.yaml --pretrained runs/digits/model
+accelerate launch -m training.segment --config training/recipes/segment/digits.yaml --pretrained runs/digits/model
 """
 
-import sys
 from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
-
-if not __package__:  # started as a file
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import transformers

@@ -57,7 +57,8 @@ def segment(
     architecture = (config.architectures or ["a model without a name"])[0]
     if "Segmentation" not in architecture:
         raise ValueError(
-            f"{model} holds {architecture}, which does not segment; training/segment.py gives it a segmentation head."
+            f"{model} holds {architecture}, which does not segment; `python -m training.segment` gives it a "
+            "segmentation head."
         )
     settings = {
         "model": _name_of(model),

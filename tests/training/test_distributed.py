@@ -113,7 +113,7 @@ def test_killed_processes_continue_bit_identically(pretrain_settings, tmp_path, 
 
 @pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.yaml")), ids=lambda file: file.stem)
 def test_launch_configurations_are_valid(file):
-    arguments = launch_command_parser().parse_args(["--config_file", str(file), "training/pretrain.py"])
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), "-m", "training.pretrain"])
     arguments, defaults, _ = validate_launch(arguments)
     assert (arguments.use_fsdp, arguments.use_deepspeed) == ("fsdp" in file.stem, "deepspeed" in file.stem)
     assert defaults.mixed_precision == "no"
@@ -126,9 +126,9 @@ def test_launch_configurations_are_valid(file):
 @pytest.mark.parametrize(("options", "said"), [(["--num_processes", "2"], True), (["--num_processes", "1"], False)])
 def test_one_process_instead_of_several_is_said(monkeypatch, capsys, options, said):
     """In the environment that `accelerate launch --cpu` makes."""
-    arguments = launch_command_parser().parse_args(["--cpu", *options, "training/pretrain.py"])
+    arguments = launch_command_parser().parse_args(["--cpu", *options, "-m", "training.pretrain"])
     command, environment = prepare_simple_launcher_cmd_env(validate_launch(arguments)[0])
-    assert command.count("training/pretrain.py") == 1
+    assert command.count("training.pretrain") == 1
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     accelerator = create_processes()
@@ -141,7 +141,7 @@ def test_the_launch_file_for_cpus_starts_several_processes(settings, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**settings, "length": "2 steps", "warmup": "0 steps"}))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "several_cpus.yaml")]
-    launch += ["--main_process_port", "0", "training/pretrain.py", "--config", str(recipe)]
+    launch += ["--main_process_port", "0", "-m", "training.pretrain", "--config", str(recipe)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 300}
     finished = subprocess.run([*launch, "--output_dir", str(tmp_path / "run")], **options)
@@ -159,7 +159,7 @@ def test_slurm_gives_the_processes_the_cpus_of_the_job(tmp_path):
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN": str(tmp_path / "run")}
     environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
-    command = ["bash", str(LAUNCH / "slurm.sh"), "training/pretrain.py", "--output_dir", str(tmp_path / "run")]
+    command = ["bash", str(LAUNCH / "slurm.sh"), "-m", "training.pretrain", "--output_dir", str(tmp_path / "run")]
     for cpus in ("24", None):
         given = environment | ({"SLURM_CPUS_PER_TASK": cpus} if cpus else {})
         finished = subprocess.run(command, env=given, capture_output=True, text=True, timeout=60)

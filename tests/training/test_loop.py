@@ -389,7 +389,7 @@ def test_an_interrupted_run_continues_bit_identically(pretrain_settings, pretrai
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM)
     assert not (output / "all_results.json").exists()
 
-    finished = run("pretrain", settings, as_file=True)
+    finished = run("pretrain", settings)
     assert finished.returncode == 0, finished.stderr
     assert "Continuing at update" in finished.stdout
     results, expected = json.loads((output / "all_results.json").read_text()), pretrained[1]

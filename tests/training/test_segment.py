@@ -533,7 +533,7 @@ def test_a_killed_run_continues_bit_identically(settings, tmp_path, head, freeze
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (outputs[1] / "all_results.json").exists()
 
-    finished = run("segment", settings, as_file=True)
+    finished = run("segment", settings)
     assert finished.returncode == 0, finished.stderr
     assert "Continuing at update" in finished.stdout
     results = [json.loads((output / "all_results.json").read_text()) for output in outputs]

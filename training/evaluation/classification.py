@@ -1,16 +1,11 @@
 """Top-1 and top-5 accuracy of a classifier.
 
-accelerate launch training/evaluation/classification.py --pretrained FOLDER --dataset FOLDER --output_dir runs/results
+accelerate launch -m training.evaluation.classification --pretrained FOLDER --dataset FOLDER --output_dir runs/results
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-if not __package__:  # started as a file
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from accelerate import Accelerator
@@ -55,7 +50,7 @@ def load_classifier(pretrained: str) -> PreTrainedModel:
     """A classifier of ours, or a plain ViT as it is. Raises ValueError for a checkpoint without a classifier."""
     model, fresh = load_pretrained(AutoModelForImageClassification, pretrained, as_it_is=True)
     if any(name.startswith("classifier.") for name in fresh):
-        raise ValueError(f"{pretrained} has no classifier: train one with training/finetune.py first.")
+        raise ValueError(f"{pretrained} has no classifier: train one with `python -m training.finetune` first.")
     return model
 
 

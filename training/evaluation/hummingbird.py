@@ -1,6 +1,6 @@
 """Dense nearest-neighbour retrieval: patches are segmented by the labels of similar training patches, untrained.
 
-accelerate launch training/evaluation/hummingbird.py --pretrained FOLDER --dataset FOLDER --output_dir runs/results
+accelerate launch -m training.evaluation.hummingbird --pretrained FOLDER --dataset FOLDER --output_dir runs/results
 
 The protocol of Balažević et al., "Towards In-Context Scene Understanding", NeurIPS 2023, as used for LocAtViT:
 
@@ -21,15 +21,10 @@ Hungarian method; pixels without a class are left out, where it counts them as c
 taken at the size of the labels.
 """
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-if not __package__:  # started as a file
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import faiss
 import numpy as np

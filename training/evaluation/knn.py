@@ -1,16 +1,11 @@
 """Accuracy of a vote of nearest neighbours among the features of the training images; nothing is trained.
 
-accelerate launch training/evaluation/knn.py --pretrained FOLDER --dataset FOLDER --output_dir runs/results
+accelerate launch -m training.evaluation.knn --pretrained FOLDER --dataset FOLDER --output_dir runs/results
 """
 
-import sys
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-if not __package__:  # started as a file
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from huggingface_hub.dataclasses import strict
 

@@ -1,15 +1,11 @@
 """Accuracy of a linear classifier that is trained on the frozen encoder.
 
-accelerate launch training/evaluation/linear_probe.py --pretrained FOLDER --dataset FOLDER --output_dir runs/probe
+accelerate launch -m training.evaluation.linear_probe --pretrained FOLDER --dataset FOLDER --output_dir runs/probe
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-if not __package__:  # started as a file
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoModelForImageClassification

@@ -1,16 +1,11 @@
 """Mean IoU of a segmentation model, at the size of the labels.
 
-accelerate launch training/evaluation/segmentation.py --pretrained FOLDER --dataset FOLDER --output_dir runs/results
+accelerate launch -m training.evaluation.segmentation --pretrained FOLDER --dataset FOLDER --output_dir runs/results
 """
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-if not __package__:  # started as a file
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -82,7 +77,7 @@ def load_segmenter(pretrained: str) -> tuple[PreTrainedModel, LocAtViTImageProce
     if info["missing_keys"]:
         raise ValueError(
             f"{pretrained} is no segmentation model: it lacks {sorted(info['missing_keys'])[0]}; train a head with "
-            "training/segment.py first."
+            "`python -m training.segment` first."
         )
     try:
         processor = LocAtViTImageProcessor.from_pretrained(pretrained)
