@@ -16,10 +16,10 @@ from torch import nn
 from benchmarks.measure import interleave, paired_ratios, quartiles
 from benchmarks.report import hardware
 from locatvit_hf.cli.console import one_sentence_errors
-from training.arguments import build_arguments, load_recipe
-from training.checkpointing import write_json
+from training.engine.arguments import build_arguments, load_recipe
+from training.engine.checkpoints import write_json
+from training.engine.optimization import create_optimizer
 from training.evaluation.results import versions
-from training.optimization import create_optimizer
 from training.pretrain import PretrainArguments, build_model
 
 from .runs import COST, MODELS, RECIPES

@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 
 from locatvit_hf.segmentation import InferenceArguments, predict
 from locatvit_hf.visualization import read_gaussians, read_layers
-from training.arguments import build_arguments, load_recipe
 from training.augmentation import LabelReader
 from training.data import create_evaluation_loader, load_splits
+from training.engine.arguments import build_arguments, load_recipe
 from training.evaluation.classification import load_classifier
 from training.evaluation.segmentation import load_segmenter
 from training.inference import SegmentationCollator
 from training.pretrain import PretrainArguments, collate
-from training.pretrained import load_processor
 from training.segment import SegmentArguments
+from training.tasks.checkpoint_loading import load_processor
 
 from .runs import RECIPES
 

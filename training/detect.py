@@ -19,7 +19,6 @@ from transformers import AutoBackbone, AutoConfig
 
 from locatvit_hf import LocAtViTImageProcessor
 from locatvit_hf.utils.colors import label_colors
-from training.arguments import OptimizationArguments, RunArguments, run_program
 from training.data import TrainingSamples, create_evaluation_loader, describe_data
 from training.detection import (
     DetectionAugmentation,
@@ -33,10 +32,11 @@ from training.detection import (
     load_encoder,
     pyramid_config,
 )
-from training.loop import TrainingLoop, create_accelerator
+from training.engine.arguments import OptimizationArguments, RunArguments, run_program
+from training.engine.loop import TrainingLoop, create_accelerator
+from training.engine.optimization import create_optimizer
+from training.engine.plotting import caption, restore_image
 from training.metrics import compute_over_processes, load_metric
-from training.optimization import create_optimizer
-from training.pictures import caption, restore_image
 from training.pretrain import build_config
 
 NUM_DRAWN = 10

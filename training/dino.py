@@ -13,12 +13,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoModel
 
 from locatvit_hf import LocAtViTImageProcessor
-from training.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
 from training.data import TrainingSamples, describe_data, load_split
-from training.loop import TrainingLoop, create_accelerator
-from training.optimization import VECTORS, create_optimizer, parse_duration
+from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
+from training.engine.loop import TrainingLoop, create_accelerator
+from training.engine.optimization import VECTORS, create_optimizer, parse_duration
 from training.pretrain import build_config
-from training.self_distillation import (
+from training.tasks.dino import (
     NUM_GLOBAL_CROPS,
     DinoLoss,
     DinoNetwork,

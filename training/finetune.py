@@ -18,14 +18,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
-from training.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
 from training.augmentation import ClassificationAugmentation
 from training.data import load_splits
-from training.export import save_pretrained
-from training.loop import create_accelerator
+from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
+from training.engine.export import save_pretrained
+from training.engine.loop import create_accelerator
+from training.engine.trainer_names import OF_TEXT, OPTIONS, translate
 from training.pretrain import train_classifier
-from training.pretrained import load_pretrained, rebuild
-from training.trainer_names import OF_TEXT, OPTIONS, translate
+from training.tasks.checkpoint_loading import load_pretrained, rebuild
 
 
 @strict

@@ -12,8 +12,8 @@ from locatvit_hf import LocAtViTImageProcessor
 from locatvit_hf.segmentation import InferenceArguments, check_inference, predict, prepare, scaled_size
 from training.augmentation import LabelArguments, LabelReader, resize_labels
 from training.data.label_counts import LabelCounts, count_pixels
+from training.engine.plotting import draw_batch
 from training.metrics import compute_over_processes, load_metric
-from training.pictures import draw_batch
 
 
 class SegmentationCollator:

@@ -17,14 +17,14 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 
 from locatvit_hf import LocAtViTImageProcessor
 from locatvit_hf.hub.families import FAMILIES
-from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import ClassificationAugmentation, ClassificationTransform, classification_objective
 from training.data import Splits, TrainingSamples, create_evaluation_loader, describe_data, load_splits
-from training.distillation import Distillation, DistillationArguments
-from training.loop import TrainingLoop, create_accelerator
+from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
+from training.engine.loop import TrainingLoop, create_accelerator
+from training.engine.optimization import create_optimizer, parse_duration
+from training.engine.plotting import caption, restore_image
 from training.metrics import compute_over_processes, load_metric
-from training.optimization import create_optimizer, parse_duration
-from training.pictures import caption, restore_image
+from training.tasks.distillation import Distillation, DistillationArguments
 
 NUM_EXAMPLES = 16
 

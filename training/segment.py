@@ -22,14 +22,14 @@ from locatvit_hf.configuration_utils_locat import FamilyConfigMixin
 from locatvit_hf.layers_locat import ProbeHead
 from locatvit_hf.modeling_utils_locat import FreezableBackboneMixin
 from locatvit_hf.segmentation import InferenceArguments
-from training.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.augmentation import IGNORE_INDEX, LabelReader, SegmentationAugmentation, SegmentationTransform
 from training.data import TrainingSamples, create_evaluation_loader, describe_data, load_splits
 from training.data.label_counts import LabelCounts, count_pixels
+from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
+from training.engine.loop import TrainingLoop, create_accelerator
+from training.engine.optimization import create_optimizer
 from training.inference import SegmentationCollator, draw_examples, evaluate
-from training.loop import TrainingLoop, create_accelerator
-from training.optimization import create_optimizer
-from training.pretrained import change_config, load_pretrained, read_config
+from training.tasks.checkpoint_loading import change_config, load_pretrained, read_config
 
 
 @strict

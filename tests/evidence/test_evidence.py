@@ -21,7 +21,7 @@ from evidence.run import run
 from evidence.runs import MODELS, PLAN, RECIPES, ROOT, Run
 from locatvit_hf import LocAtViTForImageClassification
 from tests.training.conftest import SMALL_MODEL, squares  # noqa: F401  a fixture
-from training.arguments import build_arguments, load_recipe
+from training.engine.arguments import build_arguments, load_recipe
 from training.pretrain import PretrainArguments, build_model
 
 

@@ -45,7 +45,7 @@ from locatvit_hf.hub.card import (
 )
 from locatvit_hf.image_processing_locatvit import LocAtViTImageProcessor
 from tests.training.test_recipes import PARAMETERS
-from training.arguments import load_recipe
+from training.engine.arguments import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {path.stem: path for path in sorted((ROOT / "model_cards").glob("*.yaml")) if path.stem != "protocols"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from training.arguments import build_arguments
+from training.engine.arguments import build_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,10 +4,8 @@ import pytest
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification
 from tests.training.conftest import SMALL_MODEL
-from training.arguments import load_recipe, parse_arguments
-from training.evaluation.knn import KNNArguments
-from training.finetune import FinetuneArguments
-from training.optimization import (
+from training.engine.arguments import load_recipe, parse_arguments
+from training.engine.optimization import (
     create_optimizer,
     learning_rate_at,
     parse_duration,
@@ -15,6 +13,8 @@ from training.optimization import (
     set_weight_decay,
     weight_decay_at,
 )
+from training.evaluation.knn import KNNArguments
+from training.finetune import FinetuneArguments
 from training.pretrain import PretrainArguments
 from training.segment import SegmentArguments
 

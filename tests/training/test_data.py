@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from benchmarks import input_pipeline
 from locatvit_hf import LocAtViTImageProcessor
 from tests.training.programs import train
-from training.arguments import build_arguments
-from training.checkpointing import list_checkpoints
 from training.data import TrainingSamples, create_evaluation_loader, create_training_loader, load_splits
 from training.data.images import CorruptImageError, decode_image, read_header
 from training.data.streaming import ForwardReader
+from training.engine.arguments import build_arguments
+from training.engine.checkpoints import list_checkpoints
 from training.pretrain import PretrainArguments
 from training.segment import SegmentArguments
 

@@ -23,8 +23,6 @@ from locatvit_hf.hub.push import assemble
 from tests.tolerances import assert_same_but_for_rounding
 from tests.training.programs import ROOT, run, start
 from tests.training.programs import train as launch
-from training.arguments import build_arguments, load_recipe
-from training.checkpointing import list_checkpoints
 from training.data import sample_randomness
 from training.data.images import decode_image
 from training.detect import DetectArguments, build_model
@@ -42,7 +40,9 @@ from training.detection import (
     read_objects,
 )
 from training.detection.model import PyramidRoIAlign, paste_masks
-from training.optimization import create_optimizer, learning_rate_at, parse_duration
+from training.engine.arguments import build_arguments, load_recipe
+from training.engine.checkpoints import list_checkpoints
+from training.engine.optimization import create_optimizer, learning_rate_at, parse_duration
 from training.pretrain import build_config
 
 RECIPES = ROOT / "training" / "recipes" / "detect"
@@ -496,7 +496,9 @@ def test_dry_run_draws_boxes(settings, tmp_path):
 def test_predictions_are_drawn(settings, tmp_path, monkeypatch):
     """The first boxes of each image, on pictures as large as the images."""
     shown = []
-    monkeypatch.setattr("training.tracking.Trackers.log_image", lambda self, name, image, step: shown.append(image))
+    monkeypatch.setattr(
+        "training.engine.tracking.Trackers.log_image", lambda self, name, image, step: shown.append(image)
+    )
     monkeypatch.setattr(
         "training.detect.draw_bounding_boxes", lambda pixels, *boxes, **_: shown.append(boxes) or pixels
     )

@@ -14,7 +14,6 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from training.arguments import build_arguments
 from training.data import sample_randomness
 from training.data.images import decode_image
 from training.detection import (
@@ -27,6 +26,7 @@ from training.detection import (
     read_objects,
 )
 from training.detection.segmentations import check_segmentation, run_lengths, turn_points
+from training.engine.arguments import build_arguments
 
 ZERO, ONE = [0.0] * 3, [1.0] * 3
 SQUARE = [[10, 10, 50, 10, 50, 40, 10, 40]]

@@ -17,14 +17,14 @@ from tests.tolerances import rounding
 from tests.training.conftest import PLAIN_DESCENT, SMALL_MODEL
 from tests.training.programs import ROOT, run, start
 from tests.training.programs import train as launch
-from training.arguments import build_arguments, load_recipe
-from training.checkpointing import list_checkpoints
 from training.data import sample_randomness
 from training.dino import DinoArguments
 from training.dino import main as dino
-from training.optimization import create_optimizer, learning_rate_at, parse_duration, weight_decay_at
+from training.engine.arguments import build_arguments, load_recipe
+from training.engine.checkpoints import list_checkpoints
+from training.engine.optimization import create_optimizer, learning_rate_at, parse_duration, weight_decay_at
 from training.pretrain import build_config
-from training.self_distillation import (
+from training.tasks.dino import (
     DinoHead,
     DinoLoss,
     DinoNetwork,

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from tests.training.conftest import PLAIN_DESCENT, SMALL_MODEL
 from tests.training.programs import ROOT, spoil_third_step_of_second_process, train
-from training.checkpointing import list_checkpoints
-from training.processes import create_processes
+from training.engine.checkpoints import list_checkpoints
+from training.engine.distributed import create_processes
 
 LAUNCH = ROOT / "training" / "launch"
 

@@ -27,11 +27,11 @@ from locatvit_hf.layers_locat import resample_position_embeddings
 from tests.tolerances import assert_same_but_for_rounding
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, run
-from training.arguments import build_arguments, load_recipe, parse_arguments
 from training.augmentation import ClassificationTransform
+from training.engine.arguments import build_arguments, load_recipe, parse_arguments
+from training.engine.optimization import create_optimizer, learning_rate_at, parse_duration
+from training.engine.trainer_names import translate
 from training.finetune import FinetuneArguments, build_model, main
-from training.optimization import create_optimizer, learning_rate_at, parse_duration
-from training.trainer_names import translate
 
 NAMES = ["red", "green"]
 PROGRAMS = ["pretrain", "segment", "finetune", "dino", "detect"] + [

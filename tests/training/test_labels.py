@@ -9,8 +9,8 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from training.arguments import DataArguments, build_arguments
 from training.data import TrainingSamples, load_splits
+from training.engine.arguments import DataArguments, build_arguments
 from training.evaluation.results import EvaluationArguments, load_validation
 
 

@@ -17,15 +17,15 @@ from transformers import AutoModelForImageClassification, AutoModelForSemanticSe
 from tests.remote.loopback_hub import HubServer
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import run, start
-from training.arguments import build_arguments
 from training.augmentation import ClassificationTransform
-from training.checkpointing import atomic_folder, list_checkpoints
 from training.data import TrainingSamples, UpdateSampler, load_splits
-from training.distillation import Distillation
+from training.engine.arguments import build_arguments
+from training.engine.checkpoints import atomic_folder, list_checkpoints
 from training.pretrain import PretrainArguments
 from training.pretrain import main as pretrain
 from training.segment import SegmentArguments
 from training.segment import main as segment
+from training.tasks.distillation import Distillation
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import spoiled
 from training import pretrain as program
-from training.arguments import build_arguments
-from training.checkpointing import list_checkpoints
-from training.finite import are_finite, first_not_finite, gradient_norm, scale_gradients
+from training.engine.arguments import build_arguments
+from training.engine.checkpoints import list_checkpoints
+from training.engine.finite import are_finite, first_not_finite, gradient_norm, scale_gradients
 from training.pretrain import PretrainArguments
 
 
@@ -144,7 +144,7 @@ class ScalingAccelerator(Accelerator):
 
 
 def test_steps_that_the_loss_scaler_skips_do_not_end_a_run(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.processes.Accelerator", ScalingAccelerator)
+    monkeypatch.setattr("training.engine.distributed.Accelerator", ScalingAccelerator)
     objective = program.classification_objective
     settings = {**settings, "ema_decay": None}
     monkeypatch.setattr(program, "classification_objective", spoiled(objective, lambda call: call in (2, 3)))
@@ -157,7 +157,7 @@ def test_steps_that_the_loss_scaler_skips_do_not_end_a_run(settings, tmp_path, m
     assert are_finite(first.values())
 
     monkeypatch.setattr(program, "classification_objective", spoiled(objective, lambda call: call > 2))
-    monkeypatch.setattr("training.loop.MAX_SKIPPED_IN_A_ROW", 4)
+    monkeypatch.setattr("training.engine.loop.MAX_SKIPPED_IN_A_ROW", 4)
     with pytest.raises(ValueError, match=r"at step 6, .* in the 4 steps up to this one, at every loss scale"):
         run(settings, tmp_path / "never")
 

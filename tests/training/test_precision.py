@@ -16,11 +16,10 @@ from locatvit_hf import (
     LocAtViTImageProcessor,
 )
 from tests.training.conftest import SMALL_MODEL
-from training.arguments import build_arguments
 from training.detect import DetectArguments
 from training.detect import build_model as build_detector
 from training.dino import DinoArguments
-from training.distillation import Distillation
+from training.engine.arguments import build_arguments
 from training.evaluation.classification import load_classifier
 from training.evaluation.features import load_encoder
 from training.evaluation.segmentation import load_segmenter
@@ -31,6 +30,7 @@ from training.pretrain import PretrainArguments
 from training.pretrain import main as pretrain
 from training.segment import SegmentArguments
 from training.segment import build_model as build_segmenter
+from training.tasks.distillation import Distillation
 
 NAMES = ["red", "green"]
 HALVES = ["float16", "bfloat16"]

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from tests.training.programs import ROOT
-from training.arguments import build_arguments, load_recipe
 from training.augmentation import ClassificationTransform, classification_objective
-from training.optimization import create_optimizer, learning_rate_at, parse_duration
+from training.engine.arguments import build_arguments, load_recipe
+from training.engine.optimization import create_optimizer, learning_rate_at, parse_duration
 from training.pretrain import PretrainArguments, build_model
 
 RECIPES = ROOT / "training" / "recipes"

@@ -13,12 +13,12 @@ from PIL import Image
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViTImageProcessor
 from tests.training.conftest import SMALL_MODEL
-from training.arguments import build_arguments
-from training.checkpointing import list_checkpoints
 from training.data import describe_data, load_splits
 from training.data.description import compare_data
 from training.dino import DinoArguments
 from training.dino import main as dino
+from training.engine.arguments import build_arguments
+from training.engine.checkpoints import list_checkpoints
 from training.finetune import FinetuneArguments
 from training.finetune import main as finetune
 from training.pretrain import PretrainArguments

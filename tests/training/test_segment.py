@@ -38,11 +38,11 @@ from locatvit_hf.segmentation import InferenceArguments, segment_image
 from tests.tolerances import assert_same_but_for_rounding, assert_same_labels
 from tests.training.conftest import PLAIN_DESCENT
 from tests.training.programs import run, start, train
-from training.arguments import build_arguments
-from training.checkpointing import list_checkpoints
 from training.data import load_splits
+from training.engine.arguments import build_arguments
+from training.engine.checkpoints import list_checkpoints
+from training.engine.optimization import create_optimizer
 from training.inference import SegmentationCollator, draw_examples
-from training.optimization import create_optimizer
 from training.segment import LabelReader, SegmentArguments, build_model, build_processor, heads_of, main
 
 NAMES = ["background", "red", "green"]

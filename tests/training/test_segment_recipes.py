@@ -10,9 +10,9 @@ from PIL import Image
 from transformers.image_utils import PILImageResampling
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, PaCaViTConfig, PaCaViTForImageClassification
-from training.arguments import build_arguments, load_recipe
 from training.augmentation import SegmentationTransform
-from training.optimization import create_optimizer, learning_rate_at, parse_duration
+from training.engine.arguments import build_arguments, load_recipe
+from training.engine.optimization import create_optimizer, learning_rate_at, parse_duration
 from training.segment import LabelReader, SegmentArguments, build_model, build_processor
 
 RECIPES = Path(__file__).resolve().parents[2] / "training" / "recipes" / "segment"

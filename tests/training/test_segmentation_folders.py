@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.arguments import DataArguments
 from training.data import load_splits
+from training.engine.arguments import DataArguments
 
 
 def write(folder, names, mode="L"):

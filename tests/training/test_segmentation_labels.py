@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from training.arguments import build_arguments
 from training.augmentation import (
     LabelArguments,
     LabelReader,
@@ -20,6 +19,7 @@ from training.augmentation import (
 )
 from training.data import sample_randomness
 from training.data.images import decode_image
+from training.engine.arguments import build_arguments
 
 IDS = np.array([[0, 1, 2], [3, 255, 1]])
 

@@ -10,7 +10,7 @@ from PIL import Image
 from locatvit_hf.segmentation import OutputFolder
 from locatvit_hf.serving.exhibit import Exhibit
 from locatvit_hf.utils.colors import class_colors, label_colors
-from training.pictures import draw_batch
+from training.engine.plotting import draw_batch
 
 LABELS = np.array([[0, 0, 1, 1], [2, 2, 2, 3]], np.uint8).repeat(32, 0).repeat(32, 1)
 CORNERS = {0: (0, 0), 1: (0, 127), 2: (63, 0), 3: (63, 127)}

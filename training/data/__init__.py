@@ -1,9 +1,9 @@
 """Reading labelled images, and handing every process its share of every batch."""
 
-from .batches import UpdateSampler, sample_randomness
+from .dataset import TrainingSamples, create_evaluation_loader, create_training_loader
 from .description import describe_data
 from .loading import Splits, load_split, load_splits, read_label_names, spread
-from .samples import TrainingSamples, create_evaluation_loader, create_training_loader
+from .samplers import UpdateSampler, sample_randomness
 
 __all__ = [
     "Splits",

@@ -9,9 +9,9 @@ from typing import Any
 import datasets
 import numpy as np
 
+from .dataset import IndexedReader
 from .images import name_of
 from .loading import Split, spread
-from .samples import IndexedReader
 from .streaming import StreamedRows
 
 NUM_COMPARED = 32

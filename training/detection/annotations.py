@@ -18,7 +18,6 @@ from PIL import Image
 
 from locatvit_hf.utils.images import list_files, readable_name
 from locatvit_hf.utils.io import read_json
-from training.arguments import DataArguments
 from training.data import load_split, read_label_names, spread
 from training.data.images import CorruptImageError, Header, read_header
 from training.detection.segmentations import (
@@ -28,6 +27,7 @@ from training.detection.segmentations import (
     turn_points,
     turn_segmentation,
 )
+from training.engine.arguments import DataArguments
 
 BOX_FIELDS = ("bbox", "bboxes", "box", "boxes")
 CATEGORY_FIELDS = ("category", "category_id", "label", "categories", "category_ids", "labels")

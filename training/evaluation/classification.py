@@ -13,12 +13,12 @@ from huggingface_hub.dataclasses import strict
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
-from training.arguments import run_program
 from training.data import create_evaluation_loader
+from training.engine.arguments import run_program
 from training.evaluation.results import EvaluationArguments, Meter, load_validation, start_evaluation, write_result
 from training.metrics import compute_over_processes, load_metric
 from training.pretrain import collate
-from training.pretrained import load_pretrained, load_processor
+from training.tasks.checkpoint_loading import load_pretrained, load_processor
 
 
 @strict

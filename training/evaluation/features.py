@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoModel, BaseImageProcessor, PreTrainedModel
 
 from training.evaluation.results import Meter
-from training.pretrained import load_pretrained
+from training.tasks.checkpoint_loading import load_pretrained
 
 
 def load_encoder(pretrained: str) -> PreTrainedModel:

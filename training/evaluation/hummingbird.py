@@ -39,14 +39,14 @@ from transformers import AutoBackbone, PreTrainedModel
 
 from locatvit_hf.configuration_utils_locat import pair
 from locatvit_hf.image_processing_locatvit import pil_to_rgb
-from training.arguments import run_program
 from training.augmentation import IGNORE_INDEX, LabelReader, ResizedLabelArguments, resize_labels
 from training.data import create_evaluation_loader, load_splits, sample_randomness
 from training.data.label_counts import LabelCounts, count_pixels
+from training.engine.arguments import run_program
 from training.evaluation.features import gather_in_order, load_encoder
 from training.evaluation.results import EvaluationArguments, Meter, start_evaluation, tell, write_result
 from training.metrics import compute_over_processes, load_metric
-from training.pretrained import change_config
+from training.tasks.checkpoint_loading import change_config
 
 
 @strict

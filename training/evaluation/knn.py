@@ -9,12 +9,12 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from training.arguments import run_program
 from training.data import create_evaluation_loader, load_splits
+from training.engine.arguments import run_program
 from training.evaluation.features import collate_numbered, gather_in_order, load_encoder, pooled_features
 from training.evaluation.results import EvaluationArguments, Meter, start_evaluation, write_result
 from training.metrics import compute_over_processes, load_metric
-from training.pretrained import load_processor
+from training.tasks.checkpoint_loading import load_processor
 
 
 @strict

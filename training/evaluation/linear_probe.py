@@ -11,10 +11,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoModelForImageClassification
 
 from training import finetune
-from training.arguments import run_program
+from training.engine.arguments import run_program
+from training.engine.loop import create_accelerator
 from training.evaluation.results import Meter, write_result
 from training.finetune import FinetuneArguments
-from training.loop import create_accelerator
 
 
 @strict

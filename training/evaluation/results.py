@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
 from torch import nn
 
-from training.arguments import DataArguments, console
-from training.checkpointing import write_json
 from training.data import load_splits
 from training.data.loading import Split
-from training.processes import create_processes
+from training.engine.arguments import DataArguments, console
+from training.engine.checkpoints import write_json
+from training.engine.distributed import create_processes
 
 LIBRARIES = ("locatvit-hf", "torch", "torchvision", "transformers", "datasets", "timm", "faiss-cpu", "faiss-gpu")
 

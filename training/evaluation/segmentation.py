@@ -13,9 +13,9 @@ from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
 from locatvit_hf import LocAtViTImageProcessor
 from locatvit_hf.segmentation import InferenceArguments
-from training.arguments import run_program
 from training.augmentation import LabelArguments, LabelReader
 from training.data import create_evaluation_loader
+from training.engine.arguments import run_program
 from training.evaluation.results import (
     EvaluationArguments,
     Meter,

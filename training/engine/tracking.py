@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from locatvit_hf.locat import Gaussian, LocAtGaussian
-from training.arguments import RunArguments
+from training.engine.arguments import RunArguments
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 

@@ -25,14 +25,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from locatvit_hf.writing import write_complete
-from training.arguments import RUNTIME_OPTIONS, OptimizationArguments, RunArguments, console
-from training.checkpointing import Interruption, list_checkpoints, load_checkpoint, save_checkpoint, write_json
 from training.data import TrainingSamples, create_training_loader
-from training.data.batches import seed_everything
-from training.dry_run import ActivationMeter, memory_table, model_table, tensor_bytes
-from training.export import open_repository, push, save_model, save_pretrained, write_card
-from training.finite import are_finite, first_not_finite, gradient_norm, scale_gradients, tensors_in
-from training.optimization import (
+from training.data.samplers import seed_everything
+from training.engine.arguments import RUNTIME_OPTIONS, OptimizationArguments, RunArguments, console
+from training.engine.checkpoints import Interruption, list_checkpoints, load_checkpoint, save_checkpoint, write_json
+from training.engine.distributed import create_processes
+from training.engine.dry_run import ActivationMeter, memory_table, model_table, tensor_bytes
+from training.engine.export import open_repository, push, save_model, save_pretrained, write_card
+from training.engine.finite import are_finite, first_not_finite, gradient_norm, scale_gradients, tensors_in
+from training.engine.optimization import (
     create_ema,
     learning_rate_at,
     parse_duration,
@@ -40,10 +41,9 @@ from training.optimization import (
     set_weight_decay,
     weight_decay_at,
 )
-from training.pictures import draw_batch, tile
-from training.processes import create_processes
-from training.resuming import FILE, compare_runs, describe_run, program_of
-from training.tracking import GaussianReader, Trackers, check_trackers
+from training.engine.plotting import draw_batch, tile
+from training.engine.resuming import FILE, compare_runs, describe_run, program_of
+from training.engine.tracking import GaussianReader, Trackers, check_trackers
 
 DRY_RUN_IMAGES = 8
 

@@ -21,7 +21,7 @@ from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor, 
 from locatvit_hf.configuration_utils_locat import FamilyConfigMixin
 from locatvit_hf.conversion.vit import open_vit
 from locatvit_hf.layers_locat import resample_position_embeddings
-from training.arguments import console, describe
+from training.engine.arguments import console, describe
 
 # What `from_vit` makes of a plain ViT.
 VIT_CLASSES = {AutoModel: LocAtViTModel, AutoModelForImageClassification: LocAtViTForImageClassification}

@@ -13,8 +13,8 @@ from locatvit_hf.conversion.export import licence_text
 from locatvit_hf.hub import card
 from locatvit_hf.hub.push import create_repository, upload
 from locatvit_hf.hub.repository import write_checksums
-from training.arguments import RUNTIME_OPTIONS, RunArguments
-from training.checkpointing import atomic_folder
+from training.engine.arguments import RUNTIME_OPTIONS, RunArguments
+from training.engine.checkpoints import atomic_folder
 
 # What is of no use to a reader who wants to repeat the run.
 PRIVATE_OPTIONS = RUNTIME_OPTIONS | {"output_dir", "label_names"}

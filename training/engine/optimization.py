@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from training.arguments import OptimizationArguments
+from training.engine.arguments import OptimizationArguments
 
 MILESTONE_FACTOR = 0.1
 VECTORS = "vectors"

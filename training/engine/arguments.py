@@ -31,7 +31,7 @@ from rich.text import Text
 from locatvit_hf.utils.images import MAX_MEGAPIXELS
 from locatvit_hf.utils.io import read_text
 from locatvit_hf.writing import one_line
-from training import trainer_names
+from training.engine import trainer_names
 
 Arguments = TypeVar("Arguments")
 console = Console(soft_wrap=True, highlight=False)

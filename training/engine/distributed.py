@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import get_int_from_env
 
-from training.arguments import console
-from training.trainer_names import WORLD_SIZES
+from training.engine.arguments import console
+from training.engine.trainer_names import WORLD_SIZES
 
 
 def create_processes(**options: Any) -> Accelerator:

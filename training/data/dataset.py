@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from locatvit_hf.utils.images import MAX_MEGAPIXELS, orientation_of
-from training.arguments import DataArguments, OptimizationArguments, RunArguments, console
+from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, console
 
-from .batches import StreamSampler, UpdateSampler, reseed, sample_randomness
 from .images import CorruptImageError, decode_image, name_of
+from .samplers import StreamSampler, UpdateSampler, reseed, sample_randomness
 from .streaming import READ_AHEAD, ForwardReader, StreamedRows, num_streams
 
 MAX_SUBSTITUTES = 100

@@ -1,0 +1,1 @@
+"""What every program runs on: settings, schedule, loop, run folder, checkpoints, processes and trackers."""
