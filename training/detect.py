@@ -36,6 +36,7 @@ from training.engine.arguments import OptimizationArguments, RunArguments, run_p
 from training.engine.loop import TrainingLoop, create_accelerator
 from training.engine.optimization import create_optimizer
 from training.engine.plotting import caption, restore_image
+from training.engine.schedule import Schedule
 from training.metrics import compute_over_processes, load_metric
 from training.pretrain import build_config
 
@@ -74,6 +75,7 @@ def main(arguments: DetectArguments) -> dict[str, Any]:
     accelerator = create_accelerator(arguments)
     splits = load_detection_splits(arguments, arguments.masks)
     columns = ["image", "objects"]
+    schedule = Schedule.resolve(arguments, len(splits.train), accelerator.num_processes)
 
     torch.manual_seed(arguments.seed)
     model = build_model(arguments, splits.categories)
@@ -89,6 +91,7 @@ def main(arguments: DetectArguments) -> dict[str, Any]:
     loop = TrainingLoop(
         accelerator,
         arguments,
+        schedule,
         model,
         processor,
         optimizer,

@@ -16,7 +16,8 @@ from locatvit_hf import LocAtViTImageProcessor
 from training.data import TrainingSamples, describe_data, load_split
 from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
 from training.engine.loop import TrainingLoop, create_accelerator
-from training.engine.optimization import VECTORS, create_optimizer, parse_duration
+from training.engine.optimization import VECTORS, create_optimizer
+from training.engine.schedule import Schedule
 from training.pretrain import build_config
 from training.tasks.dino import (
     NUM_GLOBAL_CROPS,
@@ -74,6 +75,9 @@ def main(arguments: DinoArguments) -> dict[str, Any]:
         raise ValueError("Student and teacher stay whole in every process: launch DINO without FSDP or DeepSpeed.")
     columns = [arguments.image_column]
     images = load_split(arguments, arguments.train_split, columns, columns, arguments.max_train_samples)
+    schedule = Schedule.resolve(arguments, len(images), accelerator.num_processes)
+    temperature_warmup = schedule.steps(arguments.teacher_temperature_warmup)
+    frozen = schedule.steps(arguments.freeze_last_layer)
 
     torch.manual_seed(arguments.seed)
     backbone = AutoModel.from_config(build_config("locatvit", arguments.preset, arguments.model))
@@ -84,10 +88,6 @@ def main(arguments: DinoArguments) -> dict[str, Any]:
     optimizer = create_optimizer(student, arguments)
     transform = MultiCropTransform(arguments, backbone.config.image_size, processor.image_mean, processor.image_std)
     samples = TrainingSamples(images, columns, transform, arguments.seed)
-    temperature_warmup, frozen = (
-        parse_duration(duration, len(samples) // arguments.batch_size)
-        for duration in (arguments.teacher_temperature_warmup, arguments.freeze_last_layer)
-    )
 
     def freeze_last_layer() -> None:
         if loop.state.step < frozen:
@@ -96,6 +96,7 @@ def main(arguments: DinoArguments) -> dict[str, Any]:
     loop = TrainingLoop(
         accelerator,
         arguments,
+        schedule,
         student,
         processor,
         optimizer,
@@ -115,7 +116,7 @@ def main(arguments: DinoArguments) -> dict[str, Any]:
             loss = criterion(answers, targets, features, teacher_temperature_at(update, temperature_warmup, arguments))
             loop.update(loss)
             if loop.update_complete:
-                momentum = teacher_momentum_at(update, loop.total, arguments)
+                momentum = teacher_momentum_at(update, schedule.total, arguments)
                 update_teacher(teacher, accelerator.unwrap_model(loop.model), momentum)
                 watched = criterion.update_centre(accelerator)
             if loop.evaluation_due:

@@ -23,6 +23,7 @@ from training.data import load_splits
 from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
 from training.engine.export import save_pretrained
 from training.engine.loop import create_accelerator
+from training.engine.schedule import Schedule
 from training.engine.trainer_names import OF_TEXT, OPTIONS, translate
 from training.pretrain import train_classifier
 from training.tasks.checkpoint_loading import load_pretrained, rebuild
@@ -77,15 +78,16 @@ def main(arguments: FinetuneArguments) -> dict[str, Any]:
     """Train, evaluate and export; returns the content of `all_results.json`."""
     accelerator = create_accelerator(arguments)
     splits = load_splits(arguments)
+    schedule = Schedule.resolve(arguments, len(splits.train), accelerator.num_processes)
     torch.manual_seed(arguments.seed)
     model, new_gaussians = build_model(arguments, splits.label_names)
     if new_gaussians:
         factors = {"gaussian": arguments.new_gaussian_factor, **arguments.learning_rate_factors}
         arguments = replace(arguments, learning_rate_factors=factors)
     if not arguments.lora:
-        return train_classifier(arguments, accelerator, splits, model)
+        return train_classifier(arguments, accelerator, schedule, splits, model)
     adapted = add_adapters(model, arguments, new_gaussians)
-    return train_classifier(arguments, accelerator, splits, model, save=save_adapted(adapted))
+    return train_classifier(arguments, accelerator, schedule, splits, model, save=save_adapted(adapted))
 
 
 def build_model(arguments: FinetuneArguments, label_names: list[str]) -> tuple[PreTrainedModel, bool]:

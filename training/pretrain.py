@@ -21,8 +21,9 @@ from training.augmentation import ClassificationAugmentation, ClassificationTran
 from training.data import Splits, TrainingSamples, create_evaluation_loader, describe_data, load_splits
 from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.engine.loop import TrainingLoop, create_accelerator
-from training.engine.optimization import create_optimizer, parse_duration
+from training.engine.optimization import create_optimizer
 from training.engine.plotting import caption, restore_image
+from training.engine.schedule import Schedule
 from training.metrics import compute_over_processes, load_metric
 from training.tasks.distillation import Distillation, DistillationArguments
 
@@ -50,13 +51,15 @@ def main(arguments: PretrainArguments) -> dict[str, Any]:
     """Train, evaluate and export; returns the content of `all_results.json`."""
     accelerator = create_accelerator(arguments)
     splits = load_splits(arguments)
+    schedule = Schedule.resolve(arguments, len(splits.train), accelerator.num_processes)
     torch.manual_seed(arguments.seed)
-    return train_classifier(arguments, accelerator, splits, build_model(arguments, splits.label_names))
+    return train_classifier(arguments, accelerator, schedule, splits, build_model(arguments, splits.label_names))
 
 
 def train_classifier(
     arguments: OptimizationArguments | RunArguments,
     accelerator: Accelerator,
+    schedule: Schedule,
     splits: Splits,
     model: PreTrainedModel,
     **loop_options: Any,
@@ -67,19 +70,18 @@ def train_classifier(
         `teacher`. loop_options: of `TrainingLoop`.
     """
     columns = [arguments.image_column, arguments.label_column]
-    images = arguments.batch_size // (accelerator.num_processes * arguments.gradient_accumulation_steps)
+    images = schedule.images_per_pass
     if (arguments.mixup or arguments.cutmix) and images % 2:
         raise ValueError(f"mixup and cutmix pair images: the {images} that a process handles at once must be even.")
     processor = LocAtViTImageProcessor.from_model_config(model.config)
     optimizer = create_optimizer(model, arguments)
     mix, criterion = classification_objective(arguments, model.config.num_labels)
-    updates_per_epoch = max(len(splits.train) // arguments.batch_size, 1)
     transform = ClassificationTransform(
         arguments,
         model.config.image_size,
         processor.image_mean,
         processor.image_std,
-        num_epochs=parse_duration(arguments.length, updates_per_epoch) / updates_per_epoch,
+        num_epochs=schedule.epochs(schedule.total),
     )
     distill = None
     if getattr(arguments, "teacher", None) is not None:
@@ -95,7 +97,8 @@ def train_classifier(
         return described | ({"teacher": distill.fingerprint()} if distill is not None else {})
 
     loop_options = {"mix": mix, "data": describe, **loop_options}
-    loop = TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="accuracy", **loop_options)
+    run = accelerator, arguments, schedule, model, processor, optimizer, samples
+    loop = TrainingLoop(*run, metric="accuracy", **loop_options)
     with loop:
         for images, targets in loop:
             logits = loop.model(pixel_values=images).logits.float()

@@ -28,6 +28,7 @@ from training.data.label_counts import LabelCounts, count_pixels
 from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
 from training.engine.loop import TrainingLoop, create_accelerator
 from training.engine.optimization import create_optimizer
+from training.engine.schedule import Schedule
 from training.inference import SegmentationCollator, draw_examples, evaluate
 from training.tasks.checkpoint_loading import change_config, load_pretrained, read_config
 
@@ -91,6 +92,7 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
     accelerator = create_accelerator(arguments)
     splits = load_splits(arguments, segmentation=True)
     columns = [arguments.image_column, arguments.label_column]
+    schedule = Schedule.resolve(arguments, len(splits.train), accelerator.num_processes)
 
     torch.manual_seed(arguments.seed)
     model = build_model(arguments, splits.label_names)
@@ -116,9 +118,10 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
             loop.print(sentence)
 
     data = partial(describe_data, columns, splits.label_names, training=splits.train, validation=splits.validation)
-    loop = TrainingLoop(accelerator, arguments, model, processor, optimizer, samples, metric="mean_iou", data=data)
+    run = accelerator, arguments, schedule, model, processor, optimizer, samples
+    loop = TrainingLoop(*run, metric="mean_iou", data=data)
     with loop:
-        one_pass = loop.updates_per_epoch * arguments.batch_size // accelerator.num_processes
+        one_pass = schedule.steps_per_epoch * arguments.batch_size // accelerator.num_processes
         for images, labels, counted in loop:
             loss = loop.model(pixel_values=images, labels=labels).loss
             if arguments.loss_average == "all":

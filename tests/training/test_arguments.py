@@ -5,14 +5,8 @@ import pytest
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification
 from tests.training.conftest import SMALL_MODEL
 from training.engine.arguments import load_recipe, parse_arguments
-from training.engine.optimization import (
-    create_optimizer,
-    learning_rate_at,
-    parse_duration,
-    set_learning_rate,
-    set_weight_decay,
-    weight_decay_at,
-)
+from training.engine.optimization import create_optimizer, set_learning_rate, set_weight_decay
+from training.engine.schedule import Schedule, parse_duration
 from training.evaluation.knn import KNNArguments
 from training.finetune import FinetuneArguments
 from training.pretrain import PretrainArguments
@@ -167,27 +161,39 @@ def test_durations():
 
 def test_one_cycle_of_the_probe():
     """The paper: 1e-7 to 1e-3 over 5,000 iterations, then to 1e-11 at 20,000."""
-    arguments = SegmentArguments()
-    total = parse_duration(arguments.length, 1)
-    warmup = parse_duration(arguments.warmup, 1, total)
-    rates = {update: learning_rate_at(update, total, warmup, arguments) for update in (0, 2500, 5000, 12500, 20000)}
-    assert warmup == 5000
+    schedule = Schedule.resolve(SegmentArguments(), num_images=0)
+    rates = {step: schedule.learning_rate_at(step) for step in (0, 2500, 5000, 12500, 20000)}
+    assert schedule.warmup == 5000
     assert rates == pytest.approx({0: 1e-7, 2500: (1e-7 + 1e-3) / 2, 5000: 1e-3, 12500: 5e-4, 20000: 1e-11}, rel=1e-6)
 
 
+def schedule_of(length: int, warmup: int, **options) -> Schedule:
+    durations = {"length": f"{length} steps", "warmup": f"{warmup} steps"}
+    return Schedule.resolve(PretrainArguments(**durations, **options), num_images=1024)
+
+
+def test_a_schedule_is_resolved_once_for_images_and_processes():
+    options = {"batch_size": 32, "gradient_accumulation_steps": 2, "milestones": ["1 epochs", "50 %"]}
+    arguments = PretrainArguments(**options, length="2 epochs", warmup="25 %", evaluate_every="0.01 epochs")
+    schedule = Schedule.resolve(arguments, num_images=350, num_processes=4)
+    assert (schedule.steps_per_epoch, schedule.total, schedule.warmup) == (10, 20, 5)
+    assert (schedule.milestones, schedule.evaluate_every, schedule.checkpoint_every) == ((10, 10), 1, 10)
+    assert (schedule.images_per_pass, schedule.steps("50 %"), schedule.epochs(15)) == (4, 10, 1.5)
+    assert Schedule.resolve(arguments, num_images=20).steps_per_epoch == 1
+
+
 def test_cosine_schedule_ends_at_the_final_rate():
-    arguments = PretrainArguments(schedule="cosine", learning_rate=1.0, final_learning_rate=0.1)
-    assert learning_rate_at(10, 20, 10, arguments) == 1.0
-    assert learning_rate_at(15, 20, 10, arguments) == pytest.approx(0.55)
-    assert learning_rate_at(20, 20, 10, arguments) == pytest.approx(0.1)
+    schedule = schedule_of(20, 10, schedule="cosine", learning_rate=1.0, final_learning_rate=0.1)
+    assert schedule.learning_rate_at(10) == 1.0
+    assert schedule.learning_rate_at(15) == pytest.approx(0.55)
+    assert schedule.learning_rate_at(20) == pytest.approx(0.1)
 
 
 def test_step_schedule_and_batch_size():
     """Detection: a tenth at every milestone; twice the batch, twice the rates."""
-    arguments = PretrainArguments(
-        schedule="step", learning_rate=1.0, start_learning_rate=0.1, batch_size=32, learning_rate_batch_size=16
-    )
-    rates = [learning_rate_at(update, 12, 2, arguments, milestones=[8, 11]) for update in (0, 2, 7, 8, 10, 11)]
+    rates = {"learning_rate": 1.0, "start_learning_rate": 0.1, "batch_size": 32, "learning_rate_batch_size": 16}
+    schedule = schedule_of(12, 2, schedule="step", milestones=["8 steps", "11 steps"], **rates)
+    rates = [schedule.learning_rate_at(step) for step in (0, 2, 7, 8, 10, 11)]
     assert rates == pytest.approx([0.2, 2.0, 2.0, 0.2, 0.2, 0.02])
 
 
@@ -195,8 +201,9 @@ def test_weight_decay_follows_its_cosine():
     model = LocAtViTForImageClassification(LocAtViTConfig(**SMALL_MODEL))
     arguments = PretrainArguments(weight_decay=0.04, final_weight_decay=0.4)
     optimizer = create_optimizer(model, arguments)
-    for update, expected in ((0, 0.04), (5, 0.22), (10, 0.4)):
-        set_weight_decay(optimizer, weight_decay_at(update, 10, arguments))
+    schedule = schedule_of(10, 0, weight_decay=0.04, final_weight_decay=0.4)
+    for step, expected in ((0, 0.04), (5, 0.22), (10, 0.4)):
+        set_weight_decay(optimizer, schedule.weight_decay_at(step))
         assert [group["weight_decay"] for group in optimizer.param_groups if group["decayed"]] == pytest.approx(
             [expected]
         )
@@ -253,8 +260,8 @@ def test_what_is_decayed():
 
 def test_a_schedule_that_starts_with_the_run_lies_below_the_peak_after_the_warm_up():
     options = {"learning_rate": 1.0, "start_learning_rate": 0.2, "final_learning_rate": 0.1, "schedule": "cosine"}
-    arguments = PretrainArguments(**options, schedule_from="start")
-    rates = [learning_rate_at(update, 20, 5, arguments) for update in (0, 4, 5, 10, 20)]
+    schedule = schedule_of(20, 5, **options, schedule_from="start")
+    rates = [schedule.learning_rate_at(step) for step in (0, 4, 5, 10, 20)]
     after_warmup = 0.1 + 0.9 * (1 + math.cos(math.pi * 5 / 20)) / 2
     assert rates == pytest.approx([0.2, 0.84, after_warmup, 0.55, 0.1])
-    assert learning_rate_at(5, 20, 5, PretrainArguments(**options)) == 1.0
+    assert schedule_of(20, 5, **options).learning_rate_at(5) == 1.0

@@ -42,7 +42,8 @@ from training.detection import (
 from training.detection.model import PyramidRoIAlign, paste_masks
 from training.engine.arguments import build_arguments, load_recipe
 from training.engine.checkpoints import list_checkpoints
-from training.engine.optimization import create_optimizer, learning_rate_at, parse_duration
+from training.engine.optimization import create_optimizer
+from training.engine.schedule import Schedule
 from training.pretrain import build_config
 
 RECIPES = ROOT / "training" / "recipes" / "detect"
@@ -475,11 +476,10 @@ def test_recipe(name, preset, parameters):
     for group in groups:
         for name in (names[id(parameter)] for parameter in group["params"]):
             assert group["weight_decay"] == (0.0 if "norm" in name else 0.05), name
-    total = parse_duration(arguments.length, 7330)
+    schedule = Schedule.resolve(arguments, 7330 * arguments.batch_size)
     rates = {0: 1e-7, 500: 1e-4, 8 * 7330 - 1: 1e-4, 8 * 7330: 1e-5, 11 * 7330: 1e-6}
-    milestones = [parse_duration(milestone, 7330) for milestone in arguments.milestones]
-    observed = {u: learning_rate_at(u, total, 500, arguments, milestones) for u in rates}
-    assert observed == pytest.approx(rates) and parse_duration(arguments.warmup, 7330) == 500
+    assert {step: schedule.learning_rate_at(step) for step in rates} == pytest.approx(rates)
+    assert schedule.warmup == 500
 
 
 def test_all_recipes_are_known():

@@ -22,7 +22,8 @@ from training.dino import DinoArguments
 from training.dino import main as dino
 from training.engine.arguments import build_arguments, load_recipe
 from training.engine.checkpoints import list_checkpoints
-from training.engine.optimization import create_optimizer, learning_rate_at, parse_duration, weight_decay_at
+from training.engine.optimization import create_optimizer
+from training.engine.schedule import Schedule
 from training.pretrain import build_config
 from training.tasks.dino import (
     DinoHead,
@@ -325,9 +326,8 @@ def test_recipe(name, encoder, rates):
     assert [view.shape[-1] for view in views] == [config.image_size] * 2 + [
         arguments.local_crop_size
     ] * arguments.num_local_crops
-    total = parse_duration(arguments.length, 10)
-    warmup = parse_duration(arguments.warmup, 10, total)
-    assert {u: learning_rate_at(u, total, warmup, arguments) for u in rates} == pytest.approx(rates)
+    schedule = Schedule.resolve(arguments, 10 * arguments.batch_size)
+    assert {step: schedule.learning_rate_at(step) for step in rates} == pytest.approx(rates)
     if encoder is None:
         return
     assert sum(p.numel() for p in network.backbone.parameters()) == encoder
@@ -338,7 +338,7 @@ def test_recipe(name, encoder, rates):
     defaults = DinoArguments()
     for option in ("num_prototypes", "teacher_momentum", "weight_decay", "no_weight_decay", "num_local_crops"):
         assert getattr(arguments, option) == getattr(defaults, option)
-    weight_decays = [weight_decay_at(update, total, arguments) for update in (0, total // 2, total)]
+    weight_decays = [schedule.weight_decay_at(step) for step in (0, schedule.total // 2, schedule.total)]
     assert weight_decays == pytest.approx([0.04, 0.22, 0.4])
 
 

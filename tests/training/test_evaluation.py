@@ -34,7 +34,8 @@ from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, run
 from training.augmentation import ClassificationTransform
 from training.engine.arguments import build_arguments, load_recipe
-from training.engine.optimization import create_optimizer, learning_rate_at
+from training.engine.optimization import create_optimizer
+from training.engine.schedule import Schedule
 from training.evaluation import classification, hummingbird, knn, linear_probe, segmentation
 from training.evaluation.results import model_hash
 from training.finetune import freeze_encoder
@@ -417,7 +418,7 @@ def test_recipe(recipe):
         assert all(group["momentum"] == 0.9 and not group["nesterov"] for group in groups)
         assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.classifier.parameters()}
         if "imagenet1k" in recipe.stem:
-            assert learning_rate_at(0, 100, 0, arguments) == pytest.approx(1e-3 * 1024 / 256)
+            assert Schedule.resolve(arguments, 1_281_167).learning_rate_at(0) == pytest.approx(1e-3 * 1024 / 256)
 
 
 def test_runs_as_a_program(settings):

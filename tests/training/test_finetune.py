@@ -29,7 +29,8 @@ from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, run
 from training.augmentation import ClassificationTransform
 from training.engine.arguments import build_arguments, load_recipe, parse_arguments
-from training.engine.optimization import create_optimizer, learning_rate_at, parse_duration
+from training.engine.optimization import create_optimizer
+from training.engine.schedule import Schedule
 from training.engine.trainer_names import translate
 from training.finetune import FinetuneArguments, build_model, main
 
@@ -342,11 +343,8 @@ def test_recipe(tmp_path, recipe, preset, classes, parameters, rates):
     if parameters is not None:
         assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     create_optimizer(model, arguments)
-    updates = (1_281_167 if classes == 1000 else 25_000) // arguments.batch_size
-    total = parse_duration(arguments.length, updates)
-    warmup = parse_duration(arguments.warmup, updates, total)
-    found = {update: learning_rate_at(update, total, warmup, arguments) for update in rates}
-    assert found == pytest.approx(rates, rel=2e-2)
+    schedule = Schedule.resolve(arguments, 1_281_167 if classes == 1000 else 25_000)
+    assert {step: schedule.learning_rate_at(step) for step in rates} == pytest.approx(rates, rel=2e-2)
     config = model.config
     transform = ClassificationTransform(arguments, config.image_size, config.image_mean, config.image_std)
     pixels, _ = transform(Image.new("RGB", (80, 60)), 0)

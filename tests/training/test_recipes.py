@@ -11,7 +11,8 @@ from PIL import Image
 from tests.training.programs import ROOT
 from training.augmentation import ClassificationTransform, classification_objective
 from training.engine.arguments import build_arguments, load_recipe
-from training.engine.optimization import create_optimizer, learning_rate_at, parse_duration
+from training.engine.optimization import create_optimizer
+from training.engine.schedule import Schedule
 from training.pretrain import PretrainArguments, build_model
 
 RECIPES = ROOT / "training" / "recipes"
@@ -147,10 +148,9 @@ def test_recipe_builds_model_data_optimiser_and_schedule(name):
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
     assert {group["weight_decay"] for group in groups} == {0.0, arguments.weight_decay}
 
-    updates_per_epoch = NUM_IMAGES.get(data, 3000) // arguments.batch_size
-    total = parse_duration(arguments.length, updates_per_epoch)
-    warmup = parse_duration(arguments.warmup, updates_per_epoch, total)
-    rates = [learning_rate_at(update, total, warmup, arguments) for update in (0, warmup, (warmup + total) // 2, total)]
+    schedule = Schedule.resolve(arguments, NUM_IMAGES.get(data, 3000))
+    total, warmup = schedule.total, schedule.warmup
+    rates = [schedule.learning_rate_at(step) for step in (0, warmup, (warmup + total) // 2, total)]
     assert rates[0] < rates[1] > rates[2] > rates[3] > 0
     if config.model_type == "pacavit":  # timm's cosine is counted from the start
         fall = [(1 + math.cos(math.pi * update / 300)) / 2 for update in (5, 152.5, 300)]

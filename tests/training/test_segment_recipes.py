@@ -12,7 +12,8 @@ from transformers.image_utils import PILImageResampling
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, PaCaViTConfig, PaCaViTForImageClassification
 from training.augmentation import SegmentationTransform
 from training.engine.arguments import build_arguments, load_recipe
-from training.engine.optimization import create_optimizer, learning_rate_at, parse_duration
+from training.engine.optimization import create_optimizer
+from training.engine.schedule import Schedule
 from training.segment import LabelReader, SegmentArguments, build_model, build_processor
 
 RECIPES = Path(__file__).resolve().parents[2] / "training" / "recipes" / "segment"
@@ -62,16 +63,15 @@ def test_recipe(name, sources, tmp_path):
     assert pixels.shape == (3, arguments.crop_size, arguments.crop_size)
     assert {classes - 1} <= set(labels.unique().tolist()) <= {classes - 1, 255}
 
-    total = parse_duration(arguments.length, 10)
-    warmup = parse_duration(arguments.warmup, 10, total)
+    schedule = Schedule.resolve(arguments, 10 * arguments.batch_size)
     if name not in PUBLISHED:
-        assert 0 <= warmup < total
+        assert schedule.warmup < schedule.total
         return
     expected_classes, parameters, batch_size, rates = PUBLISHED[name]
     assert (classes, arguments.batch_size) == (expected_classes, batch_size)
     counted = sum(p.numel() for p in model.parameters())
     assert counted == (pytest.approx(parameters, abs=500) if "pacavit" in name else parameters)
-    assert {u: learning_rate_at(u, total, warmup, arguments) for u in rates} == pytest.approx(rates, rel=1e-4)
+    assert {step: schedule.learning_rate_at(step) for step in rates} == pytest.approx(rates, rel=1e-4)
     if "probe" in name:
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 99_328 + classes * 513
         assert list(processor.image_mean) == [0.485, 0.456, 0.406] and arguments.weight_decay == 0.01

@@ -33,16 +33,10 @@ from training.engine.distributed import create_processes
 from training.engine.dry_run import ActivationMeter, memory_table, model_table, tensor_bytes
 from training.engine.export import open_repository, push, save_model, save_pretrained, write_card
 from training.engine.finite import are_finite, first_not_finite, gradient_norm, scale_gradients, tensors_in
-from training.engine.optimization import (
-    create_ema,
-    learning_rate_at,
-    parse_duration,
-    set_learning_rate,
-    set_weight_decay,
-    weight_decay_at,
-)
+from training.engine.optimization import create_ema, set_learning_rate, set_weight_decay
 from training.engine.plotting import draw_batch, tile
 from training.engine.resuming import FILE, compare_runs, describe_run, program_of
+from training.engine.schedule import Schedule
 from training.engine.tracking import GaussianReader, Trackers, check_trackers
 
 DRY_RUN_IMAGES = 8
@@ -111,10 +105,7 @@ def create_accelerator(arguments: OptimizationArguments | RunArguments) -> Accel
     if state.distributed_type == DistributedType.DEEPSPEED:
         if state.deepspeed_plugin.zero_stage > 2:
             raise ValueError("DeepSpeed stage 3 is not supported: use stage 2, or FSDP2, which shards weights too.")
-        settings = state.deepspeed_plugin.deepspeed_config
-        share = accelerator.num_processes * arguments.gradient_accumulation_steps
-        settings["train_micro_batch_size_per_gpu"] = max(arguments.batch_size // share, 1)
-        settings["gradient_clipping"] = arguments.max_gradient_norm or 0.0
+        state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = arguments.max_gradient_norm or 0.0
     return accelerator
 
 
@@ -131,6 +122,7 @@ class TrainingLoop:
 
     accelerator: from `create_accelerator`.
     arguments: settings of the program, a dataclass with those of `OptimizationArguments` and `RunArguments`.
+    schedule: of the run, resolved from the settings.
     model: not yet prepared by the accelerator.
     processor: exported beside the model.
     samples: addressed by (epoch, index).
@@ -148,6 +140,7 @@ class TrainingLoop:
         self,
         accelerator: Accelerator,
         arguments: OptimizationArguments | RunArguments,
+        schedule: Schedule,
         model: PreTrainedModel,
         processor: BaseImageProcessor,
         optimizer: torch.optim.Optimizer,
@@ -162,20 +155,12 @@ class TrainingLoop:
         before_step: Callable[[], None] | None = None,
         save: Callable[[nn.Module, BaseImageProcessor, Path], None] = save_pretrained,
     ):
-        self.accelerator, self.arguments, self.metric, self.processor = accelerator, arguments, metric, processor
+        self.accelerator, self.arguments, self.schedule = accelerator, arguments, schedule
+        self.metric, self.processor = metric, processor
         self.mix, self.evaluated, self.before_step, self.save = mix, evaluated, before_step, save
         self.output = prepare_output(accelerator, arguments)
         if arguments.push_to_hub is not None and accelerator.is_main_process and not arguments.dry_run:
             open_repository(arguments.push_to_hub)
-
-        self.updates_per_epoch = max(len(samples) // arguments.batch_size, 1)
-        self.total = parse_duration(arguments.length, self.updates_per_epoch)
-        self.warmup = self._updates(arguments.warmup)
-        self.milestones = [self._updates(milestone) for milestone in arguments.milestones]
-        self.evaluate_every = max(self._updates(arguments.evaluate_every), 1)
-        self.checkpoint_every = max(self._updates(arguments.checkpoint_every), 1)
-        if not 0 <= self.warmup <= self.total or self.total == 0:
-            raise ValueError(f"A run of {self.total} updates cannot warm up for {self.warmup}.")
 
         self.state, self._holders, self._checked_step = RunState(), state, None
         if not arguments.dry_run:
@@ -188,9 +173,14 @@ class TrainingLoop:
             for line in compare_runs(checkpoints[-1], self._described):
                 self.print(line)
             self._load_newest(checkpoints)
-            self.print(f"Continuing at update {self.state.step} of {self.total}.")
+            self.print(f"Continuing at update {self.state.step} of {self.schedule.total}.")
         self.loader = create_training_loader(
-            samples, self._loader_arguments(), accelerator, start=self.state.step, stop=self.total, collate=collate
+            samples,
+            self._loader_arguments(),
+            accelerator,
+            start=self.state.step,
+            stop=self.schedule.total,
+            collate=collate,
         )
         self._counted_corrupt = 0
 
@@ -216,7 +206,7 @@ class TrainingLoop:
     def evaluation_due(self) -> bool:
         """Whether an update was just completed after which `record` is to be called."""
         done = self.state.step
-        return self._update_complete and (done % self.evaluate_every == 0 or done == self.total)
+        return self._update_complete and (done % self.schedule.evaluate_every == 0 or done == self.schedule.total)
 
     @property
     def evaluation_model(self) -> PreTrainedModel:
@@ -234,8 +224,8 @@ class TrainingLoop:
             yield from self._rehearse()
             return
         batches, accumulation = iter(self.loader), self.arguments.gradient_accumulation_steps
-        self._task = self._bar.add_task("train", total=self.total, completed=self.state.step, status="")
-        while self.state.step < self.total:
+        self._task = self._bar.add_task("train", total=self.schedule.total, completed=self.state.step, status="")
+        while self.state.step < self.schedule.total:
             self._begin_update()
             for micro_step in range(accumulation):
                 self._last_micro_step = micro_step == accumulation - 1
@@ -284,14 +274,14 @@ class TrainingLoop:
         scalars = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         state.validation_curve.append({**self._position(), **scalars})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items())
-        self.print(f"epoch {state.step / self.updates_per_epoch:.1f}, update {state.step}: {shown}")
+        self.print(f"epoch {self.schedule.epochs(state.step):.1f}, update {state.step}: {shown}")
         self.trackers.log("validation", scalars, state.step)
         if self._gaussians is not None:
             self.trackers.log("gaussians", self._gaussians.take(), state.step)
         if self.arguments.trackers and examples is not None:
             self.trackers.log_image("examples", tile(examples()), state.step)
         # A metric that is nan is never best; the last model is exported where there would be none.
-        best, last = metrics[self.metric] > state.best, state.step == self.total
+        best, last = metrics[self.metric] > state.best, state.step == self.schedule.total
         if best:
             state.best, state.best_step = metrics[self.metric], state.step
         if (best and self.arguments.export == "best") or (last and self.arguments.export == "last"):
@@ -341,9 +331,6 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             console.print(text, markup=False)
 
-    def _updates(self, duration: str) -> int:
-        return parse_duration(duration, self.updates_per_epoch, self.total)
-
     def _prepare_model(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
         """Place, average and shard the model as the settings and the launcher ask."""
         arguments, accelerator = self.arguments, self.accelerator
@@ -365,6 +352,9 @@ class TrainingLoop:
             self._whole_model = copy.deepcopy(model).eval()
         if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
             accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = _sharded_layers(model)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            settings = accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["train_micro_batch_size_per_gpu"] = self.schedule.images_per_pass
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if accelerator.is_fsdp2 and self.ema is not None:
             self.ema.module, self.ema.foreach = fsdp2_prepare_model(accelerator, self.ema.module), False
@@ -394,15 +384,15 @@ class TrainingLoop:
         seed_everything(self.arguments.seed, self.state.step, self.accelerator.process_index)
         self._losses, self._batches, self._update_complete = {}, [], False
         self._clock = time.perf_counter()
-        set_learning_rate(self.optimizer, self._learning_rate())
+        set_learning_rate(self.optimizer, self.schedule.learning_rate_at(self.state.step))
         if self.arguments.final_weight_decay is not None:
-            set_weight_decay(self.optimizer, weight_decay_at(self.state.step, self.total, self.arguments))
+            set_weight_decay(self.optimizer, self.schedule.weight_decay_at(self.state.step))
         self.model.train()
 
     def _end_update(self) -> None:
         step = self.state.step
         best = self.arguments.export == "best" and step == self.state.best_step
-        if self._stop or best or step % self.checkpoint_every == 0 or step == self.total:
+        if self._stop or best or step % self.schedule.checkpoint_every == 0 or step == self.schedule.total:
             self._check_weights()
             save_checkpoint(
                 self.accelerator,
@@ -412,11 +402,11 @@ class TrainingLoop:
                 self.state.best_step,
                 {"arguments.yaml": stored_settings(self.arguments), FILE: json.dumps(self._described, indent=1)},
             )
-        if self._stop and step < self.total:
+        if self._stop and step < self.schedule.total:
             if self.accelerator.is_main_process:
                 # Launchers have exit codes of their own: a scheduler reads from this file that the run wants to go on.
                 (self.output / "interrupted").touch()
-            self.print(f"Stopped after update {step} of {self.total}; the same command continues there.")
+            self.print(f"Stopped after update {step} of {self.schedule.total}; the same command continues there.")
             raise SystemExit(128 + self._stop)
 
     def _agree(self, norm: torch.Tensor) -> tuple[dict[str, float], float, int]:
@@ -552,29 +542,27 @@ class TrainingLoop:
         norms = {"grad_norm": norm, "norms": 1} if math.isfinite(norm) else {}
         for name, value in {**losses, **norms, "updates": 1}.items():
             state.window[name] = state.window.get(name, 0) + value
+        rate = self.schedule.learning_rate_at(state.step - 1)
         speed, wait = state.images / state.seconds, state.waited / state.seconds
-        due = state.step % log_every == 0 or state.step == self.total
+        due = state.step % log_every == 0 or state.step == self.schedule.total
         if due:
             count, norms = state.window.pop("updates"), state.window.pop("norms", 0)
             mean_norm = state.window.pop("grad_norm", 0.0) / norms if norms else math.nan
             point = {name: value / count for name, value in state.window.items()} | {"grad_norm": mean_norm}
             if self.accelerator.mixed_precision == "fp16":
                 point["skipped_steps"] = state.num_skipped
-            point |= {"learning_rate": self._learning_rate(-1), "images_per_second": speed, "data_wait_share": wait}
+            point |= {"learning_rate": rate, "images_per_second": speed, "data_wait_share": wait}
             state.window = {}
             state.train_curve.append({**self._position(), **point})
             self.trackers.log("train", point, state.step)
-        status = f"loss {losses['loss']:.3f} · grad norm {norm:.2g} · lr {self._learning_rate(-1):.1e}"
+        status = f"loss {losses['loss']:.3f} · grad norm {norm:.2g} · lr {rate:.1e}"
         status += f" · {speed:.0f} images/s · {wait:.0%} waiting for data"
         if due and not console.is_terminal:
-            self.print(f"{state.step}/{self.total} · {status}")
+            self.print(f"{state.step}/{self.schedule.total} · {status}")
         self._bar.update(self._task, completed=state.step, status=status)
 
-    def _learning_rate(self, offset: int = 0) -> float:
-        return learning_rate_at(self.state.step + offset, self.total, self.warmup, self.arguments, self.milestones)
-
     def _position(self) -> dict[str, float]:
-        return {"step": self.state.step, "epoch": self.state.step / self.updates_per_epoch}
+        return {"step": self.state.step, "epoch": self.schedule.epochs(self.state.step)}
 
     def _export(self) -> None:
         self._check_weights()
@@ -600,15 +588,10 @@ class TrainingLoop:
         if not self.arguments.dry_run:
             return self.arguments
         repeats = getattr(self.arguments, "repeated_augmentation", 1)
-        images = min(self._local_batch_size(), repeats * -(-DRY_RUN_IMAGES // repeats))
+        images = min(self.schedule.images_per_pass, repeats * -(-DRY_RUN_IMAGES // repeats))
         return dataclasses.replace(
             self.arguments, batch_size=images * self.accelerator.num_processes, gradient_accumulation_steps=1
         )
-
-    def _local_batch_size(self) -> int:
-        """Images that one process puts through the model at once."""
-        share = self.accelerator.num_processes * self.arguments.gradient_accumulation_steps
-        return max(self.arguments.batch_size // share, 1)
 
     def _rehearse(self) -> Iterator[Any]:
         """One small batch without an update, and what can be told from it about the run."""
@@ -624,25 +607,21 @@ class TrainingLoop:
             "gradients": tensor_bytes([p.grad for p in self.model.parameters() if p.grad is not None]),
             "optimiser": tensor_bytes(list(self.optimizer.state.values())),
             "averaged weights": tensor_bytes(list(self.ema.module.parameters())) if self.ema is not None else 0,
-            "activations": round(meter.bytes / images * self._local_batch_size()),
+            "activations": round(meter.bytes / images * self.schedule.images_per_pass),
         }
         picture = self.output / "dry_run.png"
         names = getattr(getattr(self._unwrapped(), "config", None), "id2label", None) or {}
         image = draw_batch(batch, self.processor.image_mean, self.processor.image_std, names)
-        points = sorted(
-            {0, self.warmup, self.warmup + (self.total - self.warmup) // 2, *self.milestones, self.total - 1}
-        )
-        schedule = {
-            update: learning_rate_at(update, self.total, self.warmup, self.arguments, self.milestones)
-            for update in points
-            if update < self.total
-        }
+        schedule = self.schedule
+        middle = schedule.warmup + (schedule.total - schedule.warmup) // 2
+        points = sorted({0, schedule.warmup, middle, *schedule.milestones, schedule.total - 1})
+        rates = {step: schedule.learning_rate_at(step) for step in points if step < schedule.total}
         self._report = {
             "parameters": sum(p.numel() for p in self._unwrapped().parameters()),
             "loss": self._losses["loss"].item(),
-            "updates": self.total,
-            "updates_per_epoch": self.updates_per_epoch,
-            "learning_rates": schedule,
+            "updates": self.schedule.total,
+            "updates_per_epoch": self.schedule.steps_per_epoch,
+            "learning_rates": rates,
             "memory": memory,
             "picture": str(picture),
         }
@@ -652,11 +631,11 @@ class TrainingLoop:
         console.print(model_table(self._unwrapped()))
         console.print(memory_table(memory))
         self.print(
-            f"Schedule: {self.total:,} updates, {self.updates_per_epoch:,} an epoch, of {self.arguments.batch_size:,} "
-            f"images: {self.accelerator.num_processes} processes x {self.arguments.gradient_accumulation_steps} steps "
-            f"of {self._local_batch_size():,}."
+            f"Schedule: {schedule.total:,} updates, {schedule.steps_per_epoch:,} an epoch, of "
+            f"{self.arguments.batch_size:,} images: {self.accelerator.num_processes} processes x "
+            f"{self.arguments.gradient_accumulation_steps} steps of {schedule.images_per_pass:,}."
         )
-        self.print("Learning rate: " + ", ".join(f"{rate:.2e} at {update:,}" for update, rate in schedule.items()))
+        self.print("Learning rate: " + ", ".join(f"{rate:.2e} at {step:,}" for step, rate in rates.items()))
         self.print(f"Loss of a fresh batch: {self._report['loss']:.4f}. The batch as the model sees it: {picture}")
 
 

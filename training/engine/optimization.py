@@ -1,8 +1,6 @@
-"""Optimiser, schedules and averaged weights."""
+"""Optimizer and averaged weights."""
 
-import math
 import re
-from collections.abc import Sequence
 
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
@@ -12,51 +10,8 @@ from torch.optim import Optimizer
 
 from training.engine.arguments import OptimizationArguments
 
-MILESTONE_FACTOR = 0.1
 VECTORS = "vectors"
 """Among the names in `no_weight_decay`: every parameter of one dimension, such as biases and norms."""
-
-
-def parse_duration(text: str, updates_per_epoch: int, total: int | None = None) -> int:
-    """Weight updates in `300 epochs`, `20000 steps` or, where `total` updates are given, `25 %`.
-
-    Raises ValueError for anything else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|%)\s*", text)
-    if not match or (match[2] == "%" and total is None):
-        raise ValueError(f"A duration reads '300 epochs', '20000 steps' or '25 %', not {text!r}.")
-    unit = {"e": updates_per_epoch, "s": 1, "%": (total or 0) / 100}[match[2][0]]
-    return round(float(match[1]) * unit)
-
-
-def learning_rate_at(
-    update: int, total: int, warmup: int, arguments: OptimizationArguments, milestones: Sequence[int] = ()
-) -> float:
-    """Learning rate of update number `update` (from 0): a linear rise, then the fall that `schedule` names.
-
-    With the linear fall from the end of the warm-up this is the one-cycle of LocAt. timm, and with it PaCa-ViT, counts
-    a cosine from the start, so that the rate after the warm-up is a little below the peak. All rates are scaled from
-    `learning_rate_batch_size` to `batch_size`.
-    milestones: updates at which the step schedule falls to a tenth.
-    """
-    scale = arguments.batch_size / (arguments.learning_rate_batch_size or arguments.batch_size)
-    start, peak, final = (
-        scale * rate for rate in (arguments.start_learning_rate, arguments.learning_rate, arguments.final_learning_rate)
-    )
-    if update < warmup:
-        return start + (peak - start) * update / warmup
-    if arguments.schedule == "step":
-        return peak * MILESTONE_FACTOR ** sum(update >= milestone for milestone in milestones)
-    begin = 0 if arguments.schedule_from == "start" else warmup
-    progress = (update - begin) / max(total - begin, 1)
-    remaining = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}
-    return final + (peak - final) * remaining[arguments.schedule]
-
-
-def weight_decay_at(update: int, total: int, arguments: OptimizationArguments) -> float:
-    """Weight decay of update number `update`: a cosine from `weight_decay` to `final_weight_decay`, where given."""
-    start, final = arguments.weight_decay, arguments.final_weight_decay
-    return start if final is None else final + (start - final) * (1 + math.cos(math.pi * update / total)) / 2
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
