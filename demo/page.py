@@ -19,13 +19,13 @@ from PIL import Image
 
 from demo.scenes import PIXEL_LABELS
 from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor
+from locatvit_hf.utils.colors import label_colors
 from locatvit_hf.visualization import (
     attention_map,
     draw_attention,
     draw_gaussians,
     draw_legend,
     draw_segmentation,
-    label_colors,
     read_attentions,
     read_gaussians,
 )

@@ -13,17 +13,16 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from locatvit_hf.segmentation import InferenceArguments, predict
+from locatvit_hf.inference import Checkpoint, Segmenter
 from locatvit_hf.visualization import read_gaussians, read_layers
 from training.augmentation import LabelReader
 from training.data import create_evaluation_loader, load_splits
 from training.engine.arguments import build_arguments, load_recipe
 from training.evaluation.classification import load_classifier
-from training.evaluation.segmentation import load_segmenter
-from training.inference import SegmentationCollator
 from training.pretrain import PretrainArguments, collate
 from training.segment import SegmentArguments
 from training.tasks.checkpoint_loading import load_processor
+from training.tasks.segmentation.evaluation import SegmentationCollator
 
 from .runs import RECIPES
 
@@ -35,11 +34,11 @@ QUARTILES = (0.25, 0.5, 0.75)
 def measure_run(classifier: Path, segmenter: Path, tiny_imagenet: str, camvid: str) -> dict[str, Any]:
     """All that this file measures of the two exported models of a run; see its functions."""
     accelerator = Accelerator(cpu=True)
-    model, processor = load_segmenter(str(segmenter))
+    opened = Checkpoint(str(segmenter)).load_segmenter(dtype=torch.float32, device="cpu")
     arguments = build_arguments(SegmentArguments, load_recipe(RECIPES / "segment" / "probe.yaml") | {"dataset": camvid})
-    reader = LabelReader(arguments, model.config.num_labels)
+    reader = LabelReader(arguments, len(opened.id2label))
     rows = load_splits(arguments, segmentation=True).validation
-    collator = SegmentationCollator(processor, reader, arguments)
+    collator = SegmentationCollator(opened.processor, reader, arguments)
     columns = [arguments.image_column, arguments.label_column]
     segmentation = create_evaluation_loader(rows, columns, collator, arguments, accelerator)
 
@@ -54,9 +53,9 @@ def measure_run(classifier: Path, segmenter: Path, tiny_imagenet: str, camvid: s
     return {
         "num_images": len(rows),
         "correct": correct_images(named, classification),
-        "pixels": count_pixels(model, processor, segmentation),
+        "pixels": count_pixels(opened, segmentation),
         "gaussians": summarize_gaussians(named, next(iter(classification))[0]),
-        "features": summarize_features(model, segmentation),
+        "features": summarize_features(opened.model, segmentation),
     }
 
 
@@ -68,12 +67,12 @@ def correct_images(model: PreTrainedModel, loader) -> str:
 
 
 @torch.inference_mode()
-def count_pixels(model: PreTrainedModel, processor, loader) -> list[str]:
+def count_pixels(segmenter: Segmenter, loader) -> list[str]:
     """Of each image, of each class, pixels in the intersection and the union of label and prediction: "12/40 0/7"."""
-    number, images = model.config.num_labels, []
+    number, images = len(segmenter.id2label), []
     for views, labels in loader:
         sizes = [tuple(label_map.shape) for label_map in labels]
-        predicted = dict(predict(model, processor, views, sizes, InferenceArguments()))
+        predicted = segmenter.segment_views(views, sizes)
         for index, truth in enumerate(labels):
             valid = truth < number
             truth, found = (F.one_hot(ids[valid].long(), number).bool() for ids in (truth, predicted[index]))

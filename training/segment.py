@@ -19,9 +19,9 @@ from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNet
 
 from locatvit_hf import LocAtViTImageProcessor
 from locatvit_hf.configuration_utils_locat import FamilyConfigMixin
+from locatvit_hf.inference import InferenceArguments, Segmenter
 from locatvit_hf.layers_locat import ProbeHead
 from locatvit_hf.modeling_utils_locat import FreezableBackboneMixin
-from locatvit_hf.segmentation import InferenceArguments
 from training.augmentation import IGNORE_INDEX, LabelReader, SegmentationAugmentation, SegmentationTransform
 from training.data import TrainingSamples, create_evaluation_loader, describe_data, load_splits
 from training.data.label_counts import LabelCounts, count_pixels
@@ -29,8 +29,8 @@ from training.engine.arguments import DataArguments, OptimizationArguments, RunA
 from training.engine.loop import TrainingLoop, create_accelerator
 from training.engine.optimization import create_optimizer
 from training.engine.schedule import Schedule
-from training.inference import SegmentationCollator, draw_examples, evaluate
 from training.tasks.checkpoint_loading import change_config, load_pretrained, read_config
+from training.tasks.segmentation.evaluation import SegmentationCollator, draw_examples, evaluate
 
 
 @strict
@@ -132,9 +132,9 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
                 if counts.num_maps >= one_pass:
                     counts.check(accelerator, tell_once, least=2)
             if loop.evaluation_due:
-                test = (loop.evaluation_model, processor, validation)
-                metrics = evaluate(*test, accelerator, arguments, tell_once)
-                loop.record(metrics, examples=partial(draw_examples, *test, arguments))
+                segmenter = Segmenter(loop.evaluation_model, processor, arguments)
+                metrics = evaluate(segmenter, validation, accelerator, tell_once)
+                loop.record(metrics, examples=partial(draw_examples, segmenter, validation))
                 loop.print(
                     "IoU: " + ", ".join(f"{name} {iou:.3f}" for name, iou in metrics["per_category_iou"].items())
                 )

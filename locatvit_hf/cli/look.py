@@ -26,11 +26,10 @@ def look(
     """Draw where a model looks, how far its Gaussians reach and what its features tell apart."""
     from collections import Counter
 
-    from transformers import AutoModel
     from transformers.utils import logging
 
     from .. import LocAtViTImageProcessor
-    from ..hub.checkpoints import load_config, load_model
+    from ..inference import Checkpoint
     from ..utils.images import read_image, readable_name
     from ..visualization import figures
     from ..visualization.layers import read_layers
@@ -51,9 +50,9 @@ def look(
     for checkpoint, its_revision in ((model, revision), (baseline, None)):
         if checkpoint is not None:
             name = Path(checkpoint).name if Path(checkpoint).name not in models else checkpoint
-            config = load_config(checkpoint, its_revision)
-            processors[name] = LocAtViTImageProcessor.from_model_config(config, segmentation=True)
-            models[name] = load_model(AutoModel, checkpoint, its_revision)
+            opened = Checkpoint(checkpoint, its_revision)
+            processors[name] = LocAtViTImageProcessor.from_model_config(opened.config, segmentation=True)
+            models[name] = opened.load_model()
 
     for stem, picture in pictures.items():
         layers = {

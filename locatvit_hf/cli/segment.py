@@ -43,33 +43,26 @@ def segment(
     """Write label maps and colour overlays of images, folders, videos or a data set."""
     if bool(inputs) == bool(dataset):
         raise ValueError("Name images, videos or folders to segment, or a --dataset, and not both.")
-    from transformers import AutoModelForSemanticSegmentation
     from transformers.utils import logging
 
-    from ..hub.checkpoints import identify, load_config, load_model, load_processor
-    from ..segmentation import OutputFolder, Segmenter
-    from ..segmentation.files import find_sources
+    from ..inference import Checkpoint, InferenceArguments
+    from ..inference.files import find_sources
+    from ..inference.outputs import OutputFolder
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     sources = find_sources(inputs or [], output, _remark)
-    config = load_config(model, revision)
-    architecture = (config.architectures or ["a model without a name"])[0]
-    if "Segmentation" not in architecture:
-        raise ValueError(
-            f"{model} holds {architecture}, which does not segment; `python -m training.segment` gives it a "
-            "segmentation head."
-        )
+    checkpoint = Checkpoint(model, revision)
+    windows = InferenceArguments(inference="sliding", window_size=window) if window is not None else None
+    # Of a dataset, each process moves the model to a device of its own.
+    segmenter = checkpoint.load_segmenter(windows, native_size=window is not None, device="cpu" if dataset else None)
     settings = {
         "model": _name_of(model),
         "revision": revision,
-        "weights": identify(model, revision),
+        "weights": checkpoint.fingerprint(),
         "window": window,
         "frame_maps": frame_maps,
     }
-    segmenter = Segmenter(
-        load_model(AutoModelForSemanticSegmentation, model, revision), load_processor(model, revision), window
-    )
     if dataset:
         _segment_dataset(segmenter, dataset, split, column, output, settings, batch_size, max_megapixels)
     else:
@@ -82,8 +75,8 @@ def _remark(sentence: str) -> None:
 
 
 def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bool, max_megapixels: float) -> None:
-    from ..segmentation.files import is_video, segment_files
-    from ..segmentation.video import count_frames, segment_video
+    from ..inference.files import is_video, segment_files
+    from ..inference.video import count_frames, segment_video
     from ..utils.images import CorruptImageError
 
     images = [source for source in sources if not is_video(source.path)]
@@ -123,10 +116,10 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
         import datasets
         from accelerate import PartialState
 
-        from ..segmentation.dataset import count_empty, open_dataset, segment_dataset, shard_path
+        from ..inference.dataset import count_empty, open_dataset, segment_dataset, shard_path
     except ImportError as error:
         raise ValueError(f"--dataset needs {error.name}: pip install 'locatvit-hf[training]'") from error
-    from ..segmentation import OutputFolder
+    from ..inference.outputs import OutputFolder
 
     datasets.disable_progress_bars()
     state = PartialState(cpu=not torch.cuda.is_available())  # else processes without GPUs would not know each other

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSemanticSegmentation
+from transformers import AutoModel, AutoModelForImageClassification
 
-from ..hub.checkpoints import load_config, load_model, load_processor
 from ..image_processing_locatvit import LocAtViTImageProcessor
-from ..segmentation import Segmenter
-from ..utils.colors import background_class, class_colors
-from ..visualization import build_page, overlay_segmentation, read_layers
+from ..inference import Checkpoint
+from ..utils.colors import background_class, class_colors, overlay_segmentation
+from ..visualization import build_page, read_layers
 from ..visualization.figures import default_layer, default_queries
 
 LARGEST_SIDE = 1600  # pixels; a telephone takes pictures of three times that, which no model here looks at
@@ -32,18 +31,16 @@ class Exhibit:
 
     def __init__(self, name: str):
         self.name = Path(name).name if Path(name).exists() else name
-        config = load_config(name)
-        architecture = (config.architectures or [""])[0]
-        self.classifies = architecture.endswith("ForImageClassification")
-        self.segmenter = None
-        if architecture.endswith("ForSemanticSegmentation"):
-            self.model = load_model(AutoModelForSemanticSegmentation, name)
-            self.segmenter = Segmenter(self.model, load_processor(name))
+        checkpoint = Checkpoint(name)
+        self.classifies = checkpoint.architecture.endswith("ForImageClassification")
+        self.segmenter = checkpoint.load_segmenter() if checkpoint.segments else None
+        if self.segmenter is not None:
+            self.model, self.processor = self.segmenter.model, self.segmenter.processor
         else:
-            self.model = load_model(AutoModelForImageClassification if self.classifies else AutoModel, name)
-        self.processor = load_processor(name)
+            self.model = checkpoint.load_model(AutoModelForImageClassification if self.classifies else AutoModel)
+            self.processor = checkpoint.load_processor()
         # Layers are looked at on the whole picture, also where the classifier crops it.
-        self.whole_picture = LocAtViTImageProcessor.from_model_config(config, segmentation=True)
+        self.whole_picture = LocAtViTImageProcessor.from_model_config(checkpoint.config, segmentation=True)
 
     @torch.inference_mode()
     def classify(self, picture: Image.Image) -> dict[str, float]:

@@ -8,36 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from ..utils.colors import IGNORED_COLOR
-
-
-def overlay_segmentation(
-    image: Image.Image,
-    label_map: np.ndarray,
-    colors: np.ndarray,
-    opacity: float = 0.75,
-    background: int | None = None,
-    ignore_index: int | None = 255,
-) -> Image.Image:
-    """Lay a label map over a greyed image.
-
-    Args:
-        label_map: (height, width) label ids of the image's size.
-        colors: (labels, 3) uint8, from `class_colors`.
-        background: this label stays transparent.
-        ignore_index: pixels of this id are grey; None where every id is a label.
-
-    Raises:
-        ValueError: the map has another size than the image.
-    """
-    label_map = np.asarray(label_map)
-    if label_map.shape != (image.height, image.width):
-        raise ValueError(f"A map of {label_map.shape} does not fit an image of {image.height} x {image.width} pixels.")
-    ignored = label_map == ignore_index if ignore_index is not None else np.zeros_like(label_map, bool)
-    painted = np.where(ignored[..., None], IGNORED_COLOR, colors[np.where(ignored, 0, label_map)])
-    weight = np.where(label_map == background, 0.0, opacity)[..., None] if background is not None else opacity
-    grey = np.asarray(image.convert("L").convert("RGB"), np.float64) * 0.6
-    return Image.fromarray((weight * painted + (1 - weight) * grey).round().astype(np.uint8))
+from ..utils.colors import overlay_segmentation
 
 
 def draw_segmentation(axes: Axes, image: Image.Image, label_map: np.ndarray, colors: np.ndarray, **options) -> None:

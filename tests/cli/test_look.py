@@ -17,7 +17,8 @@ from locatvit_hf import (
     PaCaViTForImageClassification,
 )
 from locatvit_hf.cli import app
-from locatvit_hf.visualization import read_image, read_layers
+from locatvit_hf.utils.images import read_image
+from locatvit_hf.visualization import read_layers
 from tests.visualization.conftest import FAMILIES
 from tests.visualization.pages import read_page, rows_of
 

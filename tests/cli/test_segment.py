@@ -15,7 +15,7 @@ from accelerate import PartialState
 from datasets import Dataset, Features, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import AutoModelForSemanticSegmentation, pipeline
+from transformers import pipeline
 from typer.testing import CliRunner
 
 from locatvit_hf import (
@@ -25,10 +25,8 @@ from locatvit_hf import (
     LocAtViTImageProcessor,
 )
 from locatvit_hf.cli import app
-from locatvit_hf.hub.checkpoints import load_model, load_processor
-from locatvit_hf.segmentation import OutputFolder, Segmenter, dataset, upsampled_argmax
-from locatvit_hf.segmentation import segmenter as segmenter_module
-from locatvit_hf.segmentation.outputs import Source
+from locatvit_hf.inference import Checkpoint, Segmenter, dataset
+from locatvit_hf.inference.outputs import OutputFolder, Source
 from tests.tolerances import assert_same_labels
 
 NAMES = ["background", "road", "sky", "tree", "car"]
@@ -51,7 +49,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def segmenter(checkpoint) -> Segmenter:
-    return Segmenter(load_model(AutoModelForSemanticSegmentation, checkpoint), load_processor(checkpoint))
+    return Checkpoint(checkpoint).load_segmenter()
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -229,7 +227,7 @@ def test_one_process_from_the_shell(folder, checkpoint, tmp_path):
         (["a.png", "--model", "classifier"], "LocAtViTForImageClassification, which does not segment"),
         (["a.png", "--model", "empty"], "is not a folder with a config.json"),
         (["a.png", "--model", "nobody/nothing"], "There is no checkpoint nobody/nothing"),
-        (["a.png", "--window", "17"], "a window is a multiple of 4 pixels, not 17"),
+        (["a.png", "--window", "17"], "a window must be a multiple of 4 pixels, not 17"),
         (["--dataset", "rows", "--column", "picture"], "has no column 'picture' but image."),
     ],
 )
@@ -254,42 +252,6 @@ def test_an_unreadable_single_image_is_an_error(checkpoint, tmp_path):
     assert (
         code == 1 and "x.png is no image file of a known format" in said and "0 segmented, 1 could not be read" in said
     )
-
-
-def test_windows_see_the_image_at_its_own_size(segmenter):
-    image = picture(50, 37)
-    whole = Segmenter(segmenter.model, segmenter.processor, window=64)
-    (found,) = whole([image])
-    with torch.no_grad():
-        outputs = segmenter.model(**segmenter.processor(image, do_resize=False, return_tensors="pt"))
-    expected = segmenter.processor.post_process_semantic_segmentation(
-        outputs, target_sizes=[(37, 50)], do_resize=False
-    )[0]
-    assert found.shape == (37, 50) and np.mean(found == expected.numpy()) > 0.999
-    seen = []
-    hook = segmenter.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["pixel_values"].shape), with_kwargs=True
-    )
-    (found,) = Segmenter(segmenter.model, segmenter.processor, window=16)([image])
-    hook.remove()
-    assert found.shape == (37, 50) and len(seen) > 6 and all(max(shape[-2:]) <= 16 for shape in seen)
-
-
-def test_images_of_many_sizes_do_not_depend_on_their_batch(segmenter):
-    images = [picture(20 + 7 * (index % 3), 24, index) for index in range(6)]
-    together = segmenter(images)
-    for image, found in zip(images, together, strict=True):
-        assert_same_labels(segmenter([image])[0], found)
-        assert found.shape == (image.height, image.width)
-
-
-@pytest.mark.parametrize("size", [(9, 31), (64, 5), (4, 6), (1, 1)])
-def test_strips_are_upsampled_as_the_whole(size, monkeypatch):
-    logits = torch.randn(7, 4, 6)
-    expected = torch.nn.functional.interpolate(logits[None], size=size, mode="bilinear")[0].argmax(dim=0)
-    for scores in (1, 1000, 2**24):
-        monkeypatch.setattr(segmenter_module, "SCORES_AT_ONCE", scores)
-        assert (upsampled_argmax(logits, size) == expected).float().mean() > 0.99
 
 
 def test_more_labels_than_a_palette_holds_take_sixteen_bits(tmp_path):

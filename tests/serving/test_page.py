@@ -17,7 +17,7 @@ from locatvit_hf.cli import app
 from locatvit_hf.serving import build_page, write_space
 from locatvit_hf.serving.examples import draw_examples
 from locatvit_hf.serving.exhibit import Exhibit
-from locatvit_hf.visualization import label_colors
+from locatvit_hf.utils.colors import label_colors
 
 
 def test_exhibit_says_what_the_model_says(checkpoints, pictures):

@@ -331,7 +331,7 @@ def test_results_become_rows_of_a_card(settings):
         (classification, {"validation_split": "test"}, "has no split 'test'"),
         (knn, {"k": [500]}, "only 48 training features for k=500"),
         (knn, {"k": []}, "no number of neighbours"),
-        (segmentation, {"label_column": "segmentation"}, "is no segmentation model"),
+        (segmentation, {"label_column": "segmentation"}, "which does not segment"),
         (
             segmentation,
             {"pretrained": "SEGMENTER", "label_column": "segmentation", "label_names": ["a", "b"]},

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
 from locatvit_hf import (
     LocAtViTConfig,
@@ -15,6 +15,7 @@ from locatvit_hf import (
     LocAtViTForSemanticSegmentation,
     LocAtViTImageProcessor,
 )
+from locatvit_hf.inference import Checkpoint
 from tests.training.conftest import SMALL_MODEL
 from training.detect import DetectArguments
 from training.detect import build_model as build_detector
@@ -22,7 +23,6 @@ from training.dino import DinoArguments
 from training.engine.arguments import build_arguments
 from training.evaluation.classification import load_classifier
 from training.evaluation.features import load_encoder
-from training.evaluation.segmentation import load_segmenter
 from training.finetune import FinetuneArguments, add_adapters
 from training.finetune import build_model as build_classifier
 from training.finetune import main as finetune
@@ -96,7 +96,9 @@ BUILDERS = {
     "teacher": lambda halves: teacher(halves["classifier"]),
     "evaluation.classification": lambda halves: load_classifier(halves["classifier"]),
     "evaluation.knn": lambda halves: load_encoder(halves["classifier"]),
-    "evaluation.segmentation": lambda halves: load_segmenter(halves["probe"])[0],
+    "evaluation.segmentation": lambda halves: Checkpoint(halves["probe"]).load_model(
+        AutoModelForSemanticSegmentation, dtype=torch.float32
+    ),
 }
 
 

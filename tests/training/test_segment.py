@@ -34,7 +34,7 @@ from locatvit_hf import (
     PaCaViTConfig,
     PaCaViTForImageClassification,
 )
-from locatvit_hf.segmentation import InferenceArguments, segment_image
+from locatvit_hf.inference import Segmenter
 from tests.tolerances import assert_same_but_for_rounding, assert_same_labels
 from tests.training.conftest import PLAIN_DESCENT
 from tests.training.programs import run, start, train
@@ -42,8 +42,8 @@ from training.data import load_splits
 from training.engine.arguments import build_arguments
 from training.engine.checkpoints import list_checkpoints
 from training.engine.optimization import create_optimizer
-from training.inference import SegmentationCollator, draw_examples
 from training.segment import LabelReader, SegmentArguments, build_model, build_processor, heads_of, main
+from training.tasks.segmentation.evaluation import SegmentationCollator, draw_examples
 
 NAMES = ["background", "red", "green"]
 VIT = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -343,7 +343,7 @@ def test_an_exported_head_answers_in_the_pipeline(settings, sources, capsys, fam
     assert isinstance(model, UperNetForSemanticSegmentation) == (head == "upernet")
     image = load_splits(build_arguments(SegmentArguments, settings), segmentation=True).validation[0]["image"]
     segmenter = pipeline("image-segmentation", folder)
-    found = segment_image(model.eval(), segmenter.image_processor, image)
+    (found,) = Segmenter(model, segmenter.image_processor)([image])
     assert list(segmenter.image_processor.output_stride) == ([1, 1] if head == "upernet" else [4, 4])
     with torch.no_grad():
         logits = model(**segmenter.image_processor(image, return_tensors="pt")).logits
@@ -459,7 +459,7 @@ def test_examples_show_labels_and_prediction(sources, squares):
         labels = np.zeros((size, size), np.uint8)
         labels[: size // 2] = 2
         rows.append((Image.new("RGB", (size, size), "white"), Image.fromarray(labels)))
-    small, large = draw_examples(model, processor, [collate(rows)], InferenceArguments())
+    small, large = draw_examples(Segmenter(model, processor, arguments), [collate(rows)])
     assert small.size == large.size  # both are drawn as the model sees them
     truth = np.asarray(small).astype(int)[:, : small.width // 2]
     top, bottom = truth[10 : small.height // 3].mean(axis=(0, 1)), truth[-small.height // 3 : -10].mean(axis=(0, 1))

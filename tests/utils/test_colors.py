@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from locatvit_hf.segmentation import OutputFolder
+from locatvit_hf.inference.outputs import OutputFolder
 from locatvit_hf.serving.exhibit import Exhibit
 from locatvit_hf.utils.colors import class_colors, label_colors
 from training.engine.plotting import draw_batch

@@ -9,14 +9,13 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification
+from locatvit_hf.utils.colors import label_colors, overlay_segmentation
 from locatvit_hf.visualization import (
     attention_map,
     draw_attention,
     draw_gaussians,
     draw_legend,
     draw_segmentation,
-    label_colors,
-    overlay_segmentation,
     read_attentions,
     read_gaussians,
 )

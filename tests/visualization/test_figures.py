@@ -8,7 +8,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from locatvit_hf.visualization import figures, label_colors, legend_figure, read_layers
+from locatvit_hf.utils.colors import label_colors
+from locatvit_hf.visualization import figures, legend_figure, read_layers
 
 
 def texts_of(figure) -> list:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from locatvit_hf.utils.images import SUFFIXES
-from locatvit_hf.visualization import CorruptImageError, label_colors, legend_figure, read_image
+from locatvit_hf.utils.colors import label_colors
+from locatvit_hf.utils.images import SUFFIXES, CorruptImageError, read_image
+from locatvit_hf.visualization import legend_figure
 
 
 def test_nothing_is_handed_to_another_program(tmp_path):

@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
-from locatvit_hf import LocAtViTImageProcessor
-from locatvit_hf.segmentation import InferenceArguments
+from locatvit_hf.inference import Checkpoint, InferenceArguments
 from training.augmentation import LabelArguments, LabelReader
 from training.data import create_evaluation_loader
 from training.engine.arguments import run_program
@@ -24,7 +22,7 @@ from training.evaluation.results import (
     tell,
     write_result,
 )
-from training.inference import SegmentationCollator, evaluate
+from training.tasks.segmentation.evaluation import SegmentationCollator, evaluate
 
 
 @strict
@@ -38,54 +36,30 @@ class SegmentationArguments(EvaluationArguments, LabelArguments, InferenceArgume
 def main(arguments: SegmentationArguments) -> dict[str, Any]:
     """Evaluate on the validation split; returns the content of `segmentation.json`."""
     accelerator = start_evaluation(arguments)
-    model, processor = load_segmenter(arguments.pretrained)
-    model.to(accelerator.device)
+    # The precision is that of the settings (mixed_precision), not the one in which the weights are stored.
+    segmenter = Checkpoint(arguments.pretrained).load_segmenter(
+        arguments, dtype=torch.float32, device=accelerator.device
+    )
     validation, label_names = load_validation(arguments, segmentation=True)
-    num_labels = model.config.num_labels
+    num_labels = len(segmenter.id2label)
     if label_names is not None and len(label_names) != num_labels:
         raise ValueError(f"{arguments.pretrained} has {num_labels} classes, but the data has {len(label_names)}.")
-    collator = SegmentationCollator(processor, LabelReader(arguments, num_labels), arguments)
+    collator = SegmentationCollator(segmenter.processor, LabelReader(arguments, num_labels), arguments)
     columns = [arguments.image_column, arguments.label_column]
     loader = create_evaluation_loader(validation, columns, collator, arguments, accelerator)
     meter = Meter(accelerator)
     with meter.measure():
-        metrics = evaluate(model, processor, counted(loader, meter), accelerator, arguments, tell(accelerator))
+        metrics = evaluate(segmenter, counted(loader, meter), accelerator, tell(accelerator))
     return write_result(
         accelerator,
         arguments,
         "segmentation",
         arguments.validation_split,
         metrics,
-        model,
+        segmenter.model,
         meter.report(),
         num_images=len(validation),
     )
-
-
-def load_segmenter(pretrained: str) -> tuple[PreTrainedModel, LocAtViTImageProcessor]:
-    """A segmentation model and its processor.
-
-    Raises ValueError where there is none, or a checkpoint without a segmentation head.
-    """
-    try:
-        # The precision is that of the settings (mixed_precision), not the one in which the weights are stored.
-        model, info = AutoModelForSemanticSegmentation.from_pretrained(
-            pretrained, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"There is no segmentation model at {pretrained}: {str(error).splitlines()[0]}") from None
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{pretrained} is no segmentation model: it lacks {sorted(info['missing_keys'])[0]}; train a head with "
-            "`python -m training.segment` first."
-        )
-    try:
-        processor = LocAtViTImageProcessor.from_pretrained(pretrained)
-    except OSError:
-        config = getattr(model.config, "backbone_config", None) or model.config
-        stride = {"output_stride": [1, 1]} if config is not model.config else {}
-        processor = LocAtViTImageProcessor.from_model_config(config, segmentation=True, **stride)
-    return model.eval(), processor
 
 
 def counted(loader: Iterable, meter: Meter) -> Iterator[Any]:

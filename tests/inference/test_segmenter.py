@@ -15,10 +15,12 @@ from locatvit_hf import (
     PaCaViTConfig,
     PaCaViTForSemanticSegmentation,
 )
-from locatvit_hf.segmentation import InferenceArguments, compute_logits, segment_image
+from locatvit_hf.inference import InferenceArguments, Segmenter
+from locatvit_hf.inference import segmenter as segmenter_module
+from locatvit_hf.inference.segmenter import upsampled_argmax
 from tests.tolerances import assert_same_but_for_rounding, assert_same_labels
 from training.augmentation import LabelArguments, LabelReader
-from training.inference import SegmentationCollator, evaluate
+from training.tasks.segmentation.evaluation import SegmentationCollator, evaluate
 
 SIZE = {"shortest_edge": 24, "longest_edge": 96}
 
@@ -59,6 +61,11 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels).resize((width, height))
 
 
+def segment_image(model, processor, image: Image.Image, arguments: InferenceArguments | None = None) -> torch.Tensor:
+    (class_map,) = Segmenter(model, processor, arguments)([image])
+    return torch.from_numpy(class_map)
+
+
 def scores(segmenter, image: Image.Image, size: dict = SIZE) -> torch.Tensor:
     """Logits at the size of the image, as the pipeline makes them."""
     model, processor = segmenter
@@ -97,8 +104,7 @@ def test_windows_average_their_logits():
             total, count = total + F.pad(logits, margins), count + F.pad(torch.ones_like(logits), margins)
     assert count.min() >= 1 and count.max() > 1
     sliding = InferenceArguments(inference="sliding", window_size=window, window_stride=10)
-    with torch.no_grad():
-        assert_same_but_for_rounding(compute_logits(model, processor, pixels, sliding), total / count)
+    assert_same_but_for_rounding(Segmenter(model, processor, sliding).compute_logits(pixels), total / count)
     found = segment_image(*segmenter, image, sliding)
     assert_same_labels(found, F.interpolate(total / count, (28, 60), mode="bilinear")[0].argmax(dim=0))
     assert not torch.equal(found, segment_image(*segmenter, image))
@@ -149,7 +155,8 @@ def test_metrics_do_not_depend_on_the_batch(segmenter):
     collate = SegmentationCollator(processor, LabelReader(LabelArguments(), 5), arguments)
     results = []
     for batches in ([rows], [[row] for row in rows]):
-        results.append(evaluate(model, processor, [collate(batch) for batch in batches], Accelerator(), arguments))
+        loader = [collate(batch) for batch in batches]
+        results.append(evaluate(Segmenter(model, processor, arguments), loader, Accelerator()))
     # Rounding decides where two classes tie.
     assert results[0]["mean_iou"] == pytest.approx(results[1]["mean_iou"], abs=2e-3)
     assert list(results[0]["per_category_iou"]) == [f"LABEL_{index}" for index in range(5)]
@@ -162,11 +169,53 @@ def test_metrics_do_not_depend_on_the_batch(segmenter):
     assert results[1]["overall_accuracy"] == pytest.approx(right / counted, abs=2e-3)
 
 
+def test_windows_see_the_image_at_its_own_size(segmenter):
+    (model, processor), image = segmenter, picture(50, 37)
+
+    def in_windows(size: int) -> np.ndarray:
+        arguments = InferenceArguments(inference="sliding", window_size=size)
+        return Segmenter(model, processor, arguments, native_size=True)([image])[0]
+
+    found = in_windows(64)
+    with torch.no_grad():
+        outputs = model(**processor(image, do_resize=False, return_tensors="pt"))
+    expected = processor.post_process_semantic_segmentation(outputs, target_sizes=[(37, 50)], do_resize=False)[0]
+    assert found.shape == (37, 50) and np.mean(found == expected.numpy()) > 0.999
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"].shape), with_kwargs=True
+    )
+    found = in_windows(32)
+    hook.remove()
+    assert found.shape == (37, 50) and len(seen) > 1 and all(max(shape[-2:]) <= 32 for shape in seen)
+
+
+def test_images_of_many_sizes_do_not_depend_on_their_batch(segmenter):
+    images = [picture(20 + 7 * (index % 3), 24, index) for index in range(6)]
+    segmenter = Segmenter(*segmenter)
+    together = segmenter(images)
+    for image, found in zip(images, together, strict=True):
+        assert_same_labels(segmenter([image])[0], found)
+        assert found.shape == (image.height, image.width)
+
+
+@pytest.mark.parametrize("size", [(9, 31), (64, 5), (4, 6), (1, 1)])
+def test_strips_are_upsampled_as_the_whole(size, monkeypatch):
+    logits = torch.randn(7, 4, 6)
+    expected = torch.nn.functional.interpolate(logits[None], size=size, mode="bilinear")[0].argmax(dim=0)
+    for scores in (1, 1000, 2**24):
+        monkeypatch.setattr(segmenter_module, "SCORES_AT_ONCE", scores)
+        assert (upsampled_argmax([logits], size) == expected).float().mean() > 0.99
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"inference": "sliding", "window_size": 30}, "window_size must be a multiple of 4 pixels"),
-        ({"inference": "sliding", "window_size": 32, "window_stride": 40}, "window_stride at most as large"),
+        ({"inference": "sliding", "window_size": 30}, "a window must be a multiple of 4 pixels, not 30"),
+        (
+            {"inference": "sliding", "window_size": 32, "window_stride": 40},
+            "window_stride must be from 1 to the 32 pixels of a window",
+        ),
         ({"test_scales": []}, "test_scales must be numbers above 0"),
         ({"test_scales": [0]}, "test_scales must be numbers above 0"),
     ],
@@ -182,7 +231,13 @@ def test_impossible_inference_is_one_sentence(settings, message):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("settings", [{}, {"inference": "sliding", "test_flip": True}])
+def test_native_size_takes_windows_alone(settings):
+    with pytest.raises(ValueError, match="are segmented in windows, at one scale and without a flip"):
+        Segmenter(*build("locatvit"), InferenceArguments(**settings), native_size=True)
+
+
 def test_a_processor_that_crops_is_refused():
     model, _ = build("locatvit")
-    with pytest.raises(ValueError, match="processor crops"):
+    with pytest.raises(ValueError, match="does not keep whole images"):
         segment_image(model, LocAtViTImageProcessor.from_model_config(model.config), picture(20, 20))

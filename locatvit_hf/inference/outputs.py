@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..utils.colors import background_class, class_colors
-from ..visualization.segmentation import legend_figure, overlay_segmentation
+from ..utils.colors import background_class, class_colors, overlay_segmentation
 from ..writing import fitting_name, write_complete
 
 # Where a label map says which state of its image it was made from.
@@ -61,6 +60,8 @@ class OutputFolder:
                     "delete it."
                 )
             return
+        from ..visualization.segmentation import legend_figure  # loads matplotlib
+
         legend = legend_figure(id2label, self.colors)
         write_complete(folder / "legend.png", lambda target: legend.savefig(target, dpi=160, bbox_inches="tight"))
         text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"

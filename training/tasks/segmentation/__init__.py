@@ -1,0 +1,1 @@
+"""Semantic segmentation: models measured on labeled images."""
