@@ -18,19 +18,17 @@ from torchvision.utils import draw_bounding_boxes
 from transformers import AutoBackbone, AutoConfig
 
 from locatvit_hf import LocAtViTImageProcessor
+from locatvit_hf.detection import Detector, DetectorSettings, pyramid_config
+from locatvit_hf.detection.detector import backbone_class
 from locatvit_hf.utils.colors import label_colors
 from training.data import TrainingSamples, create_evaluation_loader, describe_data
 from training.detection import (
     DetectionAugmentation,
     DetectionDataArguments,
     DetectionTransform,
-    Detector,
-    DetectorSettings,
     EvaluationCollator,
     collate_training,
     load_detection_splits,
-    load_encoder,
-    pyramid_config,
 )
 from training.engine.arguments import OptimizationArguments, RunArguments, run_program
 from training.engine.loop import TrainingLoop, create_accelerator
@@ -124,7 +122,10 @@ def build_model(arguments: DetectArguments, categories: list[dict[str, Any]]) ->
     build_config(config.model_type, None, arguments.model)  # refuses what is no field
     for name, value in arguments.model.items():
         setattr(config, name, value)
-    return Detector(load_encoder(arguments.pretrained, pyramid_config(config)), categories, settings)
+    encoder = backbone_class(pyramid_config(config)).from_pretrained(
+        arguments.pretrained, config=config, dtype=torch.float32
+    )
+    return Detector(encoder, categories, settings)
 
 
 @torch.inference_mode()

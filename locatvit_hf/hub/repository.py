@@ -34,7 +34,7 @@ WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json",
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 # Pickles that Trainer leaves, and that hold no weights.
 TRAINING_STATE = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
-# What makes a detector of the encoder beside it, see training/detection/.
+# What makes a detector of the encoder beside it, see locatvit_hf/detection/.
 DETECTOR = ("detector.json", "detector.safetensors")
 # Settings that can name a kernel on the Hub, which building a model would then fetch and run.
 IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
-from transformers import pipeline
+from transformers import AutoBackbone, pipeline
 
+from locatvit_hf import PaCaViTConfig
 from locatvit_hf.cli import app
+from locatvit_hf.detection import Detector, DetectorSettings, pyramid_config
 
 from .snippets import ROOT, read_blocks, run_blocks
 
@@ -25,10 +27,22 @@ SLOW = {"train.md", "export.md", "look.md", "recipes.md", "convert.md", "publish
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if read_blocks(path))
 
 
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small detector that has learned nothing, and therefore finds something everywhere."""
+    config = PaCaViTConfig(hidden_sizes=[8] * 4, depths=[1] * 4, num_attention_heads=[1] * 4, num_clusters=[4, 4, 4, 0])
+    settings = DetectorSettings(pyramid_channels=8, test_shortest_side=64, max_detections=3)
+    folder = tmp_path_factory.mktemp("detector")
+    encoder = AutoBackbone.from_config(pyramid_config(config))
+    Detector(encoder, [{"id": 1, "name": "cat"}], settings).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def reader(tmp_path: Path) -> Path:
-    """A folder with the examples, a photo and two data sets."""
+def reader(tmp_path: Path, detector: Path) -> Path:
+    """A folder with the examples, a detector, a photo and two datasets."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "my-detector").symlink_to(detector)
     random = np.random.default_rng(0)
 
     def save(path: Path, *shape: int, top: int = 256) -> None:

@@ -11,6 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvF
 
+from locatvit_hf.detection.detector import normalize_pixels
 from training.data.images import to_rgb
 from training.detection.annotations import read_objects
 
@@ -93,12 +94,6 @@ class RandomShortestSide(v2.RandomShortestSize):
         return super().transform(inpt, params)
 
 
-def shortest_side_size(size: tuple[int, int], shortest: int, longest: int) -> list[int]:
-    """Height and width with these limits of their sides, all in pixels, as `RandomShortestSide` computes them."""
-    ratio = min(shortest / min(size), longest / max(size))
-    return [max(int(side * ratio), 1) for side in size]
-
-
 class RandomSizedCrop(v2.Transform):
     """A crop whose sides are drawn between two lengths in pixels, or are those of the image where it is smaller."""
 
@@ -132,11 +127,5 @@ class EvaluationCollator:
         self.masks, self.mean, self.std = masks, mean, std
 
     def __call__(self, rows: list[tuple]) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
-        pixels = [normalized_pixels(image, self.mean, self.std) for image, _ in rows]
+        pixels = [normalize_pixels(tvF.pil_to_tensor(to_rgb(image)), self.mean, self.std) for image, _ in rows]
         return pixels, [read_objects(image, objects, self.masks) for image, objects in rows]
-
-
-def normalized_pixels(image: Image.Image, mean: list[float], std: list[float]) -> torch.Tensor:
-    """A whole image of any mode as (3, height, width), read as for training and normalized."""
-    pixels = tvF.to_dtype(tvF.pil_to_tensor(to_rgb(image)), torch.float32, scale=True)
-    return tvF.normalize(pixels, mean, std)
