@@ -18,7 +18,7 @@ def card(
         list[Path] | None, typer.Option(help="A JSON result of training/evaluation/ to add; may be repeated.")
     ] = None,
     title: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
-    license: Annotated[str | None, typer.Option(help="Licence of the weights as the Hub abbreviates it: mit.")] = None,
+    license: Annotated[str | None, typer.Option(help="License of the weights as the Hub abbreviates it: mit.")] = None,
     dataset: Annotated[
         list[str] | None, typer.Option(help="What the weights learned from, a Hub name if it has one; may be repeated.")
     ] = None,

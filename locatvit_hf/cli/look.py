@@ -11,7 +11,7 @@ from .console import MAX_MEGAPIXELS, MaxMegapixels, console, one_sentence_errors
 
 @one_sentence_errors
 def look(
-    images: Annotated[list[Path], typer.Argument(help="Pictures of any size.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(help="Images of any size.", show_default=False)],
     model: Annotated[str, typer.Option(help="The checkpoint that looks: a folder or a Hub id.")] = ...,
     baseline: Annotated[str | None, typer.Option(help="A second checkpoint to show beside it, as a plain ViT.")] = None,
     patch: Annotated[
@@ -32,8 +32,8 @@ def look(
     from ..inference import Checkpoint
     from ..utils.images import read_image, readable_name
     from ..visualization import figures
-    from ..visualization.layers import read_layers
-    from ..visualization.page import build_page
+    from ..visualization.activations import read_layers
+    from ..visualization.html_report import build_report
     from ..writing import fitting_name, write_complete
 
     logging.set_verbosity_error()
@@ -41,9 +41,9 @@ def look(
     twice = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
     if twice:
         raise ValueError(
-            f"Several pictures are named {readable_name(twice[0])}, and would overwrite each other: look at them apart."
+            f"Several images are named {readable_name(twice[0])}, and would overwrite each other: look at them apart."
         )
-    pictures = {path.stem: read_image(path, max_megapixels=max_megapixels) for path in images}
+    loaded = {path.stem: read_image(path, max_megapixels=max_megapixels) for path in images}
     chosen = [_parse_patch(text) for text in patch or []]
 
     models, processors = {}, {}
@@ -54,9 +54,9 @@ def look(
             processors[name] = LocAtViTImageProcessor.from_model_config(opened.config, segmentation=True)
             models[name] = opened.load_model()
 
-    for stem, picture in pictures.items():
+    for stem, image in loaded.items():
         layers = {
-            name: read_layers(found, processors[name](picture, return_tensors="pt")["pixel_values"])
+            name: read_layers(found, processors[name](image, return_tensors="pt")["pixel_values"])
             for name, found in models.items()
         }
         ours = next(iter(layers.values()))
@@ -74,15 +74,15 @@ def look(
         has_class = any(len(found[0].class_features) for found in layers.values())
         queries = ([None] if has_class else []) + patches
         drawn = {
-            "similarity": figures.similarity_figure(picture, layers, index, queries),
-            "components": figures.components_figure(picture, layers),
+            "similarity": figures.similarity_figure(image, layers, index, queries),
+            "components": figures.components_figure(image, layers),
         }
         if ours[index].attention is not None:
-            drawn["attention"] = figures.attention_figure(picture, layers, index, queries)
+            drawn["attention"] = figures.attention_figure(image, layers, index, queries)
         else:
             console.print(f"Layer {index + 1} of {model} has no attention maps, so none are drawn.", markup=False)
         if ours[0].gaussian is not None:
-            drawn["gaussians"] = figures.gaussians_figure(picture, ours)
+            drawn["gaussians"] = figures.gaussians_figure(image, ours)
         else:
             console.print(f"{model} has no Gaussians, so none are drawn.", markup=False)
         with_class = {name: found for name, found in layers.items() if len(found[0].class_features)}
@@ -91,15 +91,15 @@ def look(
         if not len(ours[0].class_features):
             console.print(f"{model} has no class token: only its patches are asked.", markup=False)
         if ours[index].assignment is not None:
-            drawn["clusters"] = figures.clusters_figure(picture, ours[index])
+            drawn["clusters"] = figures.clusters_figure(image, ours[index])
         for name, figure in drawn.items():
             write_complete(
                 output / fitting_name(stem, f"-{name}.png"), lambda path, figure=figure: figure.savefig(path, dpi=160)
             )
-        page = build_page(readable_name(stem), picture, layers, index, patches[0])
+        page = build_report(readable_name(stem), image, layers, index, patches[0])
         report = output / fitting_name(stem, ".html")
         write_complete(report, lambda path, page=page: path.write_text(page, encoding="utf-8"))
-        console.print(f"[bold]{escape(readable_name(report))}[/bold], and {len(drawn)} pictures beside it.")
+        console.print(f"[bold]{escape(readable_name(report))}[/bold], and {len(drawn)} figures beside it.")
 
 
 def _parse_patch(text: str) -> tuple[int, int]:

@@ -22,7 +22,7 @@ def push(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
 ) -> None:
-    """Publish a checkpoint on the Hub: weights, code, processor, licence and card, in one checked commit."""
+    """Publish a checkpoint on the Hub: weights, code, processor, license and card, in one checked commit."""
     if pull_request and (revision or tag):
         other = "revision" if revision else "tag"
         raise ValueError(f"--pull-request and --{other} exclude each other: a pull request proposes a change of main.")

@@ -40,7 +40,7 @@ def segment(
     max_megapixels: MaxMegapixels = MAX_MEGAPIXELS,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model's Hub repository.")] = None,
 ) -> None:
-    """Write label maps and colour overlays of images, folders, videos or a data set."""
+    """Write label maps and color overlays of images, folders, videos or a dataset."""
     if bool(inputs) == bool(dataset):
         raise ValueError("Name images, videos or folders to segment, or a --dataset, and not both.")
     from transformers.utils import logging
@@ -106,7 +106,7 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
                 corrupt += 1
                 progress.console.print(readable(f"Skipped: {error}"), style="yellow")
     waiting = len(waiting_images) + len(waiting_videos)
-    _summarise(waiting - corrupt, len(sources) - waiting, corrupt, output.folder)
+    _summarize(waiting - corrupt, len(sources) - waiting, corrupt, output.folder)
 
 
 def _segment_dataset(segmenter, name, split, column, folder, settings, batch_size: int, max_megapixels: float) -> None:
@@ -150,7 +150,7 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
     state.destroy_process_group()
 
 
-def _summarise(done: int, before: int, corrupt: int, folder: Path) -> None:
+def _summarize(done: int, before: int, corrupt: int, folder: Path) -> None:
     parts = [f"[green]{done} segmented[/green]"]
     parts += [f"{before} were there already"] if before else []
     parts += [f"[yellow]{corrupt} could not be read[/yellow]"] if corrupt else []

@@ -14,13 +14,13 @@ def serve(
     model: Annotated[
         list[str], typer.Option(help="A checkpoint: a folder or a Hub id. Twice, and they stand side by side.")
     ] = ...,
-    examples: Annotated[Path | None, typer.Option(help="A folder of pictures to begin with.")] = None,
+    examples: Annotated[Path | None, typer.Option(help="A folder of images to begin with.")] = None,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="By default the first free one from 7860.")] = None,
     share: Annotated[bool, typer.Option(help="Open a public link through gradio's servers.")] = False,
     space: Annotated[Path | None, typer.Option(help="Write the files of a Hub Space here instead of serving.")] = None,
 ) -> None:
-    """Open a page that classifies and segments pictures and shows where each patch looks."""
+    """Open a page that classifies and segments images and shows where each patch looks."""
     from transformers.utils import logging
 
     try:

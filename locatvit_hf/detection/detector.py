@@ -48,7 +48,7 @@ class DetectorSettings:
     test_proposals: int = field(default=1000, metadata={"help": "As in training, of an image in evaluation."})
     roi_aligned: bool = field(
         default=True,
-        metadata={"help": "Read maps and masks at the centres of their cells; false: half a cell beside, as once."},
+        metadata={"help": "Read maps and masks at the centers of their cells; false: half a cell beside, as once."},
     )
 
 

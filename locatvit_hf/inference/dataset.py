@@ -1,4 +1,4 @@
-"""The rows of a data set, shared among the processes of `accelerate launch`, as parquet."""
+"""The rows of a dataset, shared among the processes of `accelerate launch`, as parquet."""
 
 import io
 import shutil
@@ -118,7 +118,7 @@ def _segment_rows(
             yield CorruptImageError(str(error))
     for row, class_map in zip(images, segmenter(list(images.values())), strict=True):
         encoded = io.BytesIO()
-        output.label_picture(class_map).save(encoded, format="png")
+        output.label_image(class_map).save(encoded, format="png")
         label_maps[row] = encoded.getvalue()
 
 

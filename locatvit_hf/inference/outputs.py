@@ -32,7 +32,7 @@ class Source(NamedTuple):
 class OutputFolder:
     """The folder of one run, which the same command finds again and continues.
 
-    Files appear under their names when they are complete. `labels.json` holds the names and colours of the ids, and
+    Files appear under their names when they are complete. `labels.json` holds the names and colors of the ids, and
     the `settings` of the run: what was made with others is not continued.
 
     Raises ValueError where the folder holds the results of other settings.
@@ -77,12 +77,12 @@ class OutputFolder:
         return self.folder / "overlays" / name.with_name(fitting_name(name.name, ".mp4"))
 
     def holds(self, source: Source) -> bool:
-        """Whether both pictures of an image are there, and were made from the file as it is now."""
+        """Whether both results of an image are there, and were made from the file as it is now."""
         if not (self.map_path(source.name).exists() and self.overlay_path(source.name).exists()):
             return False
         try:
-            with Image.open(self.map_path(source.name)) as picture:
-                return picture.info.get(SOURCE_STATE) == source.state()
+            with Image.open(self.map_path(source.name)) as label_image:
+                return label_image.info.get(SOURCE_STATE) == source.state()
         except OSError:
             return False
 
@@ -98,21 +98,21 @@ class OutputFolder:
         """The label map and the overlay of an image."""
         state = PngInfo()
         state.add_text(SOURCE_STATE, source.state())
-        picture, overlay = self.label_picture(class_map), self.overlay(image, class_map)
+        label_image, overlay = self.label_image(class_map), self.overlay(image, class_map)
         write_complete(self.overlay_path(source.name), lambda path: overlay.save(path, quality=90))
-        write_complete(self.map_path(source.name), lambda path: picture.save(path, pnginfo=state))
+        write_complete(self.map_path(source.name), lambda path: label_image.save(path, pnginfo=state))
 
-    def label_picture(self, class_map: np.ndarray) -> Image.Image:
-        """Class ids as a picture: 8 bits with the colours as its palette, or 16 bits of grey."""
-        picture = Image.fromarray(class_map)
+    def label_image(self, class_map: np.ndarray) -> Image.Image:
+        """Class ids as an image: 8 bits with the colors as its palette, or 16 bits of gray."""
+        label_image = Image.fromarray(class_map)
         if class_map.dtype == np.uint8:
-            picture.putpalette(self.colors.tobytes())
-        return picture
+            label_image.putpalette(self.colors.tobytes())
+        return label_image
 
     def overlay(self, image: Image.Image, class_map: np.ndarray) -> Image.Image:
-        """The colours over the image, no larger than `LARGEST_OVERLAY`."""
-        picture = image.copy()
-        picture.thumbnail((LARGEST_OVERLAY, LARGEST_OVERLAY))
-        if picture.size != image.size:
-            class_map = np.asarray(Image.fromarray(class_map).resize(picture.size, Image.Resampling.NEAREST))
-        return overlay_segmentation(picture, class_map, self.colors, background=self.background, ignore_index=None)
+        """The colors over the image, no larger than `LARGEST_OVERLAY`."""
+        small = image.copy()
+        small.thumbnail((LARGEST_OVERLAY, LARGEST_OVERLAY))
+        if small.size != image.size:
+            class_map = np.asarray(Image.fromarray(class_map).resize(small.size, Image.Resampling.NEAREST))
+        return overlay_segmentation(small, class_map, self.colors, background=self.background, ignore_index=None)

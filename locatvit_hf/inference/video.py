@@ -68,7 +68,7 @@ def _write_overlays(
                 for image, class_map in zip(batch, segmenter(batch), strict=True):
                     if frame_maps:
                         path_of_map = output.map_path(name / f"{number:06d}")
-                        write_complete(path_of_map, output.label_picture(class_map).save)
+                        write_complete(path_of_map, output.label_image(class_map).save)
                     overlay = output.overlay(image, class_map)
                     stream = stream or _add_stream(sink, film.streams.video[0].average_rate or 25, overlay.size)
                     overlay = overlay.crop((0, 0, stream.width, stream.height))
@@ -90,7 +90,7 @@ def _frames(film: av.container.InputContainer) -> Iterator[Image.Image]:
 
 
 def _add_stream(sink: av.container.OutputContainer, rate, size: tuple[int, int]) -> av.VideoStream:
-    """H.264 where FFmpeg has it, else MPEG-4. Both halve the colour planes, so sides are even."""
+    """H.264 where FFmpeg has it, else MPEG-4. Both halve the color planes, so sides are even."""
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     stream = sink.add_stream(codec, rate=rate)
     stream.width, stream.height = (max(side // 2 * 2, 2) for side in size)

@@ -1,6 +1,6 @@
-"""A page to try checkpoints on pictures, on this machine or as a Space of the Hub."""
+"""A page to try checkpoints on images, on this machine or as a Space of the Hub."""
 
-from .page import build_page, serve
+from .app import build_app, serve
 from .space import write_space
 
-__all__ = ["build_page", "serve", "write_space"]
+__all__ = ["build_app", "serve", "write_space"]

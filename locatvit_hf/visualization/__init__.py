@@ -1,15 +1,15 @@
-"""Pictures of what a model sees: attention maps, Gaussians, features, segmentations."""
+"""Images of what a model sees: attention maps, Gaussians, features, segmentations."""
 
+from .activations import Layer, read_layers
 from .attention import attention_map, draw_attention, read_attentions
 from .gaussians import draw_gaussians, read_gaussians
-from .layers import Layer, read_layers
-from .page import build_page
+from .html_report import build_report
 from .segmentation import draw_legend, draw_segmentation, legend_figure
 
 __all__ = [
     "Layer",
     "attention_map",
-    "build_page",
+    "build_report",
     "draw_attention",
     "draw_gaussians",
     "draw_legend",

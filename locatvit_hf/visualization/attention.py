@@ -52,7 +52,7 @@ def draw_attention(
     """Lay an attention map over its image, and frame the patch that looks.
 
     Args:
-        heat: (height, width) over the patches; colours span zero to `top`, by default its maximum.
+        heat: (height, width) over the patches; colors span zero to `top`, by default its maximum.
         query: index of the looking patch in the row-major grid; None for a class token, which has no place.
         opacity: of the map.
     """

@@ -1,8 +1,8 @@
-"""Figures for a picture: attention, similarity, components, Gaussians and clusters, of one model or of two.
+"""Figures for an image: attention, similarity, components, Gaussians and clusters, of one model or of two.
 
 Every function takes `models`, the layers of `read_layers` by the name of their model, and gives a matplotlib figure.
 A query is (row, column) on the grid of the chosen layer, from 0, or None for the class token; other grids are asked
-at the same place of the picture.
+at the same place of the image.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from .activations import Layer
 from .attention import FRAME_COLOR, draw_attention
 from .gaussians import draw_gaussians
-from .layers import Layer
 
 Query = tuple[int, int] | None
 Models = dict[str, list[Layer]]
@@ -52,7 +52,7 @@ def default_queries(layer: Layer, number: int = 3) -> list[tuple[int, int]]:
 
 
 def patch_at(query: Query, grid: tuple[int, int], target: tuple[int, int]) -> int | None:
-    """The patch of the grid `target` at the centre of a query on `grid`."""
+    """The patch of the grid `target` at the center of a query on `grid`."""
     if query is None:
         return None
     row, column = (
@@ -67,30 +67,30 @@ def paired_layer(layers: list[Layer], index: int, count: int) -> Layer:
     return layers[round(index * (len(layers) - 1) / max(count - 1, 1))]
 
 
-def attention_figure(picture: Image.Image, models: Models, index: int, queries: Sequence[Query]) -> Figure:
+def attention_figure(image: Image.Image, models: Models, index: int, queries: Sequence[Query]) -> Figure:
     """Attention of layer `index`, mean of its heads: a row for each model, a column for each query."""
-    return _query_figure(picture, models, index, queries, lambda layer, patch: layer.attention_map(patch), top=None)
+    return _query_figure(image, models, index, queries, lambda layer, patch: layer.attention_map(patch), top=None)
 
 
-def similarity_figure(picture: Image.Image, models: Models, index: int, queries: Sequence[Query]) -> Figure:
-    """Cosine similarity of the features after layer `index`; colours span 0 to 1."""
-    return _query_figure(picture, models, index, queries, lambda layer, patch: layer.similarity_map(patch), top=1.0)
+def similarity_figure(image: Image.Image, models: Models, index: int, queries: Sequence[Query]) -> Figure:
+    """Cosine similarity of the features after layer `index`; colors span 0 to 1."""
+    return _query_figure(image, models, index, queries, lambda layer, patch: layer.similarity_map(patch), top=1.0)
 
 
-def components_figure(picture: Image.Image, models: Models) -> Figure:
+def components_figure(image: Image.Image, models: Models) -> Figure:
     """The first three principal components of the features as red, green and blue, layer by layer."""
     columns = [_spread(len(layers), MOST_COLUMNS - 1) for layers in models.values()]
-    figure, axes = _panels(picture, len(models), 1 + max(map(len, columns)))
+    figure, axes = _panels(image, len(models), 1 + max(map(len, columns)))
     for row, (name, layers), chosen in zip(axes, models.items(), columns, strict=True):
-        _show(row[0], picture, _short(name))
+        _show(row[0], image, _short(name))
         for ax, layer in zip(row[1:], chosen, strict=False):
-            _show(ax, Image.fromarray(layers[layer].principal_colors()), f"layer {layer + 1}", picture)
+            _show(ax, Image.fromarray(layers[layer].principal_colors()), f"layer {layer + 1}", image)
         for ax in row[1 + len(chosen) :]:
             ax.set_axis_off()
     return figure
 
 
-def gaussians_figure(picture: Image.Image, layers: list[Layer]) -> Figure:
+def gaussians_figure(image: Image.Image, layers: list[Layer]) -> Figure:
     """Ellipses at one standard deviation, a row for each head and a column for each layer, of up to 49 patches."""
     found = [(index, layer.gaussian) for index, layer in enumerate(layers) if layer.gaussian is not None]
     if not found:
@@ -101,11 +101,11 @@ def gaussians_figure(picture: Image.Image, layers: list[Layer]) -> Figure:
     amplitudes = torch.cat(
         [g.amplitude[0][heads][:, patches].flatten() for (_, g), patches in zip(shown, drawn_patches, strict=True)]
     )
-    limits = (0.0, float(amplitudes.quantile(0.95)))  # a few strong ones would leave the rest in one colour
-    figure, axes = _panels(picture, len(heads), len(shown), extra_width=0.7)
+    limits = (0.0, float(amplitudes.quantile(0.95)))  # a few strong ones would leave the rest in one color
+    figure, axes = _panels(image, len(heads), len(shown), extra_width=0.7)
     for row, head in zip(axes, heads, strict=True):
         for ax, (index, gaussian), patches in zip(row, shown, drawn_patches, strict=True):
-            drawn = draw_gaussians(ax, picture, gaussian, head=head, patches=patches, amplitude_range=limits)
+            drawn = draw_gaussians(ax, image, gaussian, head=head, patches=patches, amplitude_range=limits)
             ax.set_title(f"layer {index + 1}, head {head + 1}", fontsize=TITLE_SIZE)
     figure.colorbar(drawn, ax=axes, shrink=0.7, extend="max", label="amplitude α")
     return figure
@@ -136,46 +136,46 @@ def class_similarity(layers: list[Layer]) -> np.ndarray:
     return np.stack([np.percentile(layer.similarity_map(), [10, 50, 90]) for layer in layers])
 
 
-def clusters_figure(picture: Image.Image, layer: Layer, number: int = MOST_CLUSTERS) -> Figure:
+def clusters_figure(image: Image.Image, layer: Layer, number: int = MOST_CLUSTERS) -> Figure:
     """Which patches make up the clusters that get most attention."""
     if layer.assignment is None:
         raise ValueError("This layer has no clusters.")
     received = layer.attention.mean(dim=(0, 1))
     chosen = received.argsort(descending=True, stable=True)[: min(number, len(received))].tolist()
     columns = min(4, len(chosen))
-    figure, axes = _panels(picture, -(-len(chosen) // columns), columns)
+    figure, axes = _panels(image, -(-len(chosen) // columns), columns)
     for ax in axes.flat[len(chosen) :]:
         ax.set_axis_off()
     for ax, cluster in zip(axes.flat, chosen, strict=False):
-        draw_attention(ax, picture, layer.assignment[cluster].reshape(layer.grid).numpy())
+        draw_attention(ax, image, layer.assignment[cluster].reshape(layer.grid).numpy())
         ax.set_title(f"cluster {cluster + 1}: {received[cluster]:.0%}", fontsize=TITLE_SIZE)
     return figure
 
 
-def _query_figure(picture, models: Models, index: int, queries: Sequence[Query], read, top: float | None) -> Figure:
+def _query_figure(image, models: Models, index: int, queries: Sequence[Query], read, top: float | None) -> Figure:
     count = len(next(iter(models.values())))
     grid = next(iter(models.values()))[index].grid
-    figure, axes = _panels(picture, len(models), 1 + len(queries))
+    figure, axes = _panels(image, len(models), 1 + len(queries))
     for row, (name, layers) in zip(axes, models.items(), strict=True):
         layer = paired_layer(layers, index, count)
-        _show(row[0], picture, _short(name))
+        _show(row[0], image, _short(name))
         for ax, query in zip(row[1:], queries, strict=True):
             title = "class token" if query is None else f"row {query[0] + 1}, column {query[1] + 1}"
             ax.set_title(title, fontsize=TITLE_SIZE)
             patch = patch_at(query, grid, layer.grid)
             try:
-                draw_attention(ax, picture, read(layer, patch), patch, top=top)
+                draw_attention(ax, image, read(layer, patch), patch, top=top)
             except ValueError:  # the baseline may lack what the model has
-                ax.text(0.5, 0.5, "none", ha="center", va="center", transform=ax.transAxes, color="grey")
+                ax.text(0.5, 0.5, "none", ha="center", va="center", transform=ax.transAxes, color="gray")
                 ax.set_axis_off()
             if patch is not None:
-                _frame(row[0], picture, patch, layer.grid)
+                _frame(row[0], image, patch, layer.grid)
     return figure
 
 
-def _panels(picture: Image.Image, rows: int, columns: int, extra_width: float = 0.0) -> tuple[Figure, np.ndarray]:
-    """A figure of panels with the shape of the picture, and a line of text above each."""
-    height = PANEL_WIDTH * min(max(picture.height / picture.width, 0.2), 3)
+def _panels(image: Image.Image, rows: int, columns: int, extra_width: float = 0.0) -> tuple[Figure, np.ndarray]:
+    """A figure of panels with the shape of the image, and a line of text above each."""
+    height = PANEL_WIDTH * min(max(image.height / image.width, 0.2), 3)
     size = (columns * PANEL_WIDTH + extra_width + 0.1, rows * (height + 0.28) + 0.1)
     figure = Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
@@ -192,8 +192,8 @@ def _show(axes: Axes, image: Image.Image, title: str, place: Image.Image | None 
     axes.set_axis_off()
 
 
-def _frame(axes: Axes, picture: Image.Image, patch: int, grid: tuple[int, int]) -> None:
-    height, width = picture.height / grid[0], picture.width / grid[1]
+def _frame(axes: Axes, image: Image.Image, patch: int, grid: tuple[int, int]) -> None:
+    height, width = image.height / grid[0], image.width / grid[1]
     row, column = divmod(patch, grid[1])
     corner = (column * width - 0.5, row * height - 0.5)
     axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=FRAME_COLOR, linewidth=1.5))

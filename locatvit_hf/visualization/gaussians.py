@@ -45,11 +45,11 @@ def draw_gaussians(
         gaussian: one entry of `read_gaussians`.
         head: which head.
         patches: indices into the row-major grid; None for all.
-        colormap: colours the amplitude.
-        amplitude_range: amplitudes at the ends of the colours; None for those of this drawing.
+        colormap: colors the amplitude.
+        amplitude_range: amplitudes at the ends of the colors; None for those of this drawing.
 
     Returns:
-        The ellipses, from which a colour bar can be made.
+        The ellipses, from which a color bar can be made.
     """
     height, width = gaussian.grid
     chosen = torch.arange(height * width) if patches is None else torch.as_tensor(patches)

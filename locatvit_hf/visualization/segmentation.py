@@ -1,4 +1,4 @@
-"""Label maps as colours."""
+"""Label maps as colors."""
 
 import math
 
@@ -18,7 +18,7 @@ def draw_segmentation(axes: Axes, image: Image.Image, label_map: np.ndarray, col
 
 
 def draw_legend(axes: Axes, id2label: dict[int, str], colors: np.ndarray, labels: list[int] | None = None) -> None:
-    """A row of colour patches with the names of the labels, of all or of those in `labels`."""
+    """A row of color patches with the names of the labels, of all or of those in `labels`."""
     labels = sorted(id2label) if labels is None else labels
     handles = [Patch(facecolor=colors[label] / 255, label=_literal(id2label[label])) for label in labels]
     axes.legend(handles=handles, ncols=len(handles), loc="center", frameon=False, handlelength=1, columnspacing=1.2)
@@ -31,7 +31,7 @@ def _literal(name: str) -> str:
 
 
 def legend_figure(id2label: dict[int, str], colors: np.ndarray) -> Figure:
-    """All labels with their ids and colours, in as many columns as keep the figure about square; save it with
+    """All labels with their ids and colors, in as many columns as keep the figure about square; save it with
     `bbox_inches="tight"`."""
     handles = [
         Patch(facecolor=colors[label] / 255, label=f"{label}  {_literal(name)}") for label, name in id2label.items()

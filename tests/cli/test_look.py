@@ -20,7 +20,7 @@ from locatvit_hf.cli import app
 from locatvit_hf.utils.images import read_image
 from locatvit_hf.visualization import read_layers
 from tests.visualization.conftest import FAMILIES
-from tests.visualization.pages import read_page, rows_of
+from tests.visualization.reports import read_report, rows_of
 
 CLASSES = {
     "locatvit": LocAtViTForImageClassification,
@@ -63,15 +63,15 @@ def test_a_model_beside_its_baseline(checkpoints, photo, tmp_path):
     options = ["--baseline", checkpoints / "vit", "--layer", 2, "--patch", "2,3", "--patch", "1,1"]
     code, said = run(photo, "--model", checkpoints / "locatvit", *options, "--output", output)
     assert code == 0 and "photo.html" in said
-    pictures = ["attention", "components", "gaussians", "layers", "similarity"]
+    images = ["attention", "components", "gaussians", "layers", "similarity"]
     assert sorted(path.name for path in output.iterdir()) == sorted(
-        ["photo.html", *(f"photo-{name}.png" for name in pictures)]
+        ["photo.html", *(f"photo-{name}.png" for name in images)]
     )
-    for name in pictures:
+    for name in images:
         with Image.open(output / f"photo-{name}.png") as drawn:
             assert min(drawn.size) > 300
     html = (output / "photo.html").read_text(encoding="utf-8")
-    content = read_page(html)
+    content = read_report(html)
     assert [model["name"] for model in content["models"]] == ["locatvit", "vit"]
     assert content["size"] == [64, 48] and content["layer"] == 1 and len(html) < 5_000_000
     model = AutoModel.from_pretrained(checkpoints / "locatvit")
@@ -84,7 +84,7 @@ def test_a_model_beside_its_baseline(checkpoints, photo, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "sentences", "pictures"),
+    ("name", "sentences", "images"),
     [
         ("vit", ["has no Gaussians, so none are drawn."], {"attention", "components", "layers", "similarity"}),
         ("locatswin", ["has no class token"], {"attention", "components", "gaussians", "similarity"}),
@@ -95,7 +95,7 @@ def test_a_model_beside_its_baseline(checkpoints, photo, tmp_path):
         ),
     ],
 )
-def test_what_a_model_lacks_is_said_and_the_rest_is_drawn(name, sentences, pictures, checkpoints, photo, tmp_path):
+def test_what_a_model_lacks_is_said_and_the_rest_is_drawn(name, sentences, images, checkpoints, photo, tmp_path):
     Image.new("L", (31, 90)).save(tmp_path / "flat.png")
     output = tmp_path / "out"
     options = ["--layer", 1] if name == "pacavit" else []
@@ -105,8 +105,8 @@ def test_what_a_model_lacks_is_said_and_the_rest_is_drawn(name, sentences, pictu
         assert sentence in said
     for stem in ("photo", "flat"):
         drawn = {re.sub(rf"^{stem}-", "", path.stem) for path in output.glob(f"{stem}-*.png")}
-        assert drawn == pictures
-        read_page((output / f"{stem}.html").read_text(encoding="utf-8"))
+        assert drawn == images
+        read_report((output / f"{stem}.html").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_what_a_model_lacks_is_said_and_the_rest_is_drawn(name, sentences, pictu
         (["photo.jpg", "--patch", "40,1"], "there is no patch 40,1."),
         (["photo.jpg", "--patch", "0,1"], "--patch takes ROW,COLUMN, two numbers from 1, as in --patch 3,5; got 0,1."),
         (["photo.jpg", "--patch", "middle"], "--patch takes ROW,COLUMN"),
-        (["photo.jpg", "photo.png"], "Several pictures are named photo"),
+        (["photo.jpg", "photo.png"], "Several images are named photo"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(arguments, sentence, checkpoints, photo, tmp_path, monkeypatch):

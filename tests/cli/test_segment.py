@@ -1,4 +1,4 @@
-"""`locatvit segment`: images, folders, videos, data sets, and what may be wrong with them."""
+"""`locatvit segment`: images, folders, videos, datasets, and what may be wrong with them."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def segmenter(checkpoint) -> Segmenter:
     return Checkpoint(checkpoint).load_segmenter()
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height // 6 + 1, width // 6 + 1, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height))
 
@@ -62,13 +62,13 @@ def folder(tmp_path) -> Path:
     """Images of several sizes, modes and depths of folders, one that is none, and a file that is no image."""
     photos = tmp_path / "photos"
     (photos / "inner").mkdir(parents=True)
-    picture(40, 30, 0).save(photos / "a.png")
-    picture(40, 30, 1).save(photos / "b.jpg")
-    picture(25, 50, 2).convert("L").save(photos / "c.png")
-    picture(33, 33, 3).convert("RGBA").save(photos / "inner" / "a.png")
+    make_image(40, 30, 0).save(photos / "a.png")
+    make_image(40, 30, 1).save(photos / "b.jpg")
+    make_image(25, 50, 2).convert("L").save(photos / "c.png")
+    make_image(33, 33, 3).convert("RGBA").save(photos / "inner" / "a.png")
     turned = Image.Exif()
     turned[274] = 6  # a quarter turn
-    picture(40, 24, 4).save(photos / "inner" / "turned.jpg", exif=turned)
+    make_image(40, 24, 4).save(photos / "inner" / "turned.jpg", exif=turned)
     (photos / "broken.jpg").write_bytes((photos / "b.jpg").read_bytes()[:300])
     (photos / "notes.txt").write_text("not to be segmented")
     return photos
@@ -114,11 +114,11 @@ def test_what_a_folder_holds_besides_is_said_and_names_may_be_long(checkpoint, t
     photos, store, output = tmp_path / "photos", tmp_path / "store", tmp_path / "out"
     for path in (photos / f"{'a' * 251}.png", store / f"{'b' * 251}.jpg", store / f"{'b' * 251}.png"):
         path.parent.mkdir(exist_ok=True)
-        picture(8, 8).save(path)
+        make_image(8, 8).save(path)
     (photos / "more").symlink_to(store)
     (photos / "._a.png").write_bytes(b"Mac OS X")
     (photos / "notes.txt").write_text("no image")
-    picture(60, 20).save(photos / "wide.png")
+    make_image(60, 20).save(photos / "wide.png")
     code, said = run(photos, "--model", checkpoint, "--output", output, "--max-megapixels", 0.001)
     assert code == 0 and "3 segmented, 1 could not be read" in said
     assert "Left out 1 file that is not an image: notes.txt." in said
@@ -128,11 +128,11 @@ def test_what_a_folder_holds_besides_is_said_and_names_may_be_long(checkpoint, t
     assert code == 0 and "1 segmented, 3 were there already" in said
 
 
-def test_a_changed_picture_is_segmented_again_and_results_are_no_sources(folder, checkpoint, tmp_path):
+def test_a_changed_image_is_segmented_again_and_results_are_no_sources(folder, checkpoint, tmp_path):
     output = folder / "masks"
     arguments = (folder, "--model", checkpoint, "--output", output)
     assert "5 segmented" in run(*arguments)[1]
-    picture(20, 18, 9).save(folder / "a.png")
+    make_image(20, 18, 9).save(folder / "a.png")
     code, said = run(*arguments)
     assert code == 0 and "1 segmented, 4 were there already" in said
     assert read_map(output / "maps" / "a.png").shape == (18, 20)
@@ -228,7 +228,7 @@ def test_one_process_from_the_shell(folder, checkpoint, tmp_path):
         (["a.png", "--model", "empty"], "is not a folder with a config.json"),
         (["a.png", "--model", "nobody/nothing"], "There is no checkpoint nobody/nothing"),
         (["a.png", "--window", "17"], "a window must be a multiple of 4 pixels, not 17"),
-        (["--dataset", "rows", "--column", "picture"], "has no column 'picture' but image."),
+        (["--dataset", "rows", "--column", "photo"], "has no column 'photo' but image."),
     ],
 )
 def test_what_is_wrong_is_one_sentence(arguments, sentence, checkpoint, tmp_path, monkeypatch, one_process):
@@ -236,7 +236,7 @@ def test_what_is_wrong_is_one_sentence(arguments, sentence, checkpoint, tmp_path
     for path in ("empty", "other"):
         (tmp_path / path).mkdir()
     for path in ("a.png", "other/a.png"):
-        picture(8, 8).save(path)
+        make_image(8, 8).save(path)
     if "classifier" in arguments:
         LocAtViTForImageClassification(LocAtViTConfig(**SMALL)).save_pretrained("classifier")
     if "rows" in arguments:
@@ -258,7 +258,7 @@ def test_more_labels_than_a_palette_holds_take_sixteen_bits(tmp_path):
     model = make_model(300)
     processor = LocAtViTImageProcessor.from_model_config(model.config, segmentation=True)
     segmenter = Segmenter(model, processor)
-    image = picture(60, 40)
+    image = make_image(60, 40)
     (found,) = segmenter([image])
     output = OutputFolder(tmp_path, segmenter.id2label, {})
     image.save(tmp_path / "x.jpg")
@@ -274,7 +274,7 @@ def write_video(path: Path, frames: int, rate: int, size: tuple[int, int]) -> No
         stream = sink.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for number in range(frames):
-            sink.mux(stream.encode(av.VideoFrame.from_image(picture(*size, number // 4))))
+            sink.mux(stream.encode(av.VideoFrame.from_image(make_image(*size, number // 4))))
         sink.mux(stream.encode())
 
 
@@ -311,7 +311,7 @@ def make_rows(path: Path, number: int) -> None:
     images = [{"bytes": None, "path": None}] * number
     for index in range(number):
         file = path.parent / f"row{index}.png"
-        picture(20 + index, 24, index).save(file)
+        make_image(20 + index, 24, index).save(file)
         images[index] = {"bytes": file.read_bytes() if index != 3 else b"no image", "path": None}
     Dataset.from_dict({"image": images}, features=Features({"image": ImageFeature(decode=False)})).save_to_disk(path)
 
@@ -322,7 +322,7 @@ def check_rows(output: Path, segmenter: Segmenter, number: int) -> None:
     assert [row["index"] for row in rows] == list(range(number))
     assert rows[3]["label_map"] is None
     for index in (0, number - 1):
-        assert_same_labels(rows[index]["label_map"], segmenter([picture(20 + index, 24, index)])[0])
+        assert_same_labels(rows[index]["label_map"], segmenter([make_image(20 + index, 24, index)])[0])
 
 
 def test_a_data_set_becomes_parquet_and_continues(checkpoint, segmenter, tmp_path, monkeypatch, one_process):
@@ -352,7 +352,7 @@ def test_a_data_set_becomes_parquet_and_continues(checkpoint, segmenter, tmp_pat
 def test_class_folders_named_like_splits_are_segmented_whole(checkpoint, tmp_path, one_process):
     for name in ("test tubes/a.png", "train/b.png", "cups/c.png"):
         (tmp_path / "photos [1]" / name).parent.mkdir(parents=True)
-        picture(8, 8).save(tmp_path / "photos [1]" / name)
+        make_image(8, 8).save(tmp_path / "photos [1]" / name)
     (tmp_path / "photos [1]" / "notes.txt").write_text("x")
     output = tmp_path / "out"
     code, said = run("--dataset", tmp_path / "photos [1]", "--model", checkpoint, "--output", output)

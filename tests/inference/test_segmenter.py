@@ -56,7 +56,7 @@ def segmenter(request):
     return build(request.param)
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height // 6 + 1, width // 6 + 1, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height))
 
@@ -77,14 +77,14 @@ def scores(segmenter, image: Image.Image, size: dict = SIZE) -> torch.Tensor:
 
 
 def test_whole_image_is_what_the_pipeline_gives(segmenter):
-    image = picture(43, 31)
+    image = make_image(43, 31)
     found = segment_image(*segmenter, image)
     assert_same_labels(found, scores(segmenter, image).argmax(dim=0))
     assert found.shape == (31, 43) and len(found.unique()) > 1
 
 
 def test_a_window_that_covers_the_image_changes_nothing(segmenter):
-    image = picture(43, 31)
+    image = make_image(43, 31)
     sliding = InferenceArguments(inference="sliding", window_size=96, window_stride=32)
     assert_same_labels(segment_image(*segmenter, image, sliding), segment_image(*segmenter, image))
 
@@ -92,7 +92,7 @@ def test_a_window_that_covers_the_image_changes_nothing(segmenter):
 def test_windows_average_their_logits():
     """Against a sum over pixels, window by window, for a model whose cells are single pixels."""
     model, processor = segmenter = build("upernet")
-    image = picture(60, 28)
+    image = make_image(60, 28)
     pixels = processor(image, return_tensors="pt")["pixel_values"]
     (height, width), window, total, count = pixels.shape[-2:], 16, 0.0, 0.0
     assert (height, width) == (24, 52)
@@ -116,13 +116,13 @@ def test_windows_bound_what_the_model_sees(segmenter):
     handle = model.register_forward_pre_hook(
         lambda module, arguments, options: seen.append(tuple(options["pixel_values"].shape)), with_kwargs=True
     )
-    segment_image(model, processor, picture(400, 50), InferenceArguments(inference="sliding", window_size=32))
+    segment_image(model, processor, make_image(400, 50), InferenceArguments(inference="sliding", window_size=32))
     handle.remove()
     assert len(seen) >= 3 and all(batch == 1 and max(sides) <= 32 for batch, _, *sides in seen)
 
 
 def test_views_average_their_probabilities(segmenter):
-    image = picture(43, 31)
+    image = make_image(43, 31)
     probabilities = 0.0
     for scale in (1.0, 1.5):
         size = {side: round(scale * pixels) for side, pixels in SIZE.items()}
@@ -136,7 +136,7 @@ def test_views_average_their_probabilities(segmenter):
 
 def test_flip_is_undone():
     """A mirrored image gives the mirrored map, exactly, when both views count."""
-    segmenter, image = build("pacavit"), picture(64, 32)
+    segmenter, image = build("pacavit"), make_image(64, 32)
     flip = InferenceArguments(test_flip=True)
     mirrored = segment_image(*segmenter, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flip)
     assert (mirrored.flip(-1) == segment_image(*segmenter, image, flip)).float().mean() > 0.98
@@ -150,7 +150,7 @@ def test_metrics_do_not_depend_on_the_batch(segmenter):
     rows = []
     for index, (width, height) in enumerate(sizes):
         label_map = rng.choice([0, 1, 3, 255], (height, width)).astype(np.uint8)
-        rows.append((picture(width, height, index), Image.fromarray(label_map)))
+        rows.append((make_image(width, height, index), Image.fromarray(label_map)))
     arguments = InferenceArguments()
     collate = SegmentationCollator(processor, LabelReader(LabelArguments(), 5), arguments)
     results = []
@@ -170,7 +170,7 @@ def test_metrics_do_not_depend_on_the_batch(segmenter):
 
 
 def test_windows_see_the_image_at_its_own_size(segmenter):
-    (model, processor), image = segmenter, picture(50, 37)
+    (model, processor), image = segmenter, make_image(50, 37)
 
     def in_windows(size: int) -> np.ndarray:
         arguments = InferenceArguments(inference="sliding", window_size=size)
@@ -191,7 +191,7 @@ def test_windows_see_the_image_at_its_own_size(segmenter):
 
 
 def test_images_of_many_sizes_do_not_depend_on_their_batch(segmenter):
-    images = [picture(20 + 7 * (index % 3), 24, index) for index in range(6)]
+    images = [make_image(20 + 7 * (index % 3), 24, index) for index in range(6)]
     segmenter = Segmenter(*segmenter)
     together = segmenter(images)
     for image, found in zip(images, together, strict=True):
@@ -223,7 +223,7 @@ def test_strips_are_upsampled_as_the_whole(size, monkeypatch):
 def test_impossible_inference_is_one_sentence(settings, message):
     model, processor = build("locatvit")
     for use in (
-        lambda: segment_image(model, processor, picture(20, 20), InferenceArguments(**settings)),
+        lambda: segment_image(model, processor, make_image(20, 20), InferenceArguments(**settings)),
         lambda: SegmentationCollator(processor, LabelReader(LabelArguments(), 5), InferenceArguments(**settings)),
     ):
         with pytest.raises(ValueError, match=message) as caught:
@@ -240,4 +240,4 @@ def test_native_size_takes_windows_alone(settings):
 def test_a_processor_that_crops_is_refused():
     model, _ = build("locatvit")
     with pytest.raises(ValueError, match="does not keep whole images"):
-        segment_image(model, LocAtViTImageProcessor.from_model_config(model.config), picture(20, 20))
+        segment_image(model, LocAtViTImageProcessor.from_model_config(model.config), make_image(20, 20))

@@ -38,12 +38,12 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     gradient = torch.linspace(0, 255, 90 * 120).reshape(90, 120).to(torch.uint8).numpy()
     Image.fromarray(gradient).convert("RGB").save(folder / "wide.png")
     Image.fromarray(gradient.T).convert("RGB").save(folder / "tall.jpg")
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     return folder
 
 

@@ -70,10 +70,10 @@ def headings(browser):
 
 
 @pytest.mark.parametrize("width", list(WIDTHS))
-def test_a_visit(address, pictures, open_browser, width):
+def test_a_visit(address, images, open_browser, width):
     browser = open_browser(*WIDTHS[width])
     open_page(browser, address)
-    upload(browser, pictures / "wide.png")
+    upload(browser, images / "wide.png")
     wait(browser, lambda found: headings(found) == ["classifier", "segmenter"])
     wait(browser, lambda found: len(visible(found, "iframe.look")) == 2)
 
@@ -111,10 +111,10 @@ def test_a_visit(address, pictures, open_browser, width):
     choose(browser, "Model", "segmenter")
     wait(browser, lambda found: headings(found) == ["segmenter"])
 
-    # A broken picture is named, and the page lives.
-    upload(browser, pictures / "broken.jpg")
+    # A broken image is named, and the page lives.
+    upload(browser, images / "broken.jpg")
     wait(browser, lambda found: "This file" in found.find_element(By.TAG_NAME, "body").text)
-    upload(browser, pictures / "tall.jpg")
+    upload(browser, images / "tall.jpg")
     wait(browser, lambda found: headings(found) == ["segmenter"])
     wait(browser, lambda found: len(visible(found, "iframe.look")) == 1)
 
@@ -133,12 +133,12 @@ def choose(browser, label, value):
     option[0].click()
 
 
-def test_two_visitors_at_once(address, pictures, open_browser):
+def test_two_visitors_at_once(address, images, open_browser):
     visitors = [open_browser(*WIDTHS["desk"]), open_browser(*WIDTHS["phone"])]
     for browser in visitors:
         open_page(browser, address)
     for browser, name in zip(visitors, ("wide.png", "tall.jpg"), strict=True):
-        upload(browser, pictures / name)
+        upload(browser, images / name)
     for browser, wide in zip(visitors, (True, False), strict=True):
         wait(browser, lambda found: len(visible(found, "iframe.look")) == 2)
         browser.switch_to.frame(visible(browser, "iframe.look")[0])

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from locatvit_hf.inference.outputs import OutputFolder
-from locatvit_hf.serving.exhibit import Exhibit
+from locatvit_hf.serving.predictor import Predictor
 from locatvit_hf.utils.colors import class_colors, label_colors
 from training.engine.plotting import draw_batch
 
@@ -39,9 +39,9 @@ def test_the_command_line_the_page_and_trackers_agree(first, tmp_path):
     assert [bytes.fromhex(label["color"][1:]) for label in written] == [bytes(color) for color in colors]
     overlay = np.asarray(output.overlay(black, LABELS))
 
-    exhibit = Exhibit.__new__(Exhibit)
-    exhibit.segmenter = Answer(id2label)
-    shown, legend = exhibit.segment(black)
+    predictor = Predictor.__new__(Predictor)
+    predictor.segmenter = Answer(id2label)
+    shown, legend = predictor.segment(black)
     assert np.array_equal(np.asarray(shown), overlay)
     assert all(f"rgb{tuple(map(int, color))}" in legend for color in colors)
 

@@ -60,18 +60,18 @@ def family(request) -> str:
 
 
 @pytest.fixture(scope="session")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     """48 rows, 88 columns: neither square nor a multiple of every window."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 11, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((88, 48), Image.Resampling.NEAREST)
 
 
 @pytest.fixture(scope="session")
-def pixel_values(models, picture) -> dict[str, torch.Tensor]:
-    """The picture as each model is given it."""
+def pixel_values(models, image) -> dict[str, torch.Tensor]:
+    """The image as each model is given it."""
     return {
         name: LocAtViTImageProcessor.from_model_config(
             model.config, segmentation=True, size={"shortest_edge": 48, "longest_edge": 200}
-        )(picture, return_tensors="pt")["pixel_values"]
+        )(image, return_tensors="pt")["pixel_values"]
         for name, model in models.items()
     }

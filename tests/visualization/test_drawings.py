@@ -93,7 +93,7 @@ def test_segmentation_overlay(axes, image):
     classes[2, 3], classes[4, 5] = 2, 255
     overlay = np.asarray(overlay_segmentation(image, classes, colors, opacity=1.0, background=0))
     assert (overlay[2, 3] == colors[2]).all() and (overlay[4, 5] == 128).all()
-    assert overlay[0, 0].max() == overlay[0, 0].min()  # background shows the greyed image
+    assert overlay[0, 0].max() == overlay[0, 0].min()  # background shows the grayed image
     with pytest.raises(ValueError, match="does not fit"):
         overlay_segmentation(image, classes[:5], colors)
     draw_segmentation(axes, image, classes, colors, background=0)

@@ -46,32 +46,32 @@ def pair(family, models, pixel_values):
     return {name: read_layers(models[key], pixel_values[key]) for name, key in ((family, family), (long, "vit"))}
 
 
-def test_texts_keep_apart(pair, family, picture):
+def test_texts_keep_apart(pair, family, image):
     layers = pair[family]
     index = figures.default_layer(layers)
     queries = [None, *figures.default_queries(layers[index])]
     for figure in (
-        figures.attention_figure(picture, pair, index, queries),
-        figures.similarity_figure(picture, pair, index, queries),
+        figures.attention_figure(image, pair, index, queries),
+        figures.similarity_figure(image, pair, index, queries),
     ):
         texts = check_texts(figure)
         assert texts.count("class token") == 2 and sum("row" in text for text in texts) == 6
         assert texts.count("none") == (1 if family in ("locatswin", "pacavit") else 0)
-    assert f"layer {len(layers)}" in check_texts(figures.components_figure(picture, pair))
+    assert f"layer {len(layers)}" in check_texts(figures.components_figure(image, pair))
     if layers[0].gaussian is not None:
-        assert "layer 1, head 1" in check_texts(figures.gaussians_figure(picture, layers))
+        assert "layer 1, head 1" in check_texts(figures.gaussians_figure(image, layers))
     else:
         with pytest.raises(ValueError, match="no Gaussians"):
-            figures.gaussians_figure(picture, layers)
+            figures.gaussians_figure(image, layers)
     if layers[index].assignment is not None:
-        assert sum("cluster" in text for text in check_texts(figures.clusters_figure(picture, layers[index]))) == 5
+        assert sum("cluster" in text for text in check_texts(figures.clusters_figure(image, layers[index]))) == 5
 
 
 @pytest.mark.parametrize("shape", [(200, 40), (40, 200)])
-def test_texts_keep_apart_beside_extreme_pictures(shape, models, pixel_values, picture):
+def test_texts_keep_apart_beside_extreme_images(shape, models, pixel_values, image):
     pair = {"locatvit": read_layers(models["locatvit"], pixel_values["locatvit"])}
-    check_texts(figures.attention_figure(picture.resize(shape), pair, 0, [None, (0, 0), (2, 3)]))
-    check_texts(figures.gaussians_figure(picture.resize(shape), pair["locatvit"]))
+    check_texts(figures.attention_figure(image.resize(shape), pair, 0, [None, (0, 0), (2, 3)]))
+    check_texts(figures.gaussians_figure(image.resize(shape), pair["locatvit"]))
 
 
 def test_class_similarity_is_drawn_as_it_is(models, pixel_values):

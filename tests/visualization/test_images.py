@@ -1,4 +1,4 @@
-"""What is read as a picture, and names that look like formulas."""
+"""What is read as an image, and names that look like formulas."""
 
 import io
 
@@ -12,7 +12,7 @@ from locatvit_hf.visualization import legend_figure
 
 
 def test_nothing_is_handed_to_another_program(tmp_path):
-    disguised = tmp_path / "picture.png"
+    disguised = tmp_path / "image.png"
     disguised.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) run\n")
     with pytest.raises(CorruptImageError, match="no image file of a known format"):
         read_image(disguised)

@@ -1,4 +1,4 @@
-"""Annotated images: COCO files, and data sets with a column `objects`, read and checked before training begins."""
+"""Annotated images: COCO files, and datasets with a column `objects`, read and checked before training begins."""
 
 import io
 import json

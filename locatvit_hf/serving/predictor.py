@@ -1,4 +1,4 @@
-"""What one checkpoint says about one picture, ready to be shown."""
+"""What one checkpoint says about one image, ready to be shown."""
 
 import html
 from pathlib import Path
@@ -10,10 +10,10 @@ from transformers import AutoModel, AutoModelForImageClassification
 from ..image_processing_locatvit import LocAtViTImageProcessor
 from ..inference import Checkpoint
 from ..utils.colors import background_class, class_colors, overlay_segmentation
-from ..visualization import build_page, read_layers
+from ..visualization import build_report, read_layers
 from ..visualization.figures import default_layer, default_queries
 
-LARGEST_SIDE = 1600  # pixels; a telephone takes pictures of three times that, which no model here looks at
+LARGEST_SIDE = 1600  # pixels; a telephone takes images of three times that, which no model here looks at
 # Classes with the most pixels that a legend names.
 LONGEST_LEGEND = 12
 # Tells the page around the frame how tall this one is; it is barred from everything else.
@@ -23,7 +23,7 @@ new ResizeObserver(() => parent.postMessage({locatvitHeight: document.documentEl
 </script>"""
 
 
-class Exhibit:
+class Predictor:
     """A checkpoint, loaded once with the installed classes: none of its own code runs.
 
     name: a folder or a Hub id. Raises ValueError or OSError where it is no checkpoint of this package.
@@ -39,19 +39,19 @@ class Exhibit:
         else:
             self.model = checkpoint.load_model(AutoModelForImageClassification if self.classifies else AutoModel)
             self.processor = checkpoint.load_processor()
-        # Layers are looked at on the whole picture, also where the classifier crops it.
-        self.whole_picture = LocAtViTImageProcessor.from_model_config(checkpoint.config, segmentation=True)
+        # Layers are looked at on the whole image, also where the classifier crops it.
+        self.whole_images = LocAtViTImageProcessor.from_model_config(checkpoint.config, segmentation=True)
 
     @torch.inference_mode()
-    def classify(self, picture: Image.Image) -> dict[str, float]:
+    def classify(self, image: Image.Image) -> dict[str, float]:
         """Probability by class name, of all classes."""
-        pixels = self.processor(picture, return_tensors="pt")["pixel_values"].to(self.model.device)
+        pixels = self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
         probabilities = self.model(pixel_values=pixels).logits[0].float().softmax(dim=-1)
         return {self.model.config.id2label[label]: share for label, share in enumerate(probabilities.tolist())}
 
-    def segment(self, picture: Image.Image) -> tuple[Image.Image, str]:
-        """The picture with its classes in colour, and a legend in HTML: colour, name and share of the pixels."""
-        label_map = self.segmenter([picture])[0]
+    def segment(self, image: Image.Image) -> tuple[Image.Image, str]:
+        """The image with its classes in color, and a legend in HTML: color, name and share of the pixels."""
+        label_map = self.segmenter([image])[0]
         names = self.segmenter.id2label
         colors = class_colors(names)
         shares = {label: float((label_map == label).mean()) for label in names}
@@ -64,16 +64,16 @@ class Exhibit:
         more = len(largest) - LONGEST_LEGEND
         legend = f'<ul class="legend">{rows}</ul>' + (f"<p>and {more} smaller ones</p>" if more > 0 else "")
         background = background_class(names)
-        return overlay_segmentation(picture, label_map, colors, background=background, ignore_index=None), legend
+        return overlay_segmentation(image, label_map, colors, background=background, ignore_index=None), legend
 
-    def look(self, picture: Image.Image) -> str:
+    def look(self, image: Image.Image) -> str:
         """A frame in which pointing at a patch shows what it attends to; it needs no further answer from here."""
-        layers = read_layers(self.model.base_model, self.whole_picture(picture, return_tensors="pt")["pixel_values"])
+        layers = read_layers(self.model.base_model, self.whole_images(image, return_tensors="pt")["pixel_values"])
         index = default_layer(layers)
-        page = build_page("Where it looks", picture, {self.name: layers}, index, default_queries(layers[index])[0])
+        page = build_report("Where it looks", image, {self.name: layers}, index, default_queries(layers[index])[0])
         page = html.escape(page.replace("</body>", f"{REPORT_HEIGHT}</body>"))
         title = f"Where {html.escape(self.name)} looks"
         return f'<iframe class="look" title="{title}" sandbox="allow-scripts" srcdoc="{page}"></iframe>'
 
 
-__all__ = ["LARGEST_SIDE", "Exhibit"]
+__all__ = ["LARGEST_SIDE", "Predictor"]

@@ -14,20 +14,20 @@ from typer.testing import CliRunner
 
 from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor
 from locatvit_hf.cli import app
-from locatvit_hf.serving import build_page, write_space
-from locatvit_hf.serving.examples import draw_examples
-from locatvit_hf.serving.exhibit import Exhibit
+from locatvit_hf.serving import build_app, write_space
+from locatvit_hf.serving.predictor import Predictor
+from locatvit_hf.serving.sample_images import draw_sample_images
 from locatvit_hf.utils.colors import label_colors
 
 
-def test_exhibit_says_what_the_model_says(checkpoints, pictures):
-    picture = Image.open(pictures / "wide.png")
+def test_predictor_says_what_the_model_says(checkpoints, images):
+    image = Image.open(images / "wide.png")
     model = LocAtViTForImageClassification.from_pretrained(checkpoints / "classifier").eval()
     processor = LocAtViTImageProcessor.from_pretrained(checkpoints / "classifier")
-    expected = model(**processor(picture, return_tensors="pt")).logits[0].softmax(dim=-1)
-    exhibit = Exhibit(str(checkpoints / "classifier"))
-    assert exhibit.classify(picture) == pytest.approx(dict(zip(NAMES, expected.tolist(), strict=True)), abs=1e-6)
-    frame = exhibit.look(picture)
+    expected = model(**processor(image, return_tensors="pt")).logits[0].softmax(dim=-1)
+    predictor = Predictor(str(checkpoints / "classifier"))
+    assert predictor.classify(image) == pytest.approx(dict(zip(NAMES, expected.tolist(), strict=True)), abs=1e-6)
+    frame = predictor.look(image)
     assert 'sandbox="allow-scripts"' in frame
     assert "locatvitHeight" in frame
 
@@ -35,40 +35,40 @@ def test_exhibit_says_what_the_model_says(checkpoints, pictures):
 NAMES = ("road", "sky <b>", "tree")
 
 
-def test_segmentation_colours_the_picture_and_names_the_shares(checkpoints, pictures):
-    picture = Image.open(pictures / "tall.jpg")
-    exhibit = Exhibit(str(checkpoints / "segmenter"))
-    overlay, legend = exhibit.segment(picture)
-    assert overlay.size == picture.size
-    label_map = exhibit.segmenter([picture])[0]
+def test_segmentation_colors_the_image_and_names_the_shares(checkpoints, images):
+    image = Image.open(images / "tall.jpg")
+    predictor = Predictor(str(checkpoints / "segmenter"))
+    overlay, legend = predictor.segment(image)
+    assert overlay.size == image.size
+    label_map = predictor.segmenter([image])[0]
     for label, name in enumerate(NAMES):
         share = (label_map == label).mean()
         shown = name.replace("<", "&lt;").replace(">", "&gt;")
         assert (f"{shown}<b>{share:.0%}</b>" in legend) == (share > 0)
     colors = label_colors(3)
-    painted = np.asarray(overlay, np.float64) - 0.25 * 0.6 * np.asarray(picture, np.float64)
+    painted = np.asarray(overlay, np.float64) - 0.25 * 0.6 * np.asarray(image, np.float64)
     np.testing.assert_allclose(painted, 0.75 * colors[label_map], atol=2)
 
 
-def test_every_family_can_be_looked_at(checkpoints, pictures):
-    assert "srcdoc" in Exhibit(str(checkpoints / "clusters")).look(Image.open(pictures / "wide.png"))
+def test_every_family_can_be_looked_at(checkpoints, images):
+    assert "srcdoc" in Predictor(str(checkpoints / "clusters")).look(Image.open(images / "wide.png"))
 
 
-def test_page_answers_over_http(checkpoints, pictures):
-    page = build_page([str(checkpoints / "classifier"), str(checkpoints / "segmenter")])
+def test_app_answers_over_http(checkpoints, images):
+    page = build_app([str(checkpoints / "classifier"), str(checkpoints / "segmenter")])
     page.launch(prevent_thread_lock=True, quiet=True)
     try:
         client = Client(page.local_url, verbose=False)
-        both = client.predict(handle_file(pictures / "wide.png"), "classifier", "segmenter", api_name="/show")
+        both = client.predict(handle_file(images / "wide.png"), "classifier", "segmenter", api_name="/show")
         visible = [part for part in both if not isinstance(part, dict) or part.get("visible", True)]
         text = str(visible)
         assert "### classifier" in text and "### segmenter" in text
         assert text.count("<iframe") == 2
-        alone = str(client.predict(handle_file(pictures / "wide.png"), "segmenter", "nobody", api_name="/show"))
+        alone = str(client.predict(handle_file(images / "wide.png"), "segmenter", "nobody", api_name="/show"))
         assert "### classifier" not in alone and alone.count("<iframe") == 1
         with pytest.raises(Exception, match=r"This file (is no image file|cannot be decoded)"):
-            client.predict(handle_file(pictures / "broken.jpg"), "classifier", "nobody", api_name="/show")
-        again = str(client.predict(handle_file(pictures / "tall.jpg"), "classifier", "nobody", api_name="/show"))
+            client.predict(handle_file(images / "broken.jpg"), "classifier", "nobody", api_name="/show")
+        again = str(client.predict(handle_file(images / "tall.jpg"), "classifier", "nobody", api_name="/show"))
         assert "### classifier" in again
     finally:
         page.close()
@@ -77,21 +77,21 @@ def test_page_answers_over_http(checkpoints, pictures):
 def test_two_checkpoints_of_one_name_are_told_apart(checkpoints, tmp_path):
     twin = tmp_path / "classifier"
     twin.symlink_to(checkpoints / "classifier")
-    page = build_page([str(checkpoints / "classifier"), str(twin)])
+    page = build_app([str(checkpoints / "classifier"), str(twin)])
     models = next(block for block in page.blocks.values() if isinstance(block, gr.Dropdown) and block.label == "Model")
     assert [choice for choice, _ in models.choices] == ["classifier", str(twin)]
 
 
-def test_examples_are_drawn_or_taken_from_a_folder(checkpoints, pictures, tmp_path):
-    drawn = draw_examples(tmp_path)
+def test_examples_are_drawn_or_taken_from_a_folder(checkpoints, images, tmp_path):
+    drawn = draw_sample_images(tmp_path)
     assert len(drawn) == 3
     assert all(Image.open(path).size == (480, 360) and path.stat().st_size < 50_000 for path in drawn)
-    with pytest.raises(ValueError, match="holds no pictures"):
-        build_page([str(checkpoints / "classifier")], checkpoints)
+    with pytest.raises(ValueError, match="holds no images"):
+        build_app([str(checkpoints / "classifier")], checkpoints)
 
 
 def test_drawn_examples_go_with_the_process(checkpoints, tmp_path):
-    code = "import sys; from locatvit_hf.serving import build_page; build_page(sys.argv[1:])"
+    code = "import sys; from locatvit_hf.serving import build_app; build_app(sys.argv[1:])"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code, str(checkpoints / "classifier")], env=environment, check=True)
     assert not list(tmp_path.glob("locatvit-*"))
@@ -104,7 +104,7 @@ def test_space_names_its_models_and_this_version(tmp_path, checkpoints):
     compile(app_text, "app.py", "exec")
     assert "['me/locatvit', 'me/vit']" in app_text
     assert re.search(r"^locatvit-hf\[serve\]==\d", (tmp_path / "space" / "requirements.txt").read_text())
-    with pytest.raises(ValueError, match="Push it there first"):
+    with pytest.raises(ValueError, match="push it there first"):
         write_space(tmp_path / "other", [str(checkpoints / "classifier")])
     with pytest.raises(ValueError, match="is not empty"):
         write_space(tmp_path / "space", ["me/vit"])
@@ -112,7 +112,10 @@ def test_space_names_its_models_and_this_version(tmp_path, checkpoints):
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["--model", "/nowhere/at/all"], "no checkpoint"), (["--model", "{checkpoints}", "--port", "1"], "no checkpoint")],
+    [
+        (["--model", "/nowhere/at/all"], "There is no checkpoint"),
+        (["--model", "{checkpoints}", "--port", "1"], "is not a checkpoint"),
+    ],
 )
 def test_command_refuses_in_one_sentence(arguments, sentence, checkpoints):
     arguments = [argument.format(checkpoints=checkpoints) for argument in arguments]

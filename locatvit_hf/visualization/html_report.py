@@ -1,4 +1,4 @@
-"""One HTML file in which a reader points at patches of a picture; it needs no other file and no network."""
+"""One HTML file in which a reader points at patches of an image; it needs no other file and no network."""
 
 import base64
 import io
@@ -13,16 +13,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import colormaps
 from PIL import Image
 
+from .activations import Layer
 from .figures import Models, class_similarity
-from .layers import Layer
 
-LARGEST_PICTURE = 960  # pixels of the longer side
+LARGEST_IMAGE = 960  # pixels of the longer side
 # Of the features, from which the page takes similarities: so many principal directions, fewer for many patches.
 MOST_DIRECTIONS, FEWEST_DIRECTIONS, MOST_FEATURES = 64, 16, 200_000
-LARGEST_PAGE = 4_700_000  # characters, the template's own not counted
+LARGEST_REPORT = 4_700_000  # characters, the template's own not counted
 
 
-def build_page(title: str, picture: Image.Image, models: Models, index: int, query: tuple[int, int] | None) -> str:
+def build_report(title: str, image: Image.Image, models: Models, index: int, query: tuple[int, int] | None) -> str:
     """The page as HTML.
 
     models: one or two. index, query: the layer and the patch (row, column), or the class token, that it opens with.
@@ -31,8 +31,8 @@ def build_page(title: str, picture: Image.Image, models: Models, index: int, que
     heads goes first, then each head, from the last layer to the first; where one is missing the page says so.
     """
     packed = {name: [_pack_layer(layer) for layer in layers] for name, layers in models.items()}
-    encoded_picture = _pack_picture(picture)
-    room = LARGEST_PAGE - len(encoded_picture) - len(json.dumps(packed))
+    encoded_image = _pack_image(image)
+    room = LARGEST_REPORT - len(encoded_image) - len(json.dumps(packed))
     for separate in (False, True):
         # From the last layer to the first, all models in turn.
         for depth in range(max(map(len, models.values())), 0, -1):
@@ -47,8 +47,8 @@ def build_page(title: str, picture: Image.Image, models: Models, index: int, que
                         previous.update(attention)
     grid = next(iter(models.values()))[index].grid
     content = {
-        "picture": encoded_picture,
-        "size": picture.size,
+        "image": encoded_image,
+        "size": image.size,
         "colors": _pack((np.array(colormaps["inferno"].resampled(256).colors)[:, :3] * 255).round().astype(np.uint8)),
         "models": [
             {
@@ -64,7 +64,7 @@ def build_page(title: str, picture: Image.Image, models: Models, index: int, que
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
-    return templates.get_template("page.html.jinja").render(title=title, content=content)
+    return templates.get_template("html_report.html.jinja").render(title=title, content=content)
 
 
 def _has_class(layers: list[Layer]) -> bool:
@@ -131,9 +131,9 @@ def _pack(array: np.ndarray) -> dict:
     return {"type": array.dtype.name, "shape": array.shape, "data": base64.b64encode(data).decode()}
 
 
-def _pack_picture(picture: Image.Image) -> str:
-    picture = picture.copy()
-    picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+def _pack_image(image: Image.Image) -> str:
+    image = image.copy()
+    image.thumbnail((LARGEST_IMAGE, LARGEST_IMAGE))
     encoded = io.BytesIO()
-    picture.save(encoded, format="jpeg", quality=85)
+    image.save(encoded, format="jpeg", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"

@@ -75,7 +75,7 @@ class Layer:
     def principal_colors(self) -> np.ndarray:
         """(height, width, 3) uint8: the first three principal components of the features as red, green and blue.
 
-        Each component spans its colour from its 1st to its 99th percentile, its largest deviation on the bright side.
+        Each component spans its color from its 1st to its 99th percentile, its largest deviation on the bright side.
         """
         centered = self.features - self.features.mean(dim=0)
         _, _, directions = torch.linalg.svd(centered, full_matrices=False)
@@ -84,7 +84,7 @@ class Layer:
         components = components * extremes.sign()
         low, high = components.quantile(torch.tensor([0.01, 0.99]), dim=0)
         scaled = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-        colors = F.pad(scaled, (0, 3 - scaled.shape[1]))  # fewer channels than colours
+        colors = F.pad(scaled, (0, 3 - scaled.shape[1]))  # fewer channels than colors
         return (255 * colors).round().to(torch.uint8).reshape(*self.grid, 3).numpy()
 
 

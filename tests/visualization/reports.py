@@ -31,7 +31,7 @@ class Reader(HTMLParser):
             self.scripts[self.open[-1][1].get("id")] = data
 
 
-def read_page(html: str) -> dict:
+def read_report(html: str) -> dict:
     """The content of a page, of which it is checked that it is well-formed and loads nothing from elsewhere."""
     reader = Reader()
     reader.feed(html)

@@ -1,4 +1,4 @@
-"""Pictures to begin with, drawn here: they belong to nobody."""
+"""Images to begin with, drawn here: they belong to nobody."""
 
 import math
 from collections.abc import Callable
@@ -59,15 +59,15 @@ DRAWINGS: dict[str, Callable[[ImageDraw.ImageDraw], None]] = {
 }
 
 
-def draw_examples(folder: Path) -> list[Path]:
+def draw_sample_images(folder: Path) -> list[Path]:
     """Draws the examples into a folder; returns their paths."""
     paths = []
     for name, draw in DRAWINGS.items():
-        picture = Image.new("RGB", (WIDTH, HEIGHT))
-        draw(ImageDraw.Draw(picture))
+        image = Image.new("RGB", (WIDTH, HEIGHT))
+        draw(ImageDraw.Draw(image))
         paths.append(folder / f"{name}.jpg")
-        picture.save(paths[-1], quality=90)
+        image.save(paths[-1], quality=90)
     return paths
 
 
-__all__ = ["draw_examples"]
+__all__ = ["draw_sample_images"]

@@ -1,4 +1,4 @@
-"""The page: a picture on one side, what one or two models make of it on the other."""
+"""The page: an image on one side, what one or two models make of it on the other."""
 
 import atexit
 import os
@@ -12,8 +12,8 @@ import gradio as gr
 from PIL import Image
 
 from ..utils.images import CorruptImageError, list_images, read_image
-from .examples import draw_examples
-from .exhibit import LARGEST_SIDE, Exhibit
+from .predictor import LARGEST_SIDE, Predictor
+from .sample_images import draw_sample_images
 
 NOBODY = "nobody"
 LARGEST_FILE = "20mb"
@@ -37,22 +37,22 @@ addEventListener("message", event => {
 </script>"""
 
 
-def build_page(models: list[str], examples: Path | None = None) -> gr.Blocks:
+def build_app(models: list[str], examples: Path | None = None) -> gr.Blocks:
     """The page as Blocks; `serve` launches it with its style.
 
     models: folders or Hub ids; the first answers, and the second, where there is one, beside it.
-    examples: a folder of pictures to begin with; by default a few drawings.
-    Raises ValueError or OSError for a model that is no checkpoint of this package, and for a folder without pictures.
+    examples: a folder of images to begin with; by default a few drawings.
+    Raises ValueError or OSError for a model that is no checkpoint of this package, and for a folder without images.
     """
     if not models:
         raise ValueError("Name at least one checkpoint to serve.")
-    exhibits = {}
+    predictors = {}
     for model in dict.fromkeys(models):
-        exhibit = Exhibit(model)
-        if exhibit.name in exhibits:
-            exhibit.name = model
-        exhibits[exhibit.name] = exhibit
-    names = list(exhibits)
+        predictor = Predictor(model)
+        if predictor.name in predictors:
+            predictor.name = model
+        predictors[predictor.name] = predictor
+    names = list(predictors)
 
     def show(path: str | None, first: str, second: str) -> list:
         """Updates for both columns."""
@@ -60,20 +60,20 @@ def build_page(models: list[str], examples: Path | None = None) -> gr.Blocks:
         if path is None:
             return [update for _ in shown for update in _answers(None, None)]
         try:
-            picture = read_image(path, name="This file")
+            image = read_image(path, name="This file")
         except (CorruptImageError, OSError) as error:
-            raise gr.Error(str(error), title="No picture", print_exception=False) from error
-        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-        return [update for name in shown for update in _answers(exhibits.get(name), picture)]
+            raise gr.Error(str(error), title="No image", print_exception=False) from error
+        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        return [update for name in shown for update in _answers(predictors.get(name), image)]
 
     # Uploads are deleted after an hour or two.
     with gr.Blocks(title="locatvit", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page:
-        gr.Markdown("## What is in a picture, and where\nPoint at a patch, or tap it, to see what it attends to.")
+        gr.Markdown("## What is in an image, and where\nPoint at a patch, or tap it, to see what it attends to.")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                picture = gr.Image(label="Picture", sources=["upload", "clipboard", "webcam"], height=300)
+                image = gr.Image(label="Image", sources=["upload", "clipboard", "webcam"], height=300)
                 # The file as it was uploaded: reading it, and saying why that fails, is `show`'s.
-                picture.preprocess = lambda payload: payload and payload.path
+                image.preprocess = lambda payload: payload and payload.path
                 several = len(names) > 1
                 first = gr.Dropdown(names, value=names[0], label="Model", visible=several, interactive=True)
                 second = gr.Dropdown(
@@ -83,11 +83,11 @@ def build_page(models: list[str], examples: Path | None = None) -> gr.Blocks:
                     visible=several,
                     interactive=True,
                 )
-                gr.Examples([[str(path)] for path in _examples(examples)], picture, label="Examples")
+                gr.Examples([[str(path)] for path in _examples(examples)], image, label="Examples")
             with gr.Column(scale=3, min_width=300), gr.Row():
                 columns = [_build_column() for _ in range(2)]
-        inputs, outputs = [picture, first, second], [part for column in columns for part in column]
-        for event in (picture.change, first.input, second.input):
+        inputs, outputs = [image, first, second], [part for column in columns for part in column]
+        for event in (image.change, first.input, second.input):
             event(show, inputs, outputs, show_progress="minimal", concurrency_limit=1, concurrency_id="models")
     return page
 
@@ -102,32 +102,32 @@ def _build_column() -> list[gr.blocks.Block]:
     return [column, heading, classes, overlay, legend, look]
 
 
-def _answers(exhibit: Exhibit | None, picture: Image.Image | None) -> list:
+def _answers(predictor: Predictor | None, image: Image.Image | None) -> list:
     """Updates for the parts of a column, in the order of `_build_column`."""
-    if exhibit is None or picture is None:
+    if predictor is None or image is None:
         return [gr.update(visible=False)] + [gr.update(value=None)] * 5
     hidden = gr.update(value=None, visible=False)
     classes, overlay, legend = hidden, hidden, hidden
-    if exhibit.classifies:
-        classes = gr.update(value=exhibit.classify(picture), visible=True)
-    if exhibit.segmenter is not None:
-        colored, names = exhibit.segment(picture)
+    if predictor.classifies:
+        classes = gr.update(value=predictor.classify(image), visible=True)
+    if predictor.segmenter is not None:
+        colored, names = predictor.segment(image)
         overlay, legend = gr.update(value=colored, visible=True), gr.update(value=names, visible=True)
-    look = gr.update(value=exhibit.look(picture), visible=True)
-    return [gr.update(visible=True), gr.update(value=f"### {exhibit.name}"), classes, overlay, legend, look]
+    look = gr.update(value=predictor.look(image), visible=True)
+    return [gr.update(visible=True), gr.update(value=f"### {predictor.name}"), classes, overlay, legend, look]
 
 
 def _examples(folder: Path | None) -> list[Path]:
     if folder is None:
         drawings = tempfile.mkdtemp(prefix="locatvit-examples-")
         atexit.register(shutil.rmtree, drawings, ignore_errors=True)
-        return draw_examples(Path(drawings))
+        return draw_sample_images(Path(drawings))
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder} with pictures to begin with.")
+        raise ValueError(f"There is no folder {folder} with images to begin with.")
     found = [folder / name for name in list_images(folder).images if "/" not in name]
     if not found:
-        raise ValueError(f"{folder} holds no pictures to begin with.")
+        raise ValueError(f"{folder} holds no images to begin with.")
     return found
 
 
@@ -141,9 +141,9 @@ def serve(
 ) -> tuple[gr.Blocks, str, str | None]:
     """Builds the page and serves it: the page, its address, and its public link if it is shared.
 
-    options: of `gradio.Blocks.launch`. Raises what `build_page` raises, and OSError where the port is taken.
+    options: of `gradio.Blocks.launch`. Raises what `build_app` raises, and OSError where the port is taken.
     """
-    page = build_page(models, examples)
+    page = build_app(models, examples)
     _, address, public = page.launch(
         server_name=host,
         server_port=port,
@@ -159,4 +159,4 @@ def serve(
     return page, address, public
 
 
-__all__ = ["build_page", "serve"]
+__all__ = ["build_app", "serve"]

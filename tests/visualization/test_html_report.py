@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch.nn.functional as F
 
-from locatvit_hf.visualization import build_page, page, read_layers
-from tests.visualization.pages import read_page, rows_of, unpack
+from locatvit_hf.visualization import build_report, html_report, read_layers
+from tests.visualization.reports import read_report, rows_of, unpack
 
 TEMPLATE = 25_000  # characters of a page without content
 
 
-def test_the_numbers_are_those_of_the_model(family, models, pixel_values, picture):
+def test_the_numbers_are_those_of_the_model(family, models, pixel_values, image):
     found = {name: read_layers(models[name], pixel_values[name]) for name in (family, "vit")}
-    content = read_page(build_page("A <picture> & more", picture, found, 0, (1, 2)))
+    content = read_report(build_report("A <title> & more", image, found, 0, (1, 2)))
     assert content["size"] == [88, 48] and content["layer"] == 0
     assert [model["name"] for model in content["models"]] == list(found)
     for model, layers in zip(content["models"], found.values(), strict=True):
@@ -43,13 +43,13 @@ def test_the_numbers_are_those_of_the_model(family, models, pixel_values, pictur
             np.testing.assert_allclose(features @ features.T, expected @ expected.T, atol=0.02)
 
 
-def test_what_does_not_fit_is_left_out(models, pixel_values, picture, monkeypatch):
+def test_what_does_not_fit_is_left_out(models, pixel_values, image, monkeypatch):
     layers = read_layers(models["locatvit"], pixel_values["locatvit"])
 
     def build(room: int) -> tuple[int, list[int]]:
-        monkeypatch.setattr(page, "LARGEST_PAGE", room)
-        html = build_page("p", picture, {"m": layers}, 0, None)
-        content = read_page(html)["models"][0]["layers"]
+        monkeypatch.setattr(html_report, "LARGEST_REPORT", room)
+        html = build_report("p", image, {"m": layers}, 0, None)
+        content = read_report(html)["models"][0]["layers"]
         return len(html), [layer["attention"]["shape"][0] if "attention" in layer else 0 for layer in content]
 
     everything, all_kept = build(10**9)
@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_left_out(models, pixel_values, picture, monkeypatc
 
 @pytest.mark.browser
 @pytest.mark.slow
-def test_a_browser_shows_the_numbers_of_the_model(models, pixel_values, picture, tmp_path):
+def test_a_browser_shows_the_numbers_of_the_model(models, pixel_values, image, tmp_path):
     """In Chromium at the widths of a desktop and a phone: hover, keys, every view, and no error."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
@@ -95,7 +95,7 @@ def test_a_browser_shows_the_numbers_of_the_model(models, pixel_values, picture,
             path = tmp_path / f"{names[0]}.html"
             layers = found[names[0]]
             index = 1
-            path.write_text(build_page("picture", picture, {name: found[name] for name in names}, index, (1, 2)))
+            path.write_text(build_report("image", image, {name: found[name] for name in names}, index, (1, 2)))
             for width, height in ((1280, 900), (390, 844)):
                 browser.execute_cdp_cmd(
                     "Emulation.setDeviceMetricsOverride",
