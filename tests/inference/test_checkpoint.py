@@ -69,6 +69,7 @@ def requests_to(hub: str) -> list[str]:
 
 def test_a_missing_processor_is_that_of_the_configuration(folder: Path, tmp_path: Path) -> None:
     expected = Checkpoint(str(folder)).load_processor().to_dict()
+    del expected["auto_map"]
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     found = Checkpoint(str(tmp_path)).load_processor()
     assert type(found) is LocAtViTImageProcessor and found.to_dict() == expected
