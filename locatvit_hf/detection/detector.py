@@ -70,10 +70,12 @@ class PyramidEncoder(nn.Module):
 
 
 class Detector(nn.Module):
-    """Mask R-CNN, or Faster R-CNN, on one of our encoders (PaCa-ViT paper, section 4.2; the parts are torchvision's).
+    """Mask R-CNN, or Faster R-CNN, on an encoder of this package (PaCa-ViT paper, section 4.2).
 
-    encoder: a backbone with four maps, see `pyramid_config`.
-    categories: {"id": …, "name": …}; a label is a place in this list.
+    Args:
+        encoder: A backbone with four maps, see `pyramid_config`.
+        categories: `{"id": …, "name": …}` of each category; a label is a place in this list.
+        settings: What the detector is besides its encoder.
     """
 
     def __init__(self, encoder: PreTrainedModel, categories: list[dict[str, Any]], settings: DetectorSettings):
@@ -122,7 +124,7 @@ class Detector(nn.Module):
     supports_gradient_checkpointing = True
 
     def gradient_checkpointing_enable(self, *options: Any) -> None:
-        """As in transformers, of the encoder."""
+        """Recompute activations of the encoder in the backward pass, as `PreTrainedModel` does."""
         self.encoder.gradient_checkpointing_enable(*options)
 
     @property
@@ -133,10 +135,16 @@ class Detector(nn.Module):
     def forward(
         self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]] | None = None
     ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
-        """images: each (3, height, width), normalized. targets: `boxes`, `labels`, `masks`, see `DetectionTransform`.
+        """Detect, or compute the loss.
 
-        Returns the terms of the loss in training, else for each image `boxes` (n, 4) in its pixels, `labels` (n,),
-        `scores` (n,), best first, and with masks `masks` (n, height, width) of bool.
+        Args:
+            images: Pixels (3, height, width) of each image, normalized.
+            targets: In training, of each image its `boxes` (n, 4), [left, top, right, bottom] in pixels, its `labels`
+                (n,), and with masks its `masks` (n, height, width).
+
+        Returns:
+            In training the terms of the loss by name. Otherwise, of each image, best first: `boxes` (n, 4) in its
+            pixels, `labels` (n,), `scores` (n,), and with masks `masks` (n, height, width) of bool.
         """
         if self.training:
             return self.model(images, [{**target, "labels": target["labels"] + 1} for target in targets])
@@ -147,10 +155,17 @@ class Detector(nn.Module):
 
     @torch.inference_mode()
     def detect(self, image: Image.Image) -> dict[str, Any]:
-        """What is on one image: as `forward`, with the `names` of the categories.
+        """Detect what is on one image.
 
-        The image may be of any mode; it is turned as its EXIF orientation says, and boxes and masks are those of the
-        turned image. Raises ValueError for an image that cannot be decoded.
+        Args:
+            image: An image of any mode and size. It is turned as its EXIF orientation says.
+
+        Returns:
+            Best first: `boxes` (n, 4), [left, top, right, bottom] in pixels of the turned image, `labels` (n,), their
+            `names`, `scores` (n,), and with masks `masks` (n, height, width) of bool.
+
+        Raises:
+            ValueError: The image cannot be decoded.
         """
         config = self.encoder.config
         mean, std = (channel_values(values, config.num_channels) for values in (config.image_mean, config.image_std))
@@ -162,7 +177,11 @@ class Detector(nn.Module):
         return {**result, "names": [self.categories[label]["name"] for label in result["labels"].tolist()]}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The encoder as a Hub folder; beside it what makes it a detector, for `load_detector`."""
+        """Write the encoder as a checkpoint, and beside it what makes it a detector, for `load_detector`.
+
+        Args:
+            folder: The folder, which is made where it is missing.
+        """
         folder = Path(folder)
         self.encoder.save_pretrained(folder)
         weights = {name: weight for name, weight in self.model.state_dict().items() if not _is_of_encoder(name)}
@@ -205,9 +224,18 @@ def load_detector(name: str | Path, revision: str | None = None) -> Detector:
 
 
 def pyramid_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Sets a configuration of any family to four maps: those of its stages, or of a simple pyramid where it has none.
+    """Set a configuration of any family to four maps: those of its stages, or of a simple pyramid where it has none.
 
     The maps of a ViT, all of one stride, are read at the quarters of its depth and brought to four strides.
+
+    Args:
+        config: The configuration of the encoder, which is changed.
+
+    Returns:
+        The same configuration.
+
+    Raises:
+        ValueError: The model has fewer layers than maps.
     """
     depth = config.num_hidden_layers
     if hasattr(config, "feature_pyramid"):

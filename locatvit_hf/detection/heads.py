@@ -30,7 +30,12 @@ def shortest_side_size(size: tuple[int, int], shortest: int, longest: int) -> li
 class DetectorResize(GeneralizedRCNNTransform):
     """Training images keep the size that augmentation drew for each; at other times they get that of evaluation.
 
-    The images are normalized already. aligned: see `DetectorSettings.roi_aligned`.
+    The images are normalized already.
+
+    Args:
+        shortest_side: The short side of an image in evaluation, in pixels.
+        longest_side: The most pixels of its long side.
+        aligned: Whether masks are drawn to a fraction of a pixel, see `DetectorSettings.roi_aligned`.
     """
 
     def __init__(self, shortest_side: int, longest_side: int, aligned: bool):
@@ -50,7 +55,7 @@ class DetectorResize(GeneralizedRCNNTransform):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, torch.Tensor]]:
-        """Boxes and masks of the images in their own size; masks (n, height, width) are of bool."""
+        """Bring boxes (n, 4) and masks (n, height, width), of bool, to the size of their images in pixels."""
         if self.training:
             return result
         for found, resized, size in zip(result, image_shapes, original_image_sizes, strict=True):
@@ -66,12 +71,12 @@ def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int])
     """Masks of boxes as masks of the image, to a fraction of a pixel; torchvision's own moves boxes to whole pixels.
 
     Args:
-        masks: probabilities (n, 1, side, side) over each box.
-        boxes: (n, 4), [left, top, right, bottom] in pixels.
-        size: height and width of the image.
+        masks: Probabilities (n, 1, side, side) over each box.
+        boxes: Boxes (n, 4), [left, top, right, bottom] in pixels.
+        size: The (height, width) of the image in pixels.
 
     Returns:
-        (n, height, width) of bool: where the probability at the center of a pixel is above a half.
+        Masks (n, height, width) of bool: where the probability at the center of a pixel is above a half.
     """
     pasted = torch.zeros(len(masks), *size, dtype=torch.bool, device=masks.device)
     # Pixel i has its center at i + 0.5.
@@ -92,11 +97,15 @@ def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int])
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
-    """RoIAlign over the pyramid, whose first map has this stride in pixels.
+    """RoIAlign over the pyramid.
 
-    Told the strides: torchvision would guess them from the first images that it sees, whose padding misleads it.
-    aligned: whether coordinates count from the corner of the first cell, so that its center lies at half a cell, as in
-        Detectron2 and mmdetection. torchvision's own pooling takes it to lie at 0.
+    It is told the strides: torchvision would guess them from the first images that it sees, whose padding misleads it.
+
+    Args:
+        output_size: Cells along each side of what is pooled.
+        stride: The stride of the first map in pixels; that of each further map is twice as large.
+        aligned: Whether coordinates count from the corner of the first cell, so that its center lies at half a cell, as
+            in Detectron2 and mmdetection. torchvision's own pooling takes it to lie at 0.
     """
 
     def __init__(self, output_size: int, stride: float, aligned: bool):
@@ -110,7 +119,7 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
     def forward(
         self, x: dict[str, torch.Tensor], boxes: list[torch.Tensor], image_shapes: list[tuple[int, int]]
     ) -> torch.Tensor:
-        """(boxes of all images, channels, *output_size) of maps (batch, channels, height, width)."""
+        """Pool maps (batch, channels, height, width) to (boxes of all images, channels, *output_size)."""
         maps = [x[name] for name in self.featmap_names]
         regions = torch.cat([F.pad(of_image, (1, 0), value=number) for number, of_image in enumerate(boxes)])
         levels = self.map_levels(boxes)

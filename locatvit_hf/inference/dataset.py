@@ -21,12 +21,16 @@ ROWS_AT_ONCE = 64
 
 
 def open_dataset(name: str, split: str, column: str, report: Callable[[str], None] = lambda sentence: None) -> Dataset:
-    """A split of a Hub dataset, or of a local folder of any layout, see `find_split`.
-
-    Its `column` holds images that are not decoded yet.
+    """Open a split of a Hub dataset, or of a local folder of any layout, see `find_split`.
 
     Args:
+        name: A Hub id or a folder.
+        split: The name of the split.
+        column: The column that holds the images.
         report: Called with a sentence for each kind of files that a folder holds and that were left out.
+
+    Returns:
+        The rows, with this column alone, whose images are not decoded yet.
 
     Raises:
         ValueError: There is no such dataset, split or column.
@@ -42,6 +46,7 @@ def open_dataset(name: str, split: str, column: str, report: Callable[[str], Non
 
 
 def shard_path(output: OutputFolder, process: int, num_processes: int) -> Path:
+    """The file in which a process leaves its part of the rows."""
     return output.folder / f"label_maps-{process:05d}-of-{num_processes:05d}.parquet"
 
 
@@ -69,8 +74,16 @@ def segment_dataset(
     The file has a row for each image: `index` in the split, and `label_map`, a PNG of its class ids, empty where the
     image cannot be read. Until all rows are there they stand in pieces beside it, with which a killed run continues.
 
-    advance: called with a number of rows when they are done or were found done.
-    max_megapixels: larger images are not read.
+    Args:
+        segmenter: The model.
+        dataset: All rows, from `open_dataset`.
+        column: The column that holds the images.
+        output: The folder to write.
+        batch_size: Images that are segmented at once.
+        process: The number of this process, from 0.
+        num_processes: How many processes share the rows.
+        advance: Called with a number of rows when they are done or were found done.
+        max_megapixels: Larger images are not read.
     """
     path = shard_path(output, process, num_processes)
     start, stop = (len(dataset) * (process + end) // num_processes for end in (0, 1))

@@ -17,14 +17,16 @@ VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpe
 def find_sources(
     paths: list[Path], output: Path | None = None, report: Callable[[str], None] = lambda sentence: None
 ) -> list[Source]:
-    """The files among `paths` and the images and videos below the folders among them, each once, sorted by folder.
-
-    Results are named like the file without its suffix, or with it where several files differ in nothing else.
+    """Find the files among `paths`, and the images and videos below the folders among them.
 
     Args:
         paths: Files and folders; of folders, `list_images` says what is looked at.
         output: The folder for results; what is below it is no source.
         report: Called with a sentence for each kind of files that a folder holds and that were left out.
+
+    Returns:
+        Each file once, sorted by folder. Results are named like the file without its suffix, or with it where several
+        files differ in nothing else.
 
     Raises:
         ValueError: A path leads nowhere, a folder holds neither images nor videos, or two results would have one name.
@@ -59,6 +61,7 @@ def find_sources(
 
 
 def is_video(path: Path) -> bool:
+    """Whether the suffix of a file is that of a video."""
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
@@ -75,6 +78,10 @@ def segment_files(
     Files are read and results written beside the model's work.
 
     Args:
+        segmenter: The model.
+        sources: The image files, from `find_sources`.
+        output: The folder to write.
+        batch_size: Images that are segmented at once.
         advance: Called after each file.
         max_megapixels: Larger images are not read.
     """

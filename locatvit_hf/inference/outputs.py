@@ -12,9 +12,10 @@ from PIL.PngImagePlugin import PngInfo
 from ..utils.colors import background_class, class_colors, overlay_segmentation
 from ..writing import fitting_name, write_complete
 
-# Where a label map says which state of its image it was made from.
 SOURCE_STATE = "source"
-LARGEST_OVERLAY = 2048  # pixels of the longer side; label maps keep the size of their image
+"""The entry in which a label map says from which state of its image it was made."""
+LARGEST_OVERLAY = 2048
+"""Pixels of the longer side of an overlay; label maps keep the size of their image."""
 
 
 class Source(NamedTuple):
@@ -35,7 +36,13 @@ class OutputFolder:
     Files appear under their names when they are complete. `labels.json` holds the names and colors of the ids, and
     the `settings` of the run: what was made with others is not continued.
 
-    Raises ValueError where the folder holds the results of other settings.
+    Args:
+        folder: The folder, which is made where it is missing.
+        id2label: The names of the classes by their ids.
+        settings: All that results depend on, as JSON can hold it.
+
+    Raises:
+        ValueError: The folder holds the results of other settings.
     """
 
     def __init__(self, folder: Path, id2label: dict[int, str], settings: dict[str, Any]):
@@ -68,12 +75,15 @@ class OutputFolder:
         write_complete(path, lambda target: target.write_text(text, encoding="utf-8"))
 
     def map_path(self, name: Path) -> Path:
+        """Where the label map of an image goes, by the name of its `Source`."""
         return self.folder / "maps" / name.with_name(fitting_name(name.name, ".png"))
 
     def overlay_path(self, name: Path) -> Path:
+        """Where the overlay of an image goes."""
         return self.folder / "overlays" / name.with_name(fitting_name(name.name, ".jpg"))
 
     def video_path(self, name: Path) -> Path:
+        """Where the overlay of a video goes."""
         return self.folder / "overlays" / name.with_name(fitting_name(name.name, ".mp4"))
 
     def holds(self, source: Source) -> bool:
@@ -87,7 +97,7 @@ class OutputFolder:
             return False
 
     def holds_video(self, source: Source) -> bool:
-        """The same of a video."""
+        """Whether the overlay of a video is there, and was made from the file as it is now."""
         try:
             with av.open(str(self.video_path(source.name))) as container:
                 return container.metadata.get("comment") == source.state()
@@ -95,7 +105,13 @@ class OutputFolder:
             return False
 
     def write(self, source: Source, image: Image.Image, class_map: np.ndarray) -> None:
-        """The label map and the overlay of an image."""
+        """Write the label map and the overlay of an image.
+
+        Args:
+            source: Where the image was read from.
+            image: The image in RGB.
+            class_map: Its class ids (height, width), uint8 or uint16.
+        """
         state = PngInfo()
         state.add_text(SOURCE_STATE, source.state())
         label_image, overlay = self.label_image(class_map), self.overlay(image, class_map)
@@ -110,7 +126,7 @@ class OutputFolder:
         return label_image
 
     def overlay(self, image: Image.Image, class_map: np.ndarray) -> Image.Image:
-        """The colors over the image, no larger than `LARGEST_OVERLAY`."""
+        """The colors of class ids (height, width) over their image, no larger than `LARGEST_OVERLAY`."""
         small = image.copy()
         small.thumbnail((LARGEST_OVERLAY, LARGEST_OVERLAY))
         if small.size != image.size:

@@ -14,7 +14,7 @@ from .segmenter import Segmenter
 
 
 def count_frames(path: Path) -> int | None:
-    """What the file says, or the length times the rate; None where it says neither."""
+    """The frames of a video as its file says, or its length times its rate; None where it says neither."""
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -37,8 +37,18 @@ def segment_video(
 ) -> None:
     """Write `overlays/NAME.mp4` with the frame rate of a video, and with `frame_maps` `maps/NAME/000000.png`, ….
 
-    A batch of frames is held at a time. advance: called after each frame.
-    Raises CorruptImageError for a file without a video that can be decoded.
+    A batch of frames is held at a time.
+
+    Args:
+        segmenter: The model.
+        source: The video file.
+        output: The folder to write.
+        batch_size: Frames that are segmented at once.
+        frame_maps: Whether a label map of each frame is written.
+        advance: Called after each frame.
+
+    Raises:
+        CorruptImageError: The file holds no video that can be decoded.
     """
     if not source.path.stat().st_size:
         raise CorruptImageError(f"{source.path} is empty.")

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
@@ -38,11 +39,18 @@ addEventListener("message", event => {
 
 
 def build_app(models: list[str], examples: Path | None = None) -> gr.Blocks:
-    """The page as Blocks; `serve` launches it with its style.
+    """Build the page; `serve` launches it with its style.
 
-    models: folders or Hub ids; the first answers, and the second, where there is one, beside it.
-    examples: a folder of images to begin with; by default a few drawings.
-    Raises ValueError or OSError for a model that is no checkpoint of this package, and for a folder without images.
+    Args:
+        models: Folders or Hub ids; the first answers, and the second, where there is one, beside it.
+        examples: A folder of images to begin with; by default a few drawings.
+
+    Returns:
+        The page as Blocks of gradio.
+
+    Raises:
+        OSError: There is no such checkpoint.
+        ValueError: No model is named, one is not a checkpoint of this package, or the folder holds no images.
     """
     if not models:
         raise ValueError("Name at least one checkpoint to serve.")
@@ -137,11 +145,24 @@ def serve(
     host: str = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
-    **options,
+    **options: Any,
 ) -> tuple[gr.Blocks, str, str | None]:
-    """Builds the page and serves it: the page, its address, and its public link if it is shared.
+    """Build the page and serve it.
 
-    options: of `gradio.Blocks.launch`. Raises what `build_app` raises, and OSError where the port is taken.
+    Args:
+        models: As in `build_app`.
+        examples: As in `build_app`.
+        host: The address to listen on; 0.0.0.0 lets other machines in.
+        port: By default the first free one from 7860.
+        share: Open a public link through the servers of gradio.
+        options: Further arguments of `gradio.Blocks.launch`.
+
+    Returns:
+        The page, its address, and its public link if it is shared.
+
+    Raises:
+        OSError: There is no such checkpoint, or the port is taken.
+        ValueError: As in `build_app`.
     """
     page = build_app(models, examples)
     _, address, public = page.launch(

@@ -13,9 +13,12 @@ from ..utils.colors import background_class, class_colors, overlay_segmentation
 from ..visualization import build_report, read_layers
 from ..visualization.figures import default_layer, default_queries
 
-LARGEST_SIDE = 1600  # pixels; a telephone takes images of three times that, which no model here looks at
-# Classes with the most pixels that a legend names.
+LARGEST_SIDE = 1600
+"""Pixels; a telephone takes images of three times that, which no model here looks at."""
+
 LONGEST_LEGEND = 12
+"""Classes that a legend names, those with the most pixels."""
+
 # Tells the page around the frame how tall this one is; it is barred from everything else.
 REPORT_HEIGHT = """<script>
 new ResizeObserver(() => parent.postMessage({locatvitHeight: document.documentElement.offsetHeight}, "*"))
@@ -26,7 +29,12 @@ new ResizeObserver(() => parent.postMessage({locatvitHeight: document.documentEl
 class Predictor:
     """A checkpoint, loaded once with the installed classes: none of its own code runs.
 
-    name: a folder or a Hub id. Raises ValueError or OSError where it is no checkpoint of this package.
+    Args:
+        name: A folder or a Hub id.
+
+    Raises:
+        OSError: There is no such checkpoint.
+        ValueError: It is not a checkpoint of this package.
     """
 
     def __init__(self, name: str):
@@ -44,21 +52,21 @@ class Predictor:
 
     @torch.inference_mode()
     def classify(self, image: Image.Image) -> dict[str, float]:
-        """Probability by class name, of all classes."""
+        """The probability of each class, by its name."""
         pixels = self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
         probabilities = self.model(pixel_values=pixels).logits[0].float().softmax(dim=-1)
         return {self.model.config.id2label[label]: share for label, share in enumerate(probabilities.tolist())}
 
     def segment(self, image: Image.Image) -> tuple[Image.Image, str]:
-        """The image with its classes in color, and a legend in HTML: color, name and share of the pixels."""
+        """The image with its classes in color, and a legend in HTML: color, name and fraction of the pixels."""
         label_map = self.segmenter([image])[0]
         names = self.segmenter.id2label
         colors = class_colors(names)
-        shares = {label: float((label_map == label).mean()) for label in names}
-        largest = sorted((label for label in names if shares[label]), key=lambda label: -shares[label])
+        fractions = {label: float((label_map == label).mean()) for label in names}
+        largest = sorted((label for label in names if fractions[label]), key=lambda label: -fractions[label])
         rows = "".join(
             f'<li><span style="background: rgb{tuple(map(int, colors[label]))}"></span>'
-            f"{html.escape(names[label])}<b>{shares[label]:.0%}</b></li>"
+            f"{html.escape(names[label])}<b>{fractions[label]:.0%}</b></li>"
             for label in largest[:LONGEST_LEGEND]
         )
         more = len(largest) - LONGEST_LEGEND

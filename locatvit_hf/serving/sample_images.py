@@ -1,4 +1,4 @@
-"""Images to begin with, drawn here: they belong to nobody."""
+"""Images to begin with, which are drawn here: they belong to nobody."""
 
 import math
 from collections.abc import Callable
@@ -60,7 +60,7 @@ DRAWINGS: dict[str, Callable[[ImageDraw.ImageDraw], None]] = {
 
 
 def draw_sample_images(folder: Path) -> list[Path]:
-    """Draws the examples into a folder; returns their paths."""
+    """Draw the sample images into a folder, and return their paths."""
     paths = []
     for name, draw in DRAWINGS.items():
         image = Image.new("RGB", (WIDTH, HEIGHT))

@@ -27,13 +27,18 @@ What {named} see, and where they look. Served by locatvit-hf.
 
 
 def write_space(folder: Path, models: list[str]) -> None:
-    """Writes `app.py`, `requirements.txt` and `README.md`; upload the folder to a Space and it runs.
+    """Write `app.py`, `requirements.txt` and `README.md`; the folder, uploaded to a Space, runs there.
 
-    models: Hub ids, which the Space downloads. Raises ValueError for a folder of this machine, which it cannot reach.
+    Args:
+        folder: A new or empty folder.
+        models: Hub ids, which the Space downloads.
+
+    Raises:
+        ValueError: A model is a folder of this machine, which the Space cannot reach, or the folder is not empty.
     """
     for model in models:
         if Path(model).exists() or model.count("/") != 1:
-            raise ValueError(f"A Space downloads its models from the Hub: {model} is no Hub id. Push it there first.")
+            raise ValueError(f"A Space downloads models from the Hub: {model} is not a Hub id. Push it there first.")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: name a new folder for the files of the Space.")
     folder.mkdir(parents=True, exist_ok=True)

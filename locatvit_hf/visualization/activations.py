@@ -19,15 +19,16 @@ from .attention import eager_evaluation
 class Layer:
     """One layer on one image; tensors are on CPU in float32.
 
-    grid: (height, width) in patches, row-major.
-    features: (patches, channels), the layer's output.
-    class_features: (class tokens, channels); no rows for a model without a class token.
-    attention: (heads, patches, keys), what each patch gives to each key; None for attention without maps.
-    class_attention: (heads, keys), of the class token; None for a model without one.
-    key_patches: (patches, keys), the patch that stands behind each key of each query, -1 for padding; None where the
-        keys are all patches in their order, or clusters.
-    assignment: (clusters, patches), rows sum to 1, where the keys are clusters.
-    gaussian: of all patches; None for a layer without.
+    Attributes:
+        grid: The (height, width) in patches, row-major.
+        features: The layer's output (patches, channels).
+        class_features: The same of the class token (class tokens, channels); no rows for a model without one.
+        attention: What each patch gives to each key (heads, patches, keys); None for attention without maps.
+        class_attention: The same of the class token (heads, keys); None for a model without one.
+        key_patches: The patch (patches, keys) that stands behind each key of each query, -1 for padding; None where the
+            keys are all patches in their order, or clusters.
+        assignment: Where the keys are clusters, of which patches each is made (clusters, patches); rows sum to 1.
+        gaussian: The Gaussians of all patches; None for a layer without.
     """
 
     grid: tuple[int, int]
@@ -41,13 +42,21 @@ class Layer:
 
     @property
     def num_heads(self) -> int:
+        """Heads of the attention maps; 0 for attention without maps."""
         return 0 if self.attention is None else self.attention.shape[0]
 
     def attention_map(self, query: int | None = None, head: int | None = None) -> np.ndarray:
-        """Attention over the patches, (height, width): of a patch of the row-major grid, or None for the class token.
+        """Attention of one query over the patches. Attention to clusters is handed on to the patches of each.
 
-        head: one head, or None for the mean of all. Attention to clusters is handed on to the patches of each.
-        Raises ValueError where the layer has no such attention.
+        Args:
+            query: The index of a patch in the row-major grid, or None for the class token.
+            head: One head, or None for the mean of all.
+
+        Returns:
+            The weights (height, width).
+
+        Raises:
+            ValueError: The layer has no such attention.
         """
         weights = self.class_attention if query is None else self.attention
         if weights is None:
@@ -64,7 +73,17 @@ class Layer:
         return row.reshape(self.grid).numpy()
 
     def similarity_map(self, query: int | None = None) -> np.ndarray:
-        """Cosine similarity (height, width) of the features of all patches to one, or None for the class token."""
+        """Cosine similarity of the features of all patches to those of one query.
+
+        Args:
+            query: The index of a patch in the row-major grid, or None for the class token.
+
+        Returns:
+            The similarities (height, width), in -1 to 1.
+
+        Raises:
+            ValueError: The model has no class token.
+        """
         patches = F.normalize(self.features, dim=-1)
         if query is not None:
             return (patches @ patches[query]).reshape(self.grid).numpy()
@@ -90,9 +109,17 @@ class Layer:
 
 @torch.no_grad()
 def read_layers(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[Layer]:
-    """All layers of a model of this package for one image (1, channels, height, width), first layer first.
+    """Read all layers of a model of this package for one image.
 
-    Raises ValueError for several images, and for a model of another package.
+    Args:
+        model: The model, which is left as it was.
+        pixel_values: A prepared image (1, channels, height, width).
+
+    Returns:
+        The layers, first layer first.
+
+    Raises:
+        ValueError: There are several images, or the model is not one of this package.
     """
     if pixel_values.shape[0] != 1:
         raise ValueError(f"Layers are read for one image at a time, not for {pixel_values.shape[0]}.")

@@ -15,9 +15,15 @@ FRAME_COLOR = "#35d0ff"
 
 @torch.no_grad()
 def read_attentions(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-    """Attention of every layer, the Gaussian included: a list of (batch, heads, tokens, tokens), rows sum to 1.
+    """Read the attention of every layer, the Gaussian included.
 
-    The model is in evaluation mode and on the "eager" back-end meanwhile, and as before afterwards.
+    Args:
+        model: A model of transformers. It is in evaluation mode and on the "eager" backend meanwhile, and as before
+            afterwards.
+        pixel_values: Prepared images (batch, channels, height, width).
+
+    Returns:
+        The weights (batch, heads, tokens, tokens) of each layer, first layer first; rows sum to 1.
     """
     with eager_evaluation(model):
         return list(model(pixel_values=pixel_values, output_attentions=True).attentions)
@@ -26,13 +32,20 @@ def read_attentions(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[
 def attention_map(
     attention: torch.Tensor, query: int, grid: tuple[int, int], num_prefix_tokens: int, head: int | None = None
 ) -> np.ndarray:
-    """Attention of one query over the patches of the first image, as a (height, width) array.
+    """Attention of one query over the patches of the first image.
 
     Args:
-        attention: (batch, heads, tokens, tokens), one entry of `read_attentions`.
-        query: index of the token that looks; patch p of the row-major grid is `num_prefix_tokens + p`.
-        grid: (height, width) in patches.
-        head: one head, or None for the mean of all.
+        attention: Weights (batch, heads, tokens, tokens), one entry of `read_attentions`.
+        query: The index of the token that looks; patch p of the row-major grid is `num_prefix_tokens + p`.
+        grid: The (height, width) in patches.
+        num_prefix_tokens: Tokens before the patches.
+        head: One head, or None for the mean of all.
+
+    Returns:
+        The weights (height, width).
+
+    Raises:
+        ValueError: The grid does not fit the tokens.
     """
     row = attention[0, :, query, num_prefix_tokens:]
     row = row.mean(dim=0) if head is None else row[head]
@@ -52,9 +65,12 @@ def draw_attention(
     """Lay an attention map over its image, and frame the patch that looks.
 
     Args:
-        heat: (height, width) over the patches; colors span zero to `top`, by default its maximum.
-        query: index of the looking patch in the row-major grid; None for a class token, which has no place.
-        opacity: of the map.
+        axes: Where to draw.
+        image: The image, of any size.
+        heat: Values (height, width) over the patches, from 0.
+        query: The index of the looking patch in the row-major grid; None for a class token, which has no place.
+        opacity: Of the map, in 0 to 1.
+        top: The value of the brightest color; by default the maximum of `heat`.
     """
     extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
     axes.imshow(image.convert("L"), cmap="gray", extent=extent)
@@ -69,7 +85,7 @@ def draw_attention(
 
 @contextlib.contextmanager
 def eager_evaluation(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and the "eager" back-end, which alone returns attention maps; afterwards as before."""
+    """Evaluation mode and the "eager" backend, which alone returns attention maps; afterwards as before."""
     implementation, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("eager")
     model.eval()

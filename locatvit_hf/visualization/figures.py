@@ -1,8 +1,8 @@
 """Figures for an image: attention, similarity, components, Gaussians and clusters, of one model or of two.
 
-Every function takes `models`, the layers of `read_layers` by the name of their model, and gives a matplotlib figure.
-A query is (row, column) on the grid of the chosen layer, from 0, or None for the class token; other grids are asked
-at the same place of the image.
+Every function takes the image, of any size, and `models`, the layers of `read_layers` by the name of their model, and
+returns a matplotlib figure. A query is (row, column) on the grid of the chosen layer, from 0, or None for the class
+token; other grids are asked at the same place of the image.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ MOST_ELLIPSES = 49
 MOST_CLUSTERS = 12
 LONGEST_TITLE = 24
 TITLE_SIZE = 9
-PANEL_WIDTH = 1.9  # inches
+PANEL_WIDTH = 1.9
+"""Inches."""
 
 
 def default_layer(layers: list[Layer]) -> int:
@@ -79,7 +80,7 @@ def similarity_figure(image: Image.Image, models: Models, index: int, queries: S
 
 def components_figure(image: Image.Image, models: Models) -> Figure:
     """The first three principal components of the features as red, green and blue, layer by layer."""
-    columns = [_spread(len(layers), MOST_COLUMNS - 1) for layers in models.values()]
+    columns = [_subsample_evenly(len(layers), MOST_COLUMNS - 1) for layers in models.values()]
     figure, axes = _panels(image, len(models), 1 + max(map(len, columns)))
     for row, (name, layers), chosen in zip(axes, models.items(), columns, strict=True):
         _show(row[0], image, _short(name))
@@ -91,12 +92,16 @@ def components_figure(image: Image.Image, models: Models) -> Figure:
 
 
 def gaussians_figure(image: Image.Image, layers: list[Layer]) -> Figure:
-    """Ellipses at one standard deviation, a row for each head and a column for each layer, of up to 49 patches."""
+    """Ellipses at one standard deviation, a row for each head and a column for each layer, of up to 49 patches.
+
+    Raises:
+        ValueError: The model has no Gaussians.
+    """
     found = [(index, layer.gaussian) for index, layer in enumerate(layers) if layer.gaussian is not None]
     if not found:
         raise ValueError("The model has no Gaussians: it was built with use_gaussian=False.")
-    shown = [found[index] for index in _spread(len(found), 4)]
-    heads = _spread(min(gaussian.amplitude.shape[1] for _, gaussian in shown), MOST_HEADS)
+    shown = [found[index] for index in _subsample_evenly(len(found), 4)]
+    heads = _subsample_evenly(min(gaussian.amplitude.shape[1] for _, gaussian in shown), MOST_HEADS)
     drawn_patches = [_every_few(gaussian.grid) for _, gaussian in shown]
     amplitudes = torch.cat(
         [g.amplitude[0][heads][:, patches].flatten() for (_, g), patches in zip(shown, drawn_patches, strict=True)]
@@ -137,7 +142,11 @@ def class_similarity(layers: list[Layer]) -> np.ndarray:
 
 
 def clusters_figure(image: Image.Image, layer: Layer, number: int = MOST_CLUSTERS) -> Figure:
-    """Which patches make up the clusters that get most attention."""
+    """Which patches make up the clusters that get most attention.
+
+    Raises:
+        ValueError: The layer has no clusters.
+    """
     if layer.assignment is None:
         raise ValueError("This layer has no clusters.")
     received = layer.attention.mean(dim=(0, 1))
@@ -199,7 +208,7 @@ def _frame(axes: Axes, image: Image.Image, patch: int, grid: tuple[int, int]) ->
     axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=FRAME_COLOR, linewidth=1.5))
 
 
-def _spread(length: int, most: int) -> list[int]:
+def _subsample_evenly(length: int, most: int) -> list[int]:
     """At most so many indices into a sequence, evenly from its first to its last."""
     return sorted({round(index) for index in np.linspace(0, length - 1, min(most, length))})
 

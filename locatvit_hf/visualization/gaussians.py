@@ -6,14 +6,22 @@ from matplotlib.collections import EllipseCollection
 from PIL import Image
 from transformers import PreTrainedModel
 
-from locatvit_hf.locat import Gaussian, LocAtGaussian
+from ..locat import Gaussian, LocAtGaussian
 
 
 @torch.no_grad()
 def read_gaussians(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[Gaussian]:
-    """The Gaussians that the layers predict for a batch of images, first layer first.
+    """Read the Gaussians that the layers predict for a batch of images.
 
-    Raises ValueError for a model without them.
+    Args:
+        model: The model, which is left as it was.
+        pixel_values: Prepared images (batch, channels, height, width).
+
+    Returns:
+        Their Gaussians, first layer first.
+
+    Raises:
+        ValueError: The model has no Gaussians.
     """
     predictors = [module for module in model.modules() if isinstance(module, LocAtGaussian)]
     if not predictors:
@@ -39,14 +47,16 @@ def draw_gaussians(
     colormap: str = "plasma",
     amplitude_range: tuple[float, float] | None = None,
 ) -> EllipseCollection:
-    """Draw the Gaussians of the first image of a batch: one ellipse a patch, at one standard deviation.
+    """Draw the Gaussians of the first image of a batch: one ellipse per patch, at one standard deviation.
 
     Args:
-        gaussian: one entry of `read_gaussians`.
-        head: which head.
-        patches: indices into the row-major grid; None for all.
-        colormap: colors the amplitude.
-        amplitude_range: amplitudes at the ends of the colors; None for those of this drawing.
+        axes: Where to draw.
+        image: The image, of any size.
+        gaussian: One entry of `read_gaussians`.
+        head: Which head.
+        patches: Indices into the row-major grid; None for all.
+        colormap: The colors of the amplitude.
+        amplitude_range: The amplitudes at the ends of the colors; None for those of this drawing.
 
     Returns:
         The ellipses, from which a color bar can be made.

@@ -1,4 +1,4 @@
-"""One HTML file in which a reader points at patches of an image; it needs no other file and no network."""
+"""One HTML file in which a reader points at patches of an image; it needs neither another file nor a network."""
 
 import base64
 import io
@@ -16,19 +16,30 @@ from PIL import Image
 from .activations import Layer
 from .figures import Models, class_similarity
 
-LARGEST_IMAGE = 960  # pixels of the longer side
+LARGEST_IMAGE = 960
+"""Pixels of the longer side."""
+
 # Of the features, from which the page takes similarities: so many principal directions, fewer for many patches.
 MOST_DIRECTIONS, FEWEST_DIRECTIONS, MOST_FEATURES = 64, 16, 200_000
-LARGEST_REPORT = 4_700_000  # characters, the template's own not counted
+LARGEST_REPORT = 4_700_000
+"""Characters; those of the template are not counted."""
 
 
 def build_report(title: str, image: Image.Image, models: Models, index: int, query: tuple[int, int] | None) -> str:
-    """The page as HTML.
-
-    models: one or two. index, query: the layer and the patch (row, column), or the class token, that it opens with.
+    """Build the report, one page of HTML.
 
     Attention is stored in 255 steps below the maximum of each query. There is room for about 5 MB: the mean of the
     heads goes first, then each head, from the last layer to the first; where one is missing the page says so.
+
+    Args:
+        title: The heading.
+        image: The image, of any size.
+        models: The layers of one or two models, from `read_layers`, by the name of the model.
+        index: The layer that the page opens with, from 0.
+        query: The patch (row, column) that it opens with, from 0, or None for the class token.
+
+    Returns:
+        The text of the page.
     """
     packed = {name: [_pack_layer(layer) for layer in layers] for name, layers in models.items()}
     encoded_image = _pack_image(image)
