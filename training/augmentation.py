@@ -5,7 +5,7 @@ import functools
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from locatvit_hf.image_processing_locatvit import pil_to_rgb
 from locatvit_hf.utils.images import TURNS, orientation_of
 from locatvit_hf.utils.io import read_json
 from training.data.images import crop_and_resize, to_rgb
+from training.engine.arguments import option
 
 IGNORE_INDEX = 255
 
@@ -42,32 +43,33 @@ NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeO
 class ClassificationAugmentation:
     """Augmentation and label mixing of image classification."""
 
-    crop_scale: list[float | int] = field(
-        default_factory=lambda: [0.08, 1.0], metadata={"help": "Share of the area that a random crop keeps."}
+    crop_scale: list[float | int] = option(
+        [0.08, 1.0], "Share of the area that a random crop keeps.", least=0, interval=True
     )
-    crop_ratio: list[float | int] = field(default_factory=lambda: [3 / 4, 4 / 3])
-    horizontal_flip: float | int = 0.5
-    auto_augment: str | None = field(
-        default="rand-m9-mstd0.5-inc1", metadata={"help": "timm's notation for RandAugment, AutoAugment, AugMix."}
+    crop_ratio: list[float | int] = option(
+        [3 / 4, 4 / 3], "Width of a random crop relative to its height, from and to.", least=0, interval=True
     )
-    interpolation: Literal["random", "bilinear", "bicubic"] = field(
-        default="random", metadata={"help": "Of the random crops; random draws one of the other two for each image."}
+    horizontal_flip: float | int = option(0.5, "Probability of mirroring an image.", least=0, most=1)
+    auto_augment: str | None = option("rand-m9-mstd0.5-inc1", "timm's notation for RandAugment, AutoAugment, AugMix.")
+    interpolation: Literal["random", "bilinear", "bicubic"] = option(
+        "random", "Of the random crops; random draws one of the other two for each image."
     )
-    random_erasing: float | int = 0.25
-    mixup: float | int = 0.8
-    cutmix: float | int = 1.0
-    label_smoothing: float | int = 0.1
-    loss: Literal["cross_entropy", "binary_cross_entropy"] = field(
-        default="cross_entropy", metadata={"help": "The binary one asks for every class whether it is there."}
+    random_erasing: float | int = option(
+        0.25, "Probability that a rectangle of an image is replaced by noise.", least=0, most=1
     )
-    repeated_augmentation: int = field(
-        default=1, metadata={"help": "Times that an image occurs in its batch, each augmented anew."}
+    mixup: float | int = option(
+        0.8, "Strength of mixing images of a batch: the parameter of its beta distribution; 0 for none.", least=0
     )
-    image_sizes: list[int] = field(
-        default_factory=list,
-        metadata={
-            "help": "Progressive size: the run's equal parts train at these sizes in pixels, as [128, 176, 224]."
-        },
+    cutmix: float | int = option(
+        1.0, "Strength of pasting images of a batch into each other, as `mixup`; 0 for none.", least=0
+    )
+    label_smoothing: float | int = option(0.1, "Fraction of a label that is spread over all classes.", least=0, most=1)
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = option(
+        "cross_entropy", "The binary one asks for every class whether it is there."
+    )
+    repeated_augmentation: int = option(1, "Times that an image occurs in its batch, each augmented anew.", least=1)
+    image_sizes: list[int] = option(
+        [], "Progressive size: the run's equal parts train at these sizes in pixels, as [128, 176, 224].", least=1
     )
 
 
@@ -76,22 +78,16 @@ class ClassificationAugmentation:
 class LabelArguments:
     """How the pixels of a label map name their classes: as ids from 0, unless one of these says otherwise."""
 
-    reduce_labels: bool = field(
-        default=False, metadata={"help": "Label 0 means no class: 0 becomes 255, every other goes down by one."}
+    reduce_labels: bool = option(False, "Label 0 means no class: 0 becomes 255, every other goes down by one.")
+    label_mapping: dict | str | None = option(
+        None,
+        "Class id of every id or, quoted as '#804080', of every colour in the masks, or a JSON file with "
+        "that; what it leaves out becomes 255, no class.",
     )
-    label_mapping: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Class id of every id or, quoted as '#804080', of every colour in the masks, or a JSON file with "
-            "that; what it leaves out becomes 255, no class."
-        },
-    )
-    label_orientation: Literal["turned", "stored"] | None = field(
-        default=None,
-        metadata={
-            "help": "Whether masks belong to images turned as their EXIF orientation says, or to their pixels as they "
-            "are stored and are to be turned too; by default the first, with a warning where it cannot be seen."
-        },
+    label_orientation: Literal["turned", "stored"] | None = option(
+        None,
+        "Whether masks belong to images turned as their EXIF orientation says, or to their pixels as they "
+        "are stored and are to be turned too; by default the first, with a warning where it cannot be seen.",
     )
 
 
@@ -100,12 +96,10 @@ class LabelArguments:
 class ResizedLabelArguments(LabelArguments):
     """Label maps that are resized with their images."""
 
-    label_interpolation: Literal["nearest-exact", "nearest"] = field(
-        default="nearest-exact",
-        metadata={
-            "help": "How label maps are resized: nearest-exact takes the pixel around the same center as the image "
-            "does; nearest is that of OpenCV and mmsegmentation, which lies up to half a pixel beside it."
-        },
+    label_interpolation: Literal["nearest-exact", "nearest"] = option(
+        "nearest-exact",
+        "How label maps are resized: nearest-exact takes the pixel around the same center as the image "
+        "does; nearest is that of OpenCV and mmsegmentation, which lies up to half a pixel beside it.",
     )
 
 
@@ -114,29 +108,23 @@ class ResizedLabelArguments(LabelArguments):
 class SegmentationAugmentation(ResizedLabelArguments):
     """Joint augmentation of images and label maps."""
 
-    resize: int = field(
-        default=512, metadata={"help": "Short side in pixels, before the random scale and in evaluation."}
+    resize: int = option(512, "Short side in pixels, before the random scale and in evaluation.", least=1)
+    max_resize: int = option(2048, "Longest side in pixels: larger images are made smaller.", least=1)
+    scale: list[float | int] = option([0.5, 2.0], "Range of the random scale; [1, 1] for none.", least=0, interval=True)
+    crop_size: int = option(512, "Side in pixels of the training crops.", least=1)
+    max_class_share: float | int = option(
+        0.75, "Try ten crops until no class fills more of one than this.", least=0, most=1
     )
-    max_resize: int = field(default=2048, metadata={"help": "Longest side in pixels: larger images are made smaller."})
-    scale: list[float | int] = field(
-        default_factory=lambda: [0.5, 2.0], metadata={"help": "Range of the random scale; [1, 1] for none."}
+    horizontal_flip: float | int = option(0.5, "Probability of mirroring an image.", least=0, most=1)
+    photometric_distortion: float | int = option(
+        0.5, "Probability of each change of brightness, contrast, saturation and hue.", least=0, most=1
     )
-    crop_size: int = field(default=512, metadata={"help": "Side in pixels of the training crops."})
-    max_class_share: float | int = field(
-        default=0.75, metadata={"help": "Try ten crops until no class fills more of one than this."}
-    )
-    horizontal_flip: float | int = 0.5
-    photometric_distortion: float | int = field(
-        default=0.5, metadata={"help": "Probability of each change of brightness, contrast, saturation and hue."}
-    )
-    augmentation_style: Literal["mmsegmentation", "torchvision"] = field(
-        default="mmsegmentation",
-        metadata={
-            "help": "Whose changes of color and padding of small crops. mmsegmentation, as in the papers: brightness "
-            "up to 32 of 255 levels more or less, hue up to a tenth of the circle, and zeros after normalization on "
-            "the right and at the bottom. torchvision, as in the stored runs of docs/evidence.md: brightness times "
-            "0.875 to 1.125, hue up to a twentieth, and the mean color on all sides."
-        },
+    augmentation_style: Literal["mmsegmentation", "torchvision"] = option(
+        "mmsegmentation",
+        "Whose changes of color and padding of small crops. mmsegmentation, as in the papers: brightness "
+        "up to 32 of 255 levels more or less, hue up to a tenth of the circle, and zeros after normalization on "
+        "the right and at the bottom. torchvision, as in the stored runs of docs/evidence.md: brightness times "
+        "0.875 to 1.125, hue up to a twentieth, and the mean color on all sides.",
     )
 
 

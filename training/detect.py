@@ -30,11 +30,12 @@ from training.detection import (
     collate_training,
     load_detection_splits,
 )
-from training.engine.arguments import OptimizationArguments, RunArguments, run_program
+from training.engine.arguments import option, run_program
 from training.engine.loop import TrainingLoop, create_accelerator
 from training.engine.optimization import create_optimizer
 from training.engine.plotting import caption, restore_image
 from training.engine.schedule import Schedule
+from training.engine.settings import OptimizationArguments, RunArguments
 from training.metrics import compute_over_processes, load_metric
 from training.pretrain import build_config
 
@@ -49,12 +50,10 @@ class DetectArguments(
 ):
     """Settings of `detect`; the defaults are the 1x schedule of Mask R-CNN with AdamW."""
 
-    pretrained: str | None = field(default=None, metadata={"help": "Folder or Hub name of the encoder to start from."})
-    family: str = field(default="pacavit", metadata={"help": "`model_type` of a fresh encoder."})
-    preset: str | None = field(default=None, metadata={"help": "Sizes of the paper, of a fresh encoder."})
-    model: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Fields of the encoder's configuration: --model.drop_path_rate 0.1."}
-    )
+    pretrained: str | None = option(None, "Folder or Hub name of the encoder to start from.")
+    family: str = option("pacavit", "`model_type` of a fresh encoder.")
+    preset: str | None = option(None, "Sizes of the paper, of a fresh encoder.")
+    model: dict[str, Any] = option({}, "Fields of the encoder's configuration: --model.drop_path_rate 0.1.")
     length: str = "12 epochs"
     warmup: str = "500 steps"
     schedule: Literal["linear", "cosine", "constant", "step"] = "step"
@@ -62,9 +61,7 @@ class DetectArguments(
     learning_rate: float | int = 1e-4
     max_gradient_norm: float | int | None = None
     batch_size: int = 16
-    dtype: Literal["float32"] = field(
-        default="float32", metadata={"help": "The detector's operations on boxes need it; see mixed_precision."}
-    )
+    dtype: Literal["float32"] = option("float32", "The detector's operations on boxes need it; see mixed_precision.")
     eval_batch_size: int = 1
 
 

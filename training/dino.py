@@ -3,7 +3,7 @@
 accelerate launch -m training.dino --config training/recipes/dino/digits.yaml --output_dir runs/digits_dino
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -14,10 +14,11 @@ from transformers import AutoModel
 
 from locatvit_hf import LocAtViTImageProcessor
 from training.data import TrainingSamples, describe_data, load_split
-from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
+from training.engine.arguments import option, run_program
 from training.engine.loop import TrainingLoop, create_accelerator
 from training.engine.optimization import VECTORS, create_optimizer
 from training.engine.schedule import Schedule
+from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 from training.pretrain import build_config
 from training.tasks.dino import (
     NUM_GLOBAL_CROPS,
@@ -43,28 +44,23 @@ class DinoArguments(
     `batch_size`, `mixed_precision` and stochastic depth (`model`) have those of all programs; the recipes give them.
     """
 
-    preset: str | None = field(default=None, metadata={"help": "Sizes of the paper: tiny, small, base, large."})
-    model: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Fields of the configuration: --model.use_gaussian false."}
-    )
+    preset: str | None = option(None, "Sizes of the paper: tiny, small, base, large.")
+    model: dict[str, Any] = option({}, "Fields of the configuration: --model.use_gaussian false.")
     length: str = "100 epochs"
     warmup: str = "10 epochs"
     schedule: Literal["linear", "cosine", "constant", "step"] = "cosine"
-    learning_rate: float | int = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float | int = option(5e-4, "Peak learning rate.")
     start_learning_rate: float | int = 0.0
     final_learning_rate: float | int = 1e-6
     weight_decay: float | int = 0.04
-    no_weight_decay: list[str] | None = field(
-        default_factory=lambda: [VECTORS],
-        metadata={"help": "As everywhere; the reference also decays the class token and the position embeddings."},
+    no_weight_decay: list[str] | None = option(
+        [VECTORS], "As everywhere; the reference also decays the class token and the position embeddings."
     )
     final_weight_decay: float | int | None = 0.4
     max_gradient_norm: float | int | None = 3.0
-    dtype: Literal["float32"] = field(
-        default="float32", metadata={"help": "A teacher in bfloat16 would not follow; see mixed_precision."}
-    )
-    ema_decay: None = field(default=None, metadata={"help": "None: the teacher is the average, see teacher_momentum."})
-    export: Literal["last"] = field(default="last", metadata={"help": "Without labels no teacher is known as best."})
+    dtype: Literal["float32"] = option("float32", "A teacher in bfloat16 would not follow; see mixed_precision.")
+    ema_decay: None = option(None, "None: the teacher is the average, see teacher_momentum.")
+    export: Literal["last"] = option("last", "Without labels no teacher is known as best.")
     seed: int = 0
 
 

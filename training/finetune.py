@@ -8,7 +8,7 @@ Options of the Trainer and of its examples are understood too, as far as they ha
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,10 +20,11 @@ from transformers import AutoModelForImageClassification, BaseImageProcessor, Pr
 
 from training.augmentation import ClassificationAugmentation
 from training.data import load_splits
-from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, run_program
+from training.engine.arguments import option, run_program
 from training.engine.export import save_pretrained
 from training.engine.loop import create_accelerator
 from training.engine.schedule import Schedule
+from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 from training.engine.trainer_names import OF_TEXT, OPTIONS, translate
 from training.pretrain import train_classifier
 from training.tasks.checkpoint_loading import load_pretrained, rebuild
@@ -37,32 +38,19 @@ class FinetuneArguments(DataArguments, OptimizationArguments, ClassificationAugm
     other_names: ClassVar[dict[str, str]] = OPTIONS
     other_names_of_text: ClassVar[tuple[str, ...]] = OF_TEXT
 
-    pretrained: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub name of one of our models, or of a ViT of another library."},
-    )
-    model: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Fields of the configuration to change: --model.drop_path_rate 0.1."}
-    )
-    freeze: bool = field(default=False, metadata={"help": "Train the classifier only, and what `unfreeze` names."})
-    unfreeze: list[str] = field(
-        default_factory=list, metadata={"help": "With freeze, parts of names of parameters to train too: [gaussian]."}
-    )
-    lora: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Train low-rank adapters: fields of PEFT's LoraConfig, such as --lora.r 8."},
-    )
-    new_gaussian_factor: float | int = field(
-        default=10.0,
-        metadata={"help": "Learning rate of Gaussians that the checkpoint does not have, relative to the others."},
+    pretrained: str | None = option(None, "Folder or Hub name of one of our models, or of a ViT of another library.")
+    model: dict[str, Any] = option({}, "Fields of the configuration to change: --model.drop_path_rate 0.1.")
+    freeze: bool = option(False, "Train the classifier only, and what `unfreeze` names.")
+    unfreeze: list[str] = option([], "With freeze, parts of names of parameters to train too: [gaussian].")
+    lora: dict[str, Any] = option({}, "Train low-rank adapters: fields of PEFT's LoraConfig, such as --lora.r 8.")
+    new_gaussian_factor: float | int = option(
+        10.0, "Learning rate of Gaussians that the checkpoint does not have, relative to the others."
     )
     length: str = "20 epochs"
     warmup: str = "10 %"
     schedule: Literal["linear", "cosine", "constant", "step"] = "cosine"
-    learning_rate: float | int = field(default=5e-4, metadata={"help": "Peak learning rate."})
-    layer_decay: float | int | None = field(
-        default=0.75, metadata={"help": "Learning rate of a layer relative to the next one."}
-    )
+    learning_rate: float | int = option(5e-4, "Peak learning rate.")
+    layer_decay: float | int | None = option(0.75, "Learning rate of a layer relative to the next one.")
     max_gradient_norm: float | int | None = 1.0
     batch_size: int = 128
     mixup: float | int = 0.0

@@ -3,7 +3,7 @@
 accelerate launch -m training.pretrain --config training/recipes/pretrain/digits.yaml --output_dir runs/digits
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,12 @@ from locatvit_hf import LocAtViTImageProcessor
 from locatvit_hf.hub.families import FAMILIES
 from training.augmentation import ClassificationAugmentation, ClassificationTransform, classification_objective
 from training.data import Splits, TrainingSamples, create_evaluation_loader, describe_data, load_splits
-from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
+from training.engine.arguments import describe, option, run_program
 from training.engine.loop import TrainingLoop, create_accelerator
 from training.engine.optimization import create_optimizer
 from training.engine.plotting import caption, restore_image
 from training.engine.schedule import Schedule
+from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 from training.metrics import compute_over_processes, load_metric
 from training.tasks.distillation import Distillation, DistillationArguments
 
@@ -40,11 +41,9 @@ class PretrainArguments(
     Stochastic depth (`model`) grows with the size of the model there: the recipes give it.
     """
 
-    family: str = field(default="locatvit", metadata={"help": "`model_type` of the configuration."})
-    preset: str | None = field(default=None, metadata={"help": "Sizes of the paper: tiny, small, base, large."})
-    model: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Fields of the configuration: --model.use_gaussian false."}
-    )
+    family: str = option("locatvit", "`model_type` of the configuration.")
+    preset: str | None = option(None, "Sizes of the paper: tiny, small, base, large.")
+    model: dict[str, Any] = option({}, "Fields of the configuration: --model.use_gaussian false.")
 
 
 def main(arguments: PretrainArguments) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 accelerate launch -m training.segment --config training/recipes/segment/digits.yaml --pretrained runs/digits/model
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -25,10 +25,11 @@ from locatvit_hf.modeling_utils_locat import FreezableBackboneMixin
 from training.augmentation import IGNORE_INDEX, LabelReader, SegmentationAugmentation, SegmentationTransform
 from training.data import TrainingSamples, create_evaluation_loader, describe_data, load_splits
 from training.data.label_counts import LabelCounts, count_pixels
-from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, describe, run_program
+from training.engine.arguments import describe, option, run_program
 from training.engine.loop import TrainingLoop, create_accelerator
 from training.engine.optimization import create_optimizer
 from training.engine.schedule import Schedule
+from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 from training.tasks.checkpoint_loading import change_config, load_pretrained, read_config
 from training.tasks.segmentation.evaluation import SegmentationCollator, draw_examples, evaluate
 
@@ -43,48 +44,38 @@ class SegmentArguments(
     But for the model's own mean and std, and label maps that are resized by the nearest center.
     """
 
-    pretrained: str | None = field(default=None, metadata={"help": "Folder or Hub name of the model to start from."})
-    head: Literal["probe", "paca", "upernet"] = field(
-        default="probe", metadata={"help": "What reads the features; paca is the head of PaCa-ViT."}
+    pretrained: str | None = option(None, "Folder or Hub name of the model to start from.")
+    head: Literal["probe", "paca", "upernet"] = option(
+        "probe", "What reads the features; paca is the head of PaCa-ViT."
     )
-    freeze: bool = field(default=True, metadata={"help": "Train the head only."})
-    model: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Fields of the configuration to change: --model.drop_path_rate 0.1."}
+    freeze: bool = option(True, "Train the head only.")
+    model: dict[str, Any] = option({}, "Fields of the configuration to change: --model.drop_path_rate 0.1.")
+    upernet: dict[str, Any] = option({}, "Fields of UPerNet's configuration: --upernet.hidden_size 256.")
+    head_initialization: Literal["mmsegmentation", "default"] = option(
+        "mmsegmentation",
+        "Of a new probe or UPerNet: the classifier normal with deviation 0.01, other convolutions by "
+        "Kaiming's rule, as in the papers; or that of the class of the model. The PaCa head keeps its own.",
     )
-    upernet: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Fields of UPerNet's configuration: --upernet.hidden_size 256."}
+    test_interpolation: Literal["bilinear", "bicubic"] = option(
+        "bilinear", "How images are resized in evaluation, and by the image processor that is exported."
     )
-    head_initialization: Literal["mmsegmentation", "default"] = field(
-        default="mmsegmentation",
-        metadata={
-            "help": "Of a new probe or UPerNet: the classifier normal with deviation 0.01, other convolutions by "
-            "Kaiming's rule, as in the papers; or that of the class of the model. The PaCa head keeps its own."
-        },
-    )
-    test_interpolation: Literal["bilinear", "bicubic"] = field(
-        default="bilinear",
-        metadata={"help": "How images are resized in evaluation, and by the image processor that is exported."},
-    )
-    loss_average: Literal["all", "labelled"] = field(
-        default="all",
-        metadata={
-            "help": "Mean of the loss over all pixels, where those without a class cost nothing, or over the labelled "
-            "ones in the batch of a process, which depends on how batches are split."
-        },
+    loss_average: Literal["all", "labelled"] = option(
+        "all",
+        "Mean of the loss over all pixels, where those without a class cost nothing, or over the labelled "
+        "ones in the batch of a process, which depends on how batches are split.",
     )
     length: str = "20000 steps"
     warmup: str = "25 %"
     final_learning_rate: float | int = 1e-11
     weight_decay: float | int = 0.01
-    no_weight_decay: list[str] | None = field(
-        default_factory=list,
-        metadata={"help": "As everywhere, but by default all are decayed, biases and norms too, as in the paper."},
+    no_weight_decay: list[str] | None = option(
+        [], "As everywhere, but by default all are decayed, biases and norms too, as in the paper."
     )
     max_gradient_norm: float | int | None = None
     batch_size: int = 32
     evaluate_every: str = "4000 steps"
     checkpoint_every: str = "1000 steps"
-    eval_batch_size: int = field(default=8, metadata={"help": "Images a step of evaluation, in every process."})
+    eval_batch_size: int = option(8, "Images a step of evaluation, in every process.")
 
 
 def main(arguments: SegmentArguments) -> dict[str, Any]:

@@ -33,19 +33,32 @@ class DetectorSettings:
     """What a detector is besides its encoder; the defaults are Mask R-CNN with a feature pyramid."""
 
     masks: bool = field(default=True, metadata={"help": "Mask R-CNN; without, Faster R-CNN: boxes alone."})
-    pyramid_channels: int = 256
-    anchor_scale: int = field(default=8, metadata={"help": "Side of an anchor in cells of its map."})
-    test_shortest_side: int = field(default=800, metadata={"help": "Short side of an image in evaluation, in pixels."})
-    longest_side: int = 1333
-    score_threshold: float | int = field(default=0.05, metadata={"help": "Detections below are left out."})
-    max_detections: int = field(default=100, metadata={"help": "Detections of an image."})
+    pyramid_channels: int = field(
+        default=256, metadata={"help": "Channels of every map of the feature pyramid.", "least": 1}
+    )
+    anchor_scale: int = field(default=8, metadata={"help": "Side of an anchor in cells of its map.", "least": 1})
+    test_shortest_side: int = field(
+        default=800, metadata={"help": "Short side of an image in evaluation, in pixels.", "least": 1}
+    )
+    longest_side: int = field(default=1333, metadata={"help": "No side is longer, in evaluation.", "least": 1})
+    score_threshold: float | int = field(
+        default=0.05, metadata={"help": "Detections below are left out.", "least": 0, "most": 1}
+    )
+    max_detections: int = field(default=100, metadata={"help": "Detections of an image.", "least": 1})
     # As many as mmdetection, with which the paper trained, takes from its region proposal network.
     train_proposals_per_level: int = field(
-        default=2000, metadata={"help": "Best boxes of a map of the pyramid before overlapping ones are left out."}
+        default=2000,
+        metadata={"help": "Best boxes of a map of the pyramid before overlapping ones are left out.", "least": 1},
     )
-    train_proposals: int = field(default=1000, metadata={"help": "Best boxes of an image that are then left."})
-    test_proposals_per_level: int = field(default=1000, metadata={"help": "As in training, of an image in evaluation."})
-    test_proposals: int = field(default=1000, metadata={"help": "As in training, of an image in evaluation."})
+    train_proposals: int = field(
+        default=1000, metadata={"help": "Best boxes of an image that are then left.", "least": 1}
+    )
+    test_proposals_per_level: int = field(
+        default=1000, metadata={"help": "As in training, of an image in evaluation.", "least": 1}
+    )
+    test_proposals: int = field(
+        default=1000, metadata={"help": "As in training, of an image in evaluation.", "least": 1}
+    )
     roi_aligned: bool = field(
         default=True,
         metadata={"help": "Read maps and masks at the centers of their cells; false: half a cell beside, as once."},

@@ -25,7 +25,9 @@ class InferenceArguments:
     inference: Literal["whole", "sliding"] = field(
         default="whole", metadata={"help": "Whole images, or overlapping windows whose logits are averaged."}
     )
-    window_size: int = field(default=512, metadata={"help": "Side of a window in pixels of the resized image."})
+    window_size: int = field(
+        default=512, metadata={"help": "Side of a window in pixels of the resized image.", "least": 1}
+    )
     window_stride: int | None = field(
         default=None, metadata={"help": "Pixels from one window to the next; by default two thirds of a window."}
     )

@@ -10,7 +10,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from training.data import TrainingSamples, load_splits
-from training.engine.arguments import DataArguments, build_arguments
+from training.engine.arguments import build_arguments
+from training.engine.settings import DataArguments
 from training.evaluation.results import EvaluationArguments, load_validation
 
 

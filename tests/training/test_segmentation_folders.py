@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from training.data import load_splits
-from training.engine.arguments import DataArguments
+from training.engine.settings import DataArguments
 
 
 def write(folder, names, mode="L"):

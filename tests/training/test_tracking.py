@@ -9,8 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification
 from tests.training.conftest import SMALL_MODEL
-from training.engine.arguments import RunArguments, build_arguments
+from training.engine.arguments import build_arguments
 from training.engine.plotting import draw_batch, tile
+from training.engine.settings import RunArguments
 from training.engine.tracking import GaussianReader, Trackers
 from training.pretrain import PretrainArguments
 from training.pretrain import main as pretrain

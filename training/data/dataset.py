@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from locatvit_hf.utils.images import MAX_MEGAPIXELS, orientation_of
-from training.engine.arguments import DataArguments, OptimizationArguments, RunArguments, console
+from training.engine.arguments import console
+from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 
 from .images import CorruptImageError, decode_image, name_of
 from .samplers import StreamSampler, UpdateSampler, reseed, sample_randomness

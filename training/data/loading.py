@@ -12,7 +12,8 @@ from locatvit_hf.utils.images import NamedImages, left_out, list_images, stem_of
 from locatvit_hf.utils.io import read_json, read_lines
 from locatvit_hf.utils.layouts import split_word
 from locatvit_hf.utils.splits import MissingSplitError, failures_named, find_split, image_entry, read_split
-from training.engine.arguments import DataArguments, console
+from training.engine.arguments import console
+from training.engine.settings import DataArguments
 
 from .labels import missing_classes, number_labels
 from .streaming import StreamedRows, find_file, open_shards

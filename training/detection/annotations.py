@@ -27,7 +27,7 @@ from training.detection.segmentations import (
     turn_points,
     turn_segmentation,
 )
-from training.engine.arguments import DataArguments
+from training.engine.settings import DataArguments
 
 BOX_FIELDS = ("bbox", "bboxes", "box", "boxes")
 CATEGORY_FIELDS = ("category", "category_id", "label", "categories", "category_ids", "labels")

@@ -22,16 +22,29 @@ class DetectionAugmentation:
     """Joint augmentation of images, boxes and masks; sides are in pixels."""
 
     shortest_sides: list[int] = field(
-        default_factory=lambda: [800], metadata={"help": "The short side of a training image is one of these."}
+        default_factory=lambda: [800],
+        metadata={"help": "The short side of a training image is one of these.", "least": 1},
     )
-    longest_side: int = field(default=1333, metadata={"help": "No side is longer, in training and in evaluation."})
-    horizontal_flip: float | int = 0.5
+    longest_side: int = field(
+        default=1333, metadata={"help": "No side is longer, in training and in evaluation.", "least": 1}
+    )
+    horizontal_flip: float | int = field(
+        default=0.5, metadata={"help": "Probability of mirroring an image.", "least": 0, "most": 1}
+    )
     crop: float | int = field(
-        default=0.0, metadata={"help": "Probability of resizing to `crop_shortest_sides` and cropping first."}
+        default=0.0,
+        metadata={
+            "help": "Probability of resizing to `crop_shortest_sides` and cropping first.",
+            "least": 0,
+            "most": 1,
+        },
     )
-    crop_shortest_sides: list[int] = field(default_factory=lambda: [400, 500, 600])
+    crop_shortest_sides: list[int] = field(
+        default_factory=lambda: [400, 500, 600],
+        metadata={"help": "Short side of an image before that crop, one of these.", "least": 1},
+    )
     crop_size: list[int] = field(
-        default_factory=lambda: [384, 600], metadata={"help": "Smallest and largest side of that crop."}
+        default_factory=lambda: [384, 600], metadata={"help": "Smallest and largest side of that crop.", "least": 1}
     )
 
 

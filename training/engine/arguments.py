@@ -1,4 +1,4 @@
-"""Settings of the programs: one dataclass each, filled from its defaults, then a YAML recipe, then the command line.
+"""Settings of a program: a dataclass, filled from its defaults, then a YAML recipe, then the command line.
 
 Recipe and command line are one mechanism. `--learning_rate 1e-3` is the YAML entry `learning_rate: 1e-3`; a dotted key
 (`--model.use_gaussian false`) is an entry of a mapping; a key without a value means `true`. What comes later wins; an
@@ -8,6 +8,7 @@ What an option takes decides how a word is read: an option of text gets the word
 an option of numbers makes a number of it.
 """
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -16,19 +17,17 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import transformers
 import yaml
-from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from locatvit_hf.utils.images import MAX_MEGAPIXELS
 from locatvit_hf.utils.io import read_text
 from locatvit_hf.writing import one_line
 from training.engine import trainer_names
@@ -37,197 +36,44 @@ Arguments = TypeVar("Arguments")
 console = Console(soft_wrap=True, highlight=False)
 
 
-@strict
-@dataclass(kw_only=True)
-class DataArguments:
-    """Which images, in which columns."""
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    interval: bool = False,
+    runtime: bool = False,
+) -> Any:
+    """A field of a dataclass of settings; a class that gives it another default alone keeps the rest.
 
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub name, address, or folder: of `save_to_disk`, class folders, parquet files or tar shards."
-        },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_hash: str | None = field(
-        default=None,
-        metadata={"help": "Refuse other data: the SHA-256 of all images and labels of both splits, in their order."},
-    )
-    train_split: str = field(
-        default="train", metadata={"help": "Name of the split, or its files in the dataset: train-{000..099}.tar"}
-    )
-    validation_split: str = "validation"
-    validation_share: float | int | None = field(
-        default=None, metadata={"help": "Share of the training split to validate on, instead of a validation split."}
-    )
-    image_column: str = field(
-        default="image", metadata={"help": "Column of the images; in tar shards an extension: jpg"}
-    )
-    label_column: str = field(
-        default="label", metadata={"help": "Column of the labels; in tar shards an extension: cls"}
-    )
-    label_names: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of the classes in order, or a JSON file {id: name}; by default those of the dataset."},
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use so many images only, evenly spread over the split."}
-    )
-    max_validation_samples: int | None = field(
-        default=None, metadata={"help": "As `max_train_samples`, of the validation split."}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read shards while training instead of copying them first."}
-    )
-    shuffle_buffer: int = field(
-        default=4096, metadata={"help": "Streaming: encoded images held in memory to be mixed, over all processes."}
-    )
-    parallel_shards: int = field(
-        default=64, metadata={"help": "Streaming: shards read side by side; at least processes times workers."}
-    )
-    max_corrupt_share: float | int = field(
-        default=0.01,
-        metadata={"help": "Images that cannot be decoded are replaced; stop where they are more than this."},
-    )
-    max_megapixels: float | int = field(
-        default=MAX_MEGAPIXELS, metadata={"help": "Larger images, in millions of pixels, are not decoded."}
-    )
-    num_workers: int = field(default=0, metadata={"help": "Data-loading processes beside every training process."})
+    Args:
+        default: Copied for each instance where it is a list or a dict.
+        help: One sentence for `--help` and the documentation.
+        least: The smallest number that makes sense, also of each in a list.
+        most: The largest one.
+        interval: It is two numbers, the smaller one first.
+        runtime: May change between an interrupted run and its continuation: it leaves the weights alone.
+    """
+    given = {"help": help, "least": least, "most": most, "interval": interval, "runtime": runtime}
+    metadata = {name: value for name, value in given.items() if value is not None and value is not False}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-@strict
-@dataclass(kw_only=True)
-class OptimizationArguments:
-    """How the weights move. Durations read `300 epochs`, `20000 steps` (weight updates) or `25 %` (of the run)."""
-
-    length: str = field(default="300 epochs", metadata={"help": "Duration of the run."})
-    warmup: str = field(default="20 epochs", metadata={"help": "Duration of the rise to the peak learning rate."})
-    schedule: Literal["linear", "cosine", "constant", "step"] = field(
-        default="linear", metadata={"help": "Shape of the fall after the warm-up; linear is the papers' one-cycle."}
-    )
-    schedule_from: Literal["warmup", "start"] = field(
-        default="warmup",
-        metadata={"help": "Where the fall is counted from: the end of the warm-up, or step 0, as timm's cosine."},
-    )
-    milestones: list[str] = field(
-        default_factory=list, metadata={"help": "Of the step schedule: where the rate falls to a tenth, as '8 epochs'."}
-    )
-    learning_rate: float | int = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    start_learning_rate: float | int = 1e-7
-    final_learning_rate: float | int = 1e-7
-    learning_rate_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Batch size that the three rates are meant for: at another they are scaled in proportion."},
-    )
-    optimizer: str = field(default="adamw", metadata={"help": "Any optimiser name that timm knows."})
-    optimizer_options: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Its other settings, for example {betas: [0.9, 0.95]} or {momentum: 0.9}."},
-    )
-    weight_decay: float | int = 0.05
-    final_weight_decay: float | int | None = field(
-        default=None, metadata={"help": "Where a cosine takes the weight decay by the end of the run."}
-    )
-    no_weight_decay: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Which parameters are not decayed: parts of their names or regular expressions, or `vectors`, "
-            "those of one dimension; an empty list decays all. By default vectors and what the model lists."
-        },
-    )
-    layer_decay: float | int | None = field(
-        default=None, metadata={"help": "Learning rate of a layer relative to the next one."}
-    )
-    learning_rate_factors: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Part of parameter names to a factor, as {gaussian: 10}; the longest part that fits counts."},
-    )
-    max_gradient_norm: float | int | None = field(default=5.0, metadata={"help": "Clip gradients to this norm."})
-    batch_size: int = field(
-        default=1024, metadata={"help": "Images a weight update, over all processes and accumulation steps."}
-    )
-    gradient_accumulation_steps: int = 1
-    ema_decay: float | int | None = field(
-        default=None, metadata={"help": "Keep an average of the weights with this decay, evaluate and export it."}
-    )
-    mixed_precision: Literal["no", "fp16", "bf16"] = field(
-        default="no", metadata={"help": "Compute in half precision where that is safe; the weights keep their `dtype`."}
-    )
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="float32",
-        metadata={
-            "help": "Precision of the weights while they train, whatever that of the checkpoint. In bfloat16 they take "
-            "half of the memory, and steps below 1/256 of a weight are lost."
-        },
-    )
-    compile: bool = field(default=False, metadata={"help": "torch.compile the model for training."})
-    channels_last: bool = field(default=False, metadata={"help": "Keep images and convolutions channels-last."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
-    )
+def options_of(cls: type) -> dict[str, dict[str, Any]]:
+    """What `option` notes of every option of a dataclass of settings, from its own class or the nearest above it."""
+    found: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(cls)}
+    for base in reversed(cls.__mro__):
+        for f in dataclasses.fields(base) if dataclasses.is_dataclass(base) else ():
+            found[f.name] = {**found[f.name], **f.metadata}
+    return found
 
 
-@strict
-@dataclass(kw_only=True)
-class RunArguments:
-    """Where results go, how often, and from which seed."""
-
-    output_dir: str | None = field(default=None, metadata={"help": "Receives checkpoints, results and exported model."})
-    overwrite: bool = field(default=False, metadata={"help": "Start anew where `output_dir` holds another run."})
-    seed: int = 42
-    evaluate_every: str = "1 epochs"
-    checkpoint_every: str = "1 epochs"
-    keep_checkpoints: int = field(default=2, metadata={"help": "Number of most recent checkpoints to keep."})
-    log_every: int = field(default=50, metadata={"help": "Updates between two points of the training curve."})
-    trackers: list[str] = field(
-        default_factory=list, metadata={"help": "Where curves are also sent: tensorboard, trackio, wandb."}
-    )
-    export: Literal["best", "last"] = field(default="best", metadata={"help": "Which weights to export."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Repository that receives the exported model."})
-    eval_batch_size: int = field(default=64, metadata={"help": "Images a step of evaluation, in every process."})
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Print model, parameters, schedule and memory, draw one augmented batch, and stop."},
-    )
-
-
-RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "log_every", "keep_checkpoints"), (1, math.inf)
-    ),
-    **dict.fromkeys(("repeated_augmentation", "shuffle_buffer", "parallel_shards"), (1, math.inf)),
-    **dict.fromkeys(("resize", "max_resize", "crop_size", "local_crop_size", "window_size"), (1, math.inf)),
-    **dict.fromkeys(("learning_rate", "start_learning_rate", "final_learning_rate", "weight_decay"), (0, math.inf)),
-    **dict.fromkeys(("num_workers", "mixup", "cutmix", "num_local_crops"), (0, math.inf)),
-    **dict.fromkeys(("longest_side", "test_shortest_side", "crop_shortest_sides", "anchor_scale"), (1, math.inf)),
-    **dict.fromkeys(("pyramid_channels", "max_detections", "train_proposals", "test_proposals"), (1, math.inf)),
-    **dict.fromkeys(("train_proposals_per_level", "test_proposals_per_level"), (1, math.inf)),
-    "max_gradient_norm": (1e-6, math.inf),
-    "max_megapixels": (0, math.inf),
-    **dict.fromkeys(("horizontal_flip", "random_erasing", "photometric_distortion", "max_corrupt_share"), (0, 1)),
-    **dict.fromkeys(("crop", "score_threshold"), (0, 1)),
-    **dict.fromkeys(("label_smoothing", "ema_decay", "layer_decay", "max_class_share", "teacher_momentum"), (0, 1)),
-    **dict.fromkeys(("color_jitter", "grayscale", "solarize", "blur"), (0, 1)),
-    **dict.fromkeys(("crop_scale", "crop_ratio", "scale", "global_crop_scale", "local_crop_scale"), (0, math.inf)),
-    **dict.fromkeys(("k", "image_sizes", "shortest_sides", "memory_size"), (1, math.inf)),
-}
-"""Option -> the smallest and the largest value that makes sense, of a number or of each in a list."""
-
-INTERVALS = ("crop_scale", "crop_ratio", "scale", "global_crop_scale", "local_crop_scale", "blur_sigma")
-"""Options that are two numbers, the smaller one first."""
-
-RUNTIME_OPTIONS = {
-    "num_workers",
-    "max_corrupt_share",
-    "overwrite",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "eval_batch_size",
-    "trackers",
-    "push_to_hub",
-    "dry_run",
-}
-"""Options that may change between an interrupted run and its continuation: they leave the weights alone."""
+def runtime_options(cls: type) -> set[str]:
+    """The options that may change between an interrupted run and its continuation."""
+    return {name for name, noted in options_of(cls).items() if noted.get("runtime")}
 
 
 NULLS = ("", "~", "null", "Null", "NULL")
@@ -336,15 +182,15 @@ def _unknown_option(name: str, known: Collection[str]) -> str:
 
 def _check_ranges(arguments: Any) -> None:
     """Raises ValueError for a number that makes no sense, and for a list that is no interval where one is meant."""
-    for f in dataclasses.fields(arguments):
-        value = getattr(arguments, f.name)
-        if f.name in INTERVALS and (len(value) != 2 or value[0] > value[1]):
-            raise ValueError(f"{f.name} must be two numbers, the smaller one first, got {value}.")
-        low, high = RANGES.get(f.name, (-math.inf, math.inf))
+    for name, noted in options_of(type(arguments)).items():
+        value = getattr(arguments, name)
+        if noted.get("interval") and (len(value) != 2 or value[0] > value[1]):
+            raise ValueError(f"{name} must be two numbers, the smaller one first, got {value}.")
+        low, high = noted.get("least", -math.inf), noted.get("most", math.inf)
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not low <= number <= high:
                 bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-                raise ValueError(f"{f.name} must be {bounds}, got {number}.")
+                raise ValueError(f"{name} must be {bounds}, got {number}.")
 
 
 def describe(error: StrictDataclassError) -> str:
@@ -393,8 +239,8 @@ def _parse_command_line(argv: list[str], cls: type) -> dict[str, Any]:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ValueError(f"{key} is an entry of {parent}, which was given as {target!r} before.")
-        option = others.get(name, name)
-        annotation = hints[option] if not parents and option in fields else str if name == "config" else Any
+        meant = others.get(name, name)
+        annotation = hints[meant] if not parents and meant in fields else str if name == "config" else Any
         target[name] = value if value is True else _read_word(value, annotation)
     return given
 
@@ -488,7 +334,7 @@ def _help(main: Callable, arguments: Any) -> Table:
     for column in ("option", "value", "meaning"):
         table.add_column(column, overflow="fold")
     table.add_row("--config", "", "A YAML recipe with any of the options below.")
-    for f in dataclasses.fields(arguments):
-        value = getattr(arguments, f.name)
-        table.add_row(f"--{f.name}", "" if value is None else Text(str(value)), f.metadata.get("help", ""))
+    for name, noted in options_of(type(arguments)).items():
+        value = getattr(arguments, name)
+        table.add_row(f"--{name}", "" if value is None else Text(str(value)), noted.get("help", ""))
     return table

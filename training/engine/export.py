@@ -13,11 +13,9 @@ from locatvit_hf.conversion.export import licence_text
 from locatvit_hf.hub import card
 from locatvit_hf.hub.push import create_repository, upload
 from locatvit_hf.hub.repository import write_checksums
-from training.engine.arguments import RUNTIME_OPTIONS, RunArguments
+from training.engine.arguments import runtime_options
 from training.engine.checkpoints import atomic_folder
-
-# What is of no use to a reader who wants to repeat the run.
-PRIVATE_OPTIONS = RUNTIME_OPTIONS | {"output_dir", "label_names"}
+from training.engine.settings import RunArguments
 
 
 def save_pretrained(model: nn.Module, processor: BaseImageProcessor, folder: Path) -> None:
@@ -55,10 +53,12 @@ def write_card(folder: Path, arguments: RunArguments, results: dict[str, Any]) -
     dataset, start = getattr(arguments, "dataset", None), getattr(arguments, "pretrained", None)
     dataset = card.public_name(dataset) if dataset else card.UNKNOWN
     defaults = {f.name: _default(f) for f in dataclasses.fields(arguments)}
+    # What is of no use to a reader who wants to repeat the run.
+    left_out = runtime_options(type(arguments)) | {"output_dir", "label_names"}
     options = {
         option: card.public_name(value) if isinstance(value, str) else value
         for option, value in dataclasses.asdict(arguments).items()
-        if option not in PRIVATE_OPTIONS and value != defaults[option]
+        if option not in left_out and value != defaults[option]
     }
     repository = arguments.push_to_hub
     facts = card.Card(

@@ -27,7 +27,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from locatvit_hf.writing import write_complete
 from training.data import TrainingSamples, create_training_loader
 from training.data.samplers import seed_everything
-from training.engine.arguments import RUNTIME_OPTIONS, OptimizationArguments, RunArguments, console
+from training.engine.arguments import console, runtime_options
 from training.engine.checkpoints import Interruption, list_checkpoints, load_checkpoint, save_checkpoint, write_json
 from training.engine.distributed import create_processes
 from training.engine.dry_run import ActivationMeter, memory_table, model_table, tensor_bytes
@@ -37,6 +37,7 @@ from training.engine.optimization import create_ema, set_learning_rate, set_weig
 from training.engine.plotting import draw_batch, tile
 from training.engine.resuming import FILE, compare_runs, describe_run, program_of
 from training.engine.schedule import Schedule
+from training.engine.settings import OptimizationArguments, RunArguments
 from training.engine.tracking import GaussianReader, Trackers, check_trackers
 
 DRY_RUN_IMAGES = 8
@@ -672,7 +673,7 @@ def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
 
 def stored_settings(arguments: RunArguments) -> str:
     """What makes a run what it is, as YAML: a run that differs in it is another run."""
-    left_out = RUNTIME_OPTIONS | {"output_dir"}
+    left_out = runtime_options(type(arguments)) | {"output_dir"}
     settings = {name: value for name, value in dataclasses.asdict(arguments).items() if name not in left_out}
     return yaml.safe_dump(settings, sort_keys=False)
 

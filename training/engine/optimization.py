@@ -8,7 +8,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from training.engine.arguments import OptimizationArguments
+from training.engine.settings import OptimizationArguments
 
 VECTORS = "vectors"
 """Among the names in `no_weight_decay`: every parameter of one dimension, such as biases and norms."""

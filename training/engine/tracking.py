@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from locatvit_hf.locat import Gaussian, LocAtGaussian
-from training.engine.arguments import RunArguments
+from training.engine.settings import RunArguments
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 

@@ -22,7 +22,7 @@ taken at the size of the labels.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,7 @@ from locatvit_hf.image_processing_locatvit import pil_to_rgb
 from training.augmentation import IGNORE_INDEX, LabelReader, ResizedLabelArguments, resize_labels
 from training.data import create_evaluation_loader, load_splits, sample_randomness
 from training.data.label_counts import LabelCounts, count_pixels
-from training.engine.arguments import run_program
+from training.engine.arguments import option, run_program
 from training.evaluation.features import gather_in_order, load_encoder
 from training.evaluation.results import EvaluationArguments, Meter, start_evaluation, tell, write_result
 from training.metrics import compute_over_processes, load_metric
@@ -54,14 +54,12 @@ from training.tasks.checkpoint_loading import change_config
 class HummingbirdArguments(EvaluationArguments, ResizedLabelArguments):
     """Settings of `evaluation.hummingbird`."""
 
-    memory_size: int = field(default=1_000_000, metadata={"help": "Patches that the memory holds at most."})
-    k: int = field(default=30, metadata={"help": "Patches of the memory that answer for a patch."})
-    temperature: float | int = field(default=0.02, metadata={"help": "Their weights are softmax(cosine / this)."})
-    epochs: int = field(default=1, metadata={"help": "Passes over the training split that fill the memory."})
-    augment: bool = field(default=True, metadata={"help": "Crop and recolour the training images of the memory."})
-    stage: str | None = field(
-        default=None, metadata={"help": "Stage that gives the features; by default the last, the third of a pyramid."}
-    )
+    memory_size: int = option(1_000_000, "Patches that the memory holds at most.", least=1)
+    k: int = option(30, "Patches of the memory that answer for a patch.", least=1)
+    temperature: float | int = option(0.02, "Their weights are softmax(cosine / this).")
+    epochs: int = option(1, "Passes over the training split that fill the memory.")
+    augment: bool = option(True, "Crop and recolour the training images of the memory.")
+    stage: str | None = option(None, "Stage that gives the features; by default the last, the third of a pyramid.")
 
 
 def main(arguments: HummingbirdArguments) -> dict[str, Any]:

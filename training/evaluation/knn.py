@@ -3,14 +3,14 @@
 accelerate launch -m training.evaluation.knn --pretrained FOLDER --dataset FOLDER --output_dir runs/results
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
 from training.data import create_evaluation_loader, load_splits
-from training.engine.arguments import run_program
+from training.engine.arguments import option, run_program
 from training.evaluation.features import collate_numbered, gather_in_order, load_encoder, pooled_features
 from training.evaluation.results import EvaluationArguments, Meter, start_evaluation, write_result
 from training.metrics import compute_over_processes, load_metric
@@ -22,10 +22,8 @@ from training.tasks.checkpoint_loading import load_processor
 class KNNArguments(EvaluationArguments):
     """Settings of `evaluation.knn`; the defaults are the protocol of DINO."""
 
-    k: list[int] = field(
-        default_factory=lambda: [10, 20, 100, 200], metadata={"help": "Numbers of neighbours, each a result."}
-    )
-    temperature: float | int = field(default=0.07, metadata={"help": "A neighbour votes with exp(cosine / this)."})
+    k: list[int] = option([10, 20, 100, 200], "Numbers of neighbours, each a result.", least=1)
+    temperature: float | int = option(0.07, "A neighbour votes with exp(cosine / this).")
 
 
 def main(arguments: KNNArguments) -> dict[str, Any]:

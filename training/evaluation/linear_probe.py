@@ -3,7 +3,7 @@
 accelerate launch -m training.evaluation.linear_probe --pretrained FOLDER --dataset FOLDER --output_dir runs/probe
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoModelForImageClassification
 
 from training import finetune
-from training.engine.arguments import run_program
+from training.engine.arguments import option, run_program
 from training.engine.loop import create_accelerator
 from training.evaluation.results import Meter, write_result
 from training.finetune import FinetuneArguments
@@ -22,12 +22,12 @@ from training.finetune import FinetuneArguments
 class LinearProbeArguments(FinetuneArguments):
     """Settings of `evaluation.linear_probe`; the defaults are the protocol of DINO."""
 
-    freeze: Literal[True] = field(default=True, metadata={"help": "Always: only the classifier is trained."})
+    freeze: Literal[True] = option(True, "Always: only the classifier is trained.")
     length: str = "100 epochs"
     warmup: str = "0 steps"
     schedule: Literal["linear", "cosine", "constant", "step"] = "cosine"
-    optimizer: str = field(default="momentum", metadata={"help": "Any optimiser name that timm knows."})
-    learning_rate: float | int = field(default=1e-3, metadata={"help": "Peak learning rate, of 256 images an update."})
+    optimizer: str = option("momentum", "Any optimiser name that timm knows.")
+    learning_rate: float | int = option(1e-3, "Peak learning rate, of 256 images an update.")
     learning_rate_batch_size: int | None = 256
     final_learning_rate: float | int = 0.0
     weight_decay: float | int = 0.0

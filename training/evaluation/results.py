@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,10 @@ from torch import nn
 
 from training.data import load_splits
 from training.data.loading import Split
-from training.engine.arguments import DataArguments, console
+from training.engine.arguments import console, option
 from training.engine.checkpoints import write_json
 from training.engine.distributed import create_processes
+from training.engine.settings import DataArguments
 
 LIBRARIES = ("locatvit-hf", "torch", "torchvision", "transformers", "datasets", "timm", "faiss-cpu", "faiss-gpu")
 
@@ -32,11 +33,11 @@ LIBRARIES = ("locatvit-hf", "torch", "torchvision", "transformers", "datasets", 
 class EvaluationArguments(DataArguments):
     """Settings of every evaluation."""
 
-    pretrained: str | None = field(default=None, metadata={"help": "Folder or Hub name of the model."})
-    output_dir: str | None = field(default=None, metadata={"help": "Receives the result, a JSON file."})
-    eval_batch_size: int = field(default=64, metadata={"help": "Images that a process puts through the model at once."})
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    seed: int = 0
+    pretrained: str | None = option(None, "Folder or Hub name of the model.")
+    output_dir: str | None = option(None, "Receives the result, a JSON file.")
+    eval_batch_size: int = option(64, "Images that a process puts through the model at once.", least=1)
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Compute in half precision where that is safe.")
+    seed: int = option(0, "Seed of everything that is drawn: weights, order, augmentation, dropout.")
 
 
 def start_evaluation(arguments: EvaluationArguments) -> Accelerator:
@@ -46,8 +47,6 @@ def start_evaluation(arguments: EvaluationArguments) -> Accelerator:
     """
     if arguments.pretrained is None:
         raise ValueError("Name the model to evaluate with --pretrained: a folder or a Hub name.")
-    if arguments.eval_batch_size < 1:
-        raise ValueError(f"eval_batch_size must be at least 1, got {arguments.eval_batch_size}.")
     if arguments.output_dir is None:
         raise ValueError("Name a folder for the results with --output_dir.")
     accelerator = create_processes(mixed_precision=arguments.mixed_precision)

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 from transformers import PreTrainedModel
 
+from training.engine.arguments import option
+
 NUM_GLOBAL_CROPS = 2
 """The teacher sees these; every other number changes what the loss compares."""
 
@@ -25,23 +27,23 @@ NUM_GLOBAL_CROPS = 2
 class MultiCropAugmentation:
     """Two large views of an image for student and teacher, and small ones for the student alone."""
 
-    global_crop_scale: list[float | int] = field(
-        default_factory=lambda: [0.4, 1.0], metadata={"help": "Share of the area that a view of `image_size` shows."}
+    global_crop_scale: list[float | int] = option(
+        [0.4, 1.0], "Share of the area that a view of `image_size` shows.", least=0, interval=True
     )
-    local_crop_scale: list[float | int] = field(
-        default_factory=lambda: [0.05, 0.4], metadata={"help": "Share of the area that a local view shows."}
+    local_crop_scale: list[float | int] = option(
+        [0.05, 0.4], "Share of the area that a local view shows.", least=0, interval=True
     )
-    local_crop_size: int = field(default=96, metadata={"help": "Side of a local view in pixels."})
-    num_local_crops: int = field(default=8, metadata={"help": "Local views of every image."})
-    horizontal_flip: float | int = 0.5
-    color_jitter: float | int = field(default=0.8, metadata={"help": "Probability of a change of colours."})
-    grayscale: float | int = 0.2
-    solarize: float | int = field(default=0.2, metadata={"help": "Probability in the second global view."})
-    blur: list[float | int] = field(
-        default_factory=lambda: [1.0, 0.1, 0.5], metadata={"help": "Probability in the two global and the local views."}
+    local_crop_size: int = option(96, "Side of a local view in pixels.", least=1)
+    num_local_crops: int = option(8, "Local views of every image.", least=0)
+    horizontal_flip: float | int = option(0.5, "Probability of mirroring an image.", least=0, most=1)
+    color_jitter: float | int = option(0.8, "Probability of a change of colours.", least=0, most=1)
+    grayscale: float | int = option(0.2, "Probability of turning a view gray.", least=0, most=1)
+    solarize: float | int = option(0.2, "Probability in the second global view.", least=0, most=1)
+    blur: list[float | int] = option(
+        [1.0, 0.1, 0.5], "Probability in the two global and the local views.", least=0, most=1
     )
-    blur_sigma: list[float | int] = field(
-        default_factory=lambda: [0.1, 2.0], metadata={"help": "Standard deviation of the blur in pixels, from and to."}
+    blur_sigma: list[float | int] = option(
+        [0.1, 2.0], "Standard deviation of the blur in pixels, from and to.", interval=True
     )
 
 
@@ -50,29 +52,23 @@ class MultiCropAugmentation:
 class SelfDistillationArguments:
     """The projection head, the teacher and the temperatures."""
 
-    num_prototypes: int = field(default=65536, metadata={"help": "Outputs of the head."})
-    head_hidden_size: int = 2048
-    head_bottleneck_size: int = 256
-    head_batch_norm: bool = field(
-        default=False,
-        metadata={
-            "help": "Normalise the hidden layers of the head over the batch of a process. A small encoder gives almost "
-            "the same features to all images at first; without it, a short run ends with the same answer to all."
-        },
+    num_prototypes: int = option(65536, "Outputs of the head.")
+    head_hidden_size: int = option(2048, "Channels of the hidden layers of the head.")
+    head_bottleneck_size: int = option(256, "Channels of the unit vector that is compared with the prototypes.")
+    head_batch_norm: bool = option(
+        False,
+        "Normalise the hidden layers of the head over the batch of a process. A small encoder gives almost "
+        "the same features to all images at first; without it, a short run ends with the same answer to all.",
     )
-    teacher_momentum: float | int = field(
-        default=0.996, metadata={"help": "How much of the teacher an update keeps; a cosine takes it to 1."}
+    teacher_momentum: float | int = option(
+        0.996, "How much of the teacher an update keeps; a cosine takes it to 1.", least=0, most=1
     )
-    student_temperature: float | int = 0.1
-    teacher_temperature: float | int = 0.04
-    start_teacher_temperature: float | int = field(
-        default=0.04, metadata={"help": "From here it goes linearly to `teacher_temperature`."}
-    )
-    teacher_temperature_warmup: str = field(default="0 epochs", metadata={"help": "Duration of that."})
-    centre_momentum: float | int = 0.9
-    freeze_last_layer: str = field(
-        default="1 epochs", metadata={"help": "Duration in which the last layer of the head does not move."}
-    )
+    student_temperature: float | int = option(0.1, "The student's answers are divided by this before the softmax.")
+    teacher_temperature: float | int = option(0.04, "As `student_temperature`, of the teacher, after its warmup.")
+    start_teacher_temperature: float | int = option(0.04, "From here it goes linearly to `teacher_temperature`.")
+    teacher_temperature_warmup: str = option("0 epochs", "Duration of that.")
+    centre_momentum: float | int = option(0.9, "How much of the center of the teacher's answers a step keeps.")
+    freeze_last_layer: str = option("1 epochs", "Duration in which the last layer of the head does not move.")
 
 
 class MultiCropTransform:

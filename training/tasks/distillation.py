@@ -1,7 +1,7 @@
 """A second loss that asks a classifier to answer as a trained one does."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from training.engine.arguments import option
 from training.evaluation.results import model_hash
 
 
@@ -18,18 +19,12 @@ from training.evaluation.results import model_hash
 class DistillationArguments:
     """Whether and how a classifier learns from a teacher."""
 
-    teacher: str | None = field(
-        default=None, metadata={"help": "Any image classifier of transformers to learn from: folder or Hub name."}
+    teacher: str | None = option(None, "Any image classifier of transformers to learn from: folder or Hub name.")
+    distillation: Literal["soft", "hard"] = option(
+        "soft", "Learn the teacher's probabilities (KL divergence), or its best answer."
     )
-    distillation: Literal["soft", "hard"] = field(
-        default="soft", metadata={"help": "Learn the teacher's probabilities (KL divergence), or its best answer."}
-    )
-    distillation_weight: float | int = field(
-        default=0.5, metadata={"help": "Share of the teacher in the loss; the labels have the rest."}
-    )
-    distillation_temperature: float | int = field(
-        default=1.0, metadata={"help": "Soft answers of both are flattened by this."}
-    )
+    distillation_weight: float | int = option(0.5, "Share of the teacher in the loss; the labels have the rest.")
+    distillation_temperature: float | int = option(1.0, "Soft answers of both are flattened by this.")
 
 
 class Distillation:
