@@ -23,7 +23,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from training.engine.checkpoints import atomic_folder, write_json
+from training.engine.checkpoints import atomic_folder
+from training.engine.run_folder import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "training" / "recipes"

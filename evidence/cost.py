@@ -17,8 +17,8 @@ from benchmarks.measure import interleave, paired_ratios, quartiles
 from benchmarks.report import hardware
 from locatvit_hf.cli.console import one_sentence_errors
 from training.engine.arguments import build_arguments, load_recipe
-from training.engine.checkpoints import write_json
 from training.engine.optimization import create_optimizer
+from training.engine.run_folder import write_json
 from training.evaluation.results import versions
 from training.pretrain import PretrainArguments, build_model
 

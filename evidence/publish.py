@@ -20,7 +20,8 @@ import locatvit_hf
 from locatvit_hf.cli.console import one_sentence_errors
 from locatvit_hf.hub.card import read_card, update_card
 from locatvit_hf.hub.repository import build_repository, verify_repository
-from training.engine.checkpoints import atomic_folder, write_json
+from training.engine.checkpoints import atomic_folder
+from training.engine.run_folder import write_json
 
 from .analysis import mean_iou
 from .runs import MODELS, RESULTS, ROOT, load_runs

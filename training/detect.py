@@ -31,7 +31,8 @@ from training.detection import (
     load_detection_splits,
 )
 from training.engine.arguments import option, run_program
-from training.engine.loop import TrainingLoop, create_accelerator
+from training.engine.distributed import create_accelerator
+from training.engine.loop import TrainingLoop
 from training.engine.optimization import create_optimizer
 from training.engine.plotting import caption, restore_image
 from training.engine.schedule import Schedule

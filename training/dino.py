@@ -15,7 +15,8 @@ from transformers import AutoModel
 from locatvit_hf import LocAtViTImageProcessor
 from training.data import TrainingSamples, describe_data, load_split
 from training.engine.arguments import option, run_program
-from training.engine.loop import TrainingLoop, create_accelerator
+from training.engine.distributed import create_accelerator
+from training.engine.loop import TrainingLoop
 from training.engine.optimization import VECTORS, create_optimizer
 from training.engine.schedule import Schedule
 from training.engine.settings import DataArguments, OptimizationArguments, RunArguments

@@ -21,8 +21,8 @@ from transformers import AutoModelForImageClassification, BaseImageProcessor, Pr
 from training.augmentation import ClassificationAugmentation
 from training.data import load_splits
 from training.engine.arguments import option, run_program
+from training.engine.distributed import create_accelerator
 from training.engine.export import save_pretrained
-from training.engine.loop import create_accelerator
 from training.engine.schedule import Schedule
 from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 from training.engine.trainer_names import OF_TEXT, OPTIONS, translate

@@ -20,7 +20,8 @@ from locatvit_hf.hub.families import FAMILIES
 from training.augmentation import ClassificationAugmentation, ClassificationTransform, classification_objective
 from training.data import Splits, TrainingSamples, create_evaluation_loader, describe_data, load_splits
 from training.engine.arguments import describe, option, run_program
-from training.engine.loop import TrainingLoop, create_accelerator
+from training.engine.distributed import create_accelerator
+from training.engine.loop import TrainingLoop
 from training.engine.optimization import create_optimizer
 from training.engine.plotting import caption, restore_image
 from training.engine.schedule import Schedule

@@ -26,7 +26,8 @@ from training.augmentation import IGNORE_INDEX, LabelReader, SegmentationAugment
 from training.data import TrainingSamples, create_evaluation_loader, describe_data, load_splits
 from training.data.label_counts import LabelCounts, count_pixels
 from training.engine.arguments import describe, option, run_program
-from training.engine.loop import TrainingLoop, create_accelerator
+from training.engine.distributed import create_accelerator
+from training.engine.loop import TrainingLoop
 from training.engine.optimization import create_optimizer
 from training.engine.schedule import Schedule
 from training.engine.settings import DataArguments, OptimizationArguments, RunArguments

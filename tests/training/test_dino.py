@@ -358,7 +358,7 @@ def test_a_killed_run_continues_bit_identically(settings, trained, tmp_path):
     assert process.returncode == -signal.SIGKILL and not (output / "all_results.json").exists()
     finished = run("dino", settings)
     assert finished.returncode == 0, finished.stderr
-    assert "Continuing at update" in finished.stdout
+    assert "Continuing at step" in finished.stdout
     assert_same_run(output, trained)
 
 

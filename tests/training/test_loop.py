@@ -127,7 +127,7 @@ def test_update_holds_the_same_images_however_it_is_split():
         ({"family": "resnext"}, "There is no family 'resnext'; choose one of locatvit"),
         ({"auto_augment": "strong"}, "auto_augment is in timm's notation, .* not 'strong'"),
         ({"label_column": "image"}, "cannot both be in the column 'image'"),
-        ({"optimizer": "magic"}, "Cannot build the optimiser 'magic'"),
+        ({"optimizer": "magic"}, "Cannot build the optimizer 'magic'"),
         ({"learning_rate_factors": {"gausian": 10}}, "no parameter of the model is called so"),
         ({"teacher": "./nowhere"}, "Cannot load the teacher"),
         ({"repeated_augmentation": 3}, "must be a multiple of the 3 repeats"),
@@ -240,10 +240,10 @@ def test_a_dry_run_tells_what_a_run_would_be(pretrain_settings, tmp_path, capsys
     assert report["updates"] == 4 and report["learning_rates"][1] == 1e-3
     memory = report["memory"]
     assert memory["weights"] == memory["gradients"] == memory["averaged weights"] == 4 * parameters
-    assert 8 * parameters <= memory["optimiser"] < 9 * parameters  # two moments, and a few counters
+    assert 8 * parameters <= memory["optimizer"] < 9 * parameters  # two moments, and a few counters
     assert memory["activations"] > 48 * 17 * 16 * 4  # at least one hidden state of every image
     printed = capsys.readouterr().out
-    assert f"{parameters:,}" in printed and "4 updates" in printed
+    assert f"{parameters:,}" in printed and "4 steps" in printed
     with Image.open(output / "dry_run.png") as picture:
         assert picture.width > 200 and picture.height > 200
     assert [path.name for path in output.iterdir()] == ["dry_run.png"]
@@ -391,7 +391,7 @@ def test_an_interrupted_run_continues_bit_identically(pretrain_settings, pretrai
 
     finished = run("pretrain", settings)
     assert finished.returncode == 0, finished.stderr
-    assert "Continuing at update" in finished.stdout
+    assert "Continuing at step" in finished.stdout
     results, expected = json.loads((output / "all_results.json").read_text()), pretrained[1]
     losses = [[point["loss"] for point in run["train_curve"]] for run in (results, expected)]
     assert losses[0] == losses[1]

@@ -117,7 +117,7 @@ def test_checkpoints_with_weights_that_are_not_finite_are_set_aside(settings, un
     results = run(settings, output)
     printed = capsys.readouterr().out
     assert "step_00000006 holds weights that are not finite: it is now not_finite_step_00000006" in printed
-    assert "step_00000004 goes on" in printed and "Continuing at update 4 of 6" in printed
+    assert "step_00000004 goes on" in printed and "Continuing at step 4 of 6" in printed
     expected = json.loads((undisturbed / "all_results.json").read_text())
     assert results["metrics"] == expected["metrics"] and steps(output)[-3:] == [4, 5, 6]
     assert are_finite(weights(output / "checkpoints" / "step_00000006").values())
@@ -157,7 +157,7 @@ def test_steps_that_the_loss_scaler_skips_do_not_end_a_run(settings, tmp_path, m
     assert are_finite(first.values())
 
     monkeypatch.setattr(program, "classification_objective", spoiled(objective, lambda call: call > 2))
-    monkeypatch.setattr("training.engine.loop.MAX_SKIPPED_IN_A_ROW", 4)
+    monkeypatch.setattr("training.engine.guard.MAX_SKIPPED_IN_A_ROW", 4)
     with pytest.raises(ValueError, match=r"at step 6, .* in the 4 steps up to this one, at every loss scale"):
         run(settings, tmp_path / "never")
 

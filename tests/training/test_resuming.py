@@ -100,7 +100,7 @@ def refused(run: Callable[[], dict]) -> str:
 
 def test_the_same_data_is_continued(settings, trained, photos, capsys):
     results = train(settings)
-    assert "Continuing at update 1 of 2" in capsys.readouterr().out
+    assert "Continuing at step 1 of 2" in capsys.readouterr().out
     losses = [[point["loss"] for point in run["train_curve"]] for run in (results, trained[1])]
     assert losses[0] == losses[1]
 

@@ -535,7 +535,7 @@ def test_a_killed_run_continues_bit_identically(settings, tmp_path, head, freeze
 
     finished = run("segment", settings)
     assert finished.returncode == 0, finished.stderr
-    assert "Continuing at update" in finished.stdout
+    assert "Continuing at step" in finished.stdout
     results = [json.loads((output / "all_results.json").read_text()) for output in outputs]
     losses = [[point["loss"] for point in result["train_curve"]] for result in results]
     assert len(losses[0]) == 14 and losses[0] == losses[1]

@@ -1,19 +1,14 @@
 """Checkpoints that are either complete or absent, and interruptions that save first."""
 
 import contextlib
-import json
-import math
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
-
-from locatvit_hf.writing import write_complete
 
 STEP_DIGITS = 8
 
@@ -38,12 +33,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write atomically; numbers that JSON does not know (nan) become null."""
-    text = json.dumps(_without_nan(content), indent=2) + "\n"
-    write_complete(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(
@@ -98,7 +87,45 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_" + "[0-9]" * STEP_DIGITS))
 
 
-class Interruption:
+def load_newest(
+    accelerator: Accelerator,
+    checkpoints: list[Path],
+    is_finite: Callable[[], bool],
+    report: Callable[[str], None],
+    remedy: str,
+) -> None:
+    """Load the newest checkpoint with finite weights; newer ones, which earlier versions wrote, are set aside.
+
+    Args:
+        accelerator: What it prepared and registered is loaded.
+        checkpoints: In the order of their steps.
+        is_finite: Whether what was loaded is finite.
+        report: Called with a sentence for each checkpoint that is set aside.
+        remedy: What to start anew with where no checkpoint is finite.
+
+    Raises:
+        ValueError: No checkpoint holds finite weights.
+    """
+    left = list(checkpoints)
+    while left:
+        load_checkpoint(accelerator, left[-1])
+        if is_finite():
+            break
+        left.pop()
+    else:
+        raise ValueError(
+            f"No checkpoint in {checkpoints[0].parent} holds finite weights: --overwrite the run, with {remedy}."
+        )
+    for bad in checkpoints[len(left) :]:
+        aside = bad.with_name(f"not_finite_{bad.name}")
+        report(f"{bad} holds weights that are not finite: it is now {aside.name}, and {left[-1].name} goes on.")
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            bad.rename(aside)
+    accelerator.wait_for_everyone()
+
+
+class GracefulShutdown:
     """While open, SIGTERM, SIGUSR1 and the first Ctrl-C set `signal` instead of ending the program.
 
     SIGTERM comes from a scheduler, SIGUSR1 from one that was asked to warn in time. A second Ctrl-C ends the program.
@@ -109,7 +136,7 @@ class Interruption:
     def __init__(self):
         self.signal: int | None = None
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> "GracefulShutdown":
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
@@ -121,11 +148,3 @@ class Interruption:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-
-
-def _without_nan(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,14 +1,100 @@
 """What a run would be like, from one small forward and backward pass: `--dry_run`."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.table import Table
 from torch import nn
+from transformers import BaseImageProcessor
+
+from locatvit_hf.writing import write_complete
+from training.engine.arguments import console
+from training.engine.placement import Placement
+from training.engine.plotting import draw_batch
+from training.engine.schedule import Schedule
 
 MEBIBYTE = 2**20
+NUM_IMAGES = 8
+
+
+def dry_run_settings(arguments: Any, schedule: Schedule, accelerator: Accelerator) -> Any:
+    """The settings with a batch of as few images as show what there is to see."""
+    repeats = getattr(arguments, "repeated_augmentation", 1)
+    images = min(schedule.images_per_pass, repeats * -(-NUM_IMAGES // repeats))
+    return dataclasses.replace(arguments, batch_size=images * accelerator.num_processes, gradient_accumulation_steps=1)
+
+
+def describe_dry_run(
+    placement: Placement,
+    arguments: Any,
+    schedule: Schedule,
+    meter: "ActivationMeter",
+    batch: Any,
+    processor: BaseImageProcessor,
+    loss: float,
+) -> dict[str, Any]:
+    """Print what a run would be like, and draw a batch into `dry_run.png`.
+
+    Args:
+        placement: The model after a backward pass.
+        arguments: Settings of the program.
+        schedule: Of the run.
+        meter: Of the forward pass.
+        batch: As the model saw it.
+        processor: With the mean and the standard deviation of the images.
+        loss: Of the batch.
+
+    Returns:
+        What was printed, by name; memory in bytes.
+    """
+    accelerator, model, ema = placement.accelerator, placement.unwrapped, placement.ema
+    placement.optimizer.step()  # nothing of it is kept; it makes the state whose size is asked for
+    images = dry_run_settings(arguments, schedule, accelerator).batch_size // accelerator.num_processes
+    parameters = list(placement.model.parameters())
+    memory = {
+        "weights": tensor_bytes(parameters),
+        "gradients": tensor_bytes([p.grad for p in parameters if p.grad is not None]),
+        "optimizer": tensor_bytes(list(placement.optimizer.state.values())),
+        "averaged weights": tensor_bytes(list(ema.module.parameters())) if ema is not None else 0,
+        "activations": round(meter.bytes / images * schedule.images_per_pass),
+    }
+    middle = schedule.warmup + (schedule.total - schedule.warmup) // 2
+    points = sorted({0, schedule.warmup, middle, *schedule.milestones, schedule.total - 1})
+    path = Path(arguments.output_dir) / "dry_run.png"
+    report = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "loss": loss,
+        "updates": schedule.total,
+        "updates_per_epoch": schedule.steps_per_epoch,
+        "learning_rates": {step: schedule.learning_rate_at(step) for step in points if step < schedule.total},
+        "memory": memory,
+        "picture": str(path),
+    }
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    image = draw_batch(batch, processor.image_mean, processor.image_std, names)
+    if accelerator.is_main_process:
+        write_complete(path, image.save)
+        _show(report, model, arguments, schedule, accelerator.num_processes)
+    return report
+
+
+def _show(report: dict[str, Any], model: nn.Module, arguments: Any, schedule: Schedule, num_processes: int) -> None:
+    console.print(model_table(model))
+    console.print(memory_table(report["memory"]))
+    rates = ", ".join(f"{rate:.2e} at {step:,}" for step, rate in report["learning_rates"].items())
+    for line in (
+        f"Schedule: {schedule.total:,} steps, {schedule.steps_per_epoch:,} per epoch, of {arguments.batch_size:,} "
+        f"images: {num_processes} processes x {arguments.gradient_accumulation_steps} passes of "
+        f"{schedule.images_per_pass:,}.",
+        f"Learning rate: {rates}",
+        f"Loss of a fresh batch: {report['loss']:.4f}. The batch as the model sees it: {report['picture']}",
+    ):
+        console.print(line, markup=False)
 
 
 class ActivationMeter:

@@ -15,6 +15,7 @@ from locatvit_hf.hub.push import create_repository, upload
 from locatvit_hf.hub.repository import write_checksums
 from training.engine.arguments import runtime_options
 from training.engine.checkpoints import atomic_folder
+from training.engine.run_folder import RESULTS, write_json
 from training.engine.settings import RunArguments
 
 
@@ -81,6 +82,25 @@ def write_card(folder: Path, arguments: RunArguments, results: dict[str, Any]) -
         results=card.results_from(results | {"versions": {"locatvit-hf": locatvit_hf.__version__}}),
     )
     card.write_card(folder, facts)
+
+
+def write_results(
+    output: Path, arguments: RunArguments, results: dict[str, Any], report: Callable[[str], None]
+) -> None:
+    """Write `all_results.json` and the card of the exported model, and push the model where that is asked for.
+
+    Args:
+        output: The folder of the run, with the exported model in it.
+        arguments: Settings of the program.
+        results: The content of `all_results.json`.
+        report: Called with a line for each.
+    """
+    folder, repository = output / "model", arguments.push_to_hub
+    write_json(output / RESULTS, results)
+    write_card(folder, arguments, results)
+    report(f"Model in {folder}, results in {output / RESULTS}.")
+    if repository is not None:
+        report(f"Pushed to {push(folder, repository)}")
 
 
 def open_repository(repository: str) -> None:

@@ -40,7 +40,7 @@ def create_optimizer(model: nn.Module, arguments: OptimizationArguments) -> Opti
         return create_optimizer_v2(groups, **options, **arguments.optimizer_options)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         reason = str(error).strip("'\"").rstrip(".")
-        raise ValueError(f"Cannot build the optimiser {arguments.optimizer!r}: {reason}.") from None
+        raise ValueError(f"Cannot build the optimizer {arguments.optimizer!r}: {reason}.") from None
 
 
 def group_trainable_parameters(model: nn.Module, arguments: OptimizationArguments) -> list[dict]:

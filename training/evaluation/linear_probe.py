@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 
 from training import finetune
 from training.engine.arguments import option, run_program
-from training.engine.loop import create_accelerator
+from training.engine.distributed import create_accelerator
 from training.evaluation.results import Meter, write_result
 from training.finetune import FinetuneArguments
 

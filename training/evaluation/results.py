@@ -21,8 +21,8 @@ from torch import nn
 from training.data import load_splits
 from training.data.loading import Split
 from training.engine.arguments import console, option
-from training.engine.checkpoints import write_json
 from training.engine.distributed import create_processes
+from training.engine.run_folder import write_json
 from training.engine.settings import DataArguments
 
 LIBRARIES = ("locatvit-hf", "torch", "torchvision", "transformers", "datasets", "timm", "faiss-cpu", "faiss-gpu")
