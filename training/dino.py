@@ -1,4 +1,4 @@
-"""DINO: self-supervised pretraining of a LocAtViT on images without labels.
+"""DINO: self-supervised pretraining of an encoder of any family on images without labels.
 
 accelerate launch -m training.dino --config training/recipes/dino/digits.yaml --output_dir runs/digits_dino
 """
@@ -45,6 +45,7 @@ class DinoArguments(
     `batch_size`, `mixed_precision` and stochastic depth (`model`) have those of all programs; the recipes give them.
     """
 
+    family: str = option("locatvit", "`model_type` of the configuration.")
     preset: str | None = option(None, "Sizes of the paper: tiny, small, base, large.")
     model: dict[str, Any] = option({}, "Fields of the configuration: --model.use_gaussian false.")
     length: str = "100 epochs"
@@ -77,10 +78,10 @@ def main(arguments: DinoArguments) -> dict[str, Any]:
     frozen = schedule.steps(arguments.freeze_last_layer)
 
     torch.manual_seed(arguments.seed)
-    backbone = AutoModel.from_config(build_config("locatvit", arguments.preset, arguments.model))
+    backbone = AutoModel.from_config(build_config(arguments.family, arguments.preset, arguments.model))
     student = DinoNetwork(backbone, arguments)
     teacher = create_teacher(student).to(accelerator.device)
-    criterion = DinoLoss(backbone.config.hidden_size, arguments).to(accelerator.device)
+    criterion = DinoLoss(student.pooled_size, arguments).to(accelerator.device)
     processor = LocAtViTImageProcessor.from_model_config(backbone.config)
     optimizer = create_optimizer(student, arguments)
     transform = MultiCropTransform(arguments, backbone.config.image_size, processor.image_mean, processor.image_std)

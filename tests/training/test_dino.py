@@ -106,6 +106,36 @@ def test_the_teacher_is_exported(trained, unlabelled):
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("family", "model", "pooled"),
+    [
+        ("locatswin", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}, 16),
+        ("locatjumbo", {"patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}, 16),
+        (
+            "pacavit",
+            {
+                "hidden_sizes": [8, 16],
+                "depths": [1, 1],
+                "num_attention_heads": [1, 2],
+                "num_clusters": [4, 0],
+                "teacher_depths": [1, 1],
+            },
+            16,
+        ),
+    ],
+)
+def test_every_family_of_images_learns(settings, tmp_path, family, model, pooled):
+    changes = {"family": family, "model": {"image_size": 32, **model}, "local_crop_size": 16, "length": "3 steps"}
+    results = train(
+        {**settings, **changes, "freeze_last_layer": "0 steps", "evaluate_every": "3 steps"}, tmp_path / "run"
+    )
+    assert 0 < results["metrics"]["feature_variance"] < 1
+    exported = AutoModel.from_pretrained(tmp_path / "run" / "model")
+    pooled *= getattr(exported.config, "num_jumbo_tokens", 1)
+    assert exported.config.model_type == family
+    assert exported(torch.zeros(1, 3, 32, 32)).pooler_output.shape == (1, pooled)
+
+
 def assert_same_run(output, expected):
     folder, results = expected
     stored = json.loads((output / "all_results.json").read_text())
@@ -171,6 +201,8 @@ def test_the_last_layer_is_frozen_at_first(settings, tmp_path):
         ({"image_column": "picture"}, "no column 'picture'"),
         ({"blur": [1.0]}, "blur needs three probabilities"),
         ({"model": {"hidden_sizes": 3}}, "no field 'hidden_sizes'"),
+        ({"family": "bert", "model": {"num_hidden_layers": 1}}, "images, which bert does not take"),
+        ({"family": "pacavit", "model": {"clustering_type": "teacher"}}, "batch norms, whose statistics"),
         ({"batch_size": 32}, "needs more images"),
         ({"ema_decay": 0.9}, "ema_decay"),
         ({"export": "best"}, "export"),

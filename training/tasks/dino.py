@@ -169,17 +169,35 @@ class DinoHead(nn.Module):
 
 
 class DinoNetwork(nn.Module):
-    """An encoder and the head on what it pools. Student and teacher are one each."""
+    """An encoder and the head on what it pools. Student and teacher are one each.
+
+    Args:
+        backbone: The encoder.
+        arguments: Of the head.
+
+    Raises:
+        ValueError: The encoder takes no images, or has batch norms: their running statistics are no weights, which are
+            all that a teacher averages.
+    """
 
     supports_gradient_checkpointing = True
 
     def __init__(self, backbone: PreTrainedModel, arguments: SelfDistillationArguments):
         super().__init__()
+        family = backbone.config.model_type
+        if backbone.main_input_name != "pixel_values":
+            raise ValueError(f"DINO learns from images, which {family} does not take: choose another family.")
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
+            raise ValueError(
+                f"This {family} has batch norms, whose statistics DINO's teacher would not follow: choose another "
+                "clustering_type, or another family."
+            )
         self.backbone = backbone
-        self.head = DinoHead(backbone.config.hidden_size, arguments)
+        self.pooled_size = getattr(backbone.config, "jumbo_hidden_size", backbone.config.hidden_size)
+        self.head = DinoHead(self.pooled_size, arguments)
 
     def forward(self, crops: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views, each (batch, 3, height, width), to features (views, batch, hidden_size) and the head's answers.
+        """Views, each (batch, 3, height, width), to features (views, batch, pooled_size) and the head's answers.
 
         Views of one size that follow each other go through the encoder together.
         """
