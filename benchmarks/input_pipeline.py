@@ -24,11 +24,11 @@ from rich.table import Table
 from timm.data import create_dataset, create_loader
 
 from locatvit_hf.cli.console import one_sentence_errors
-from training.augmentation import ClassificationTransform
 from training.data import TrainingSamples, create_training_loader, load_splits
 from training.engine.arguments import build_arguments
 from training.pretrain import PretrainArguments
 from training.pretrain import main as pretrain
+from training.tasks.classification import ClassificationTransform
 
 from . import measure
 

@@ -19,9 +19,10 @@ from training.augmentation import LabelReader
 from training.data import create_evaluation_loader, load_splits
 from training.engine.arguments import build_arguments, load_recipe
 from training.evaluation.classification import load_classifier
-from training.pretrain import PretrainArguments, collate
+from training.pretrain import PretrainArguments
 from training.segment import SegmentArguments
 from training.tasks.checkpoint_loading import load_processor
+from training.tasks.classification import collate
 from training.tasks.segmentation.evaluation import SegmentationCollator
 
 from .runs import RECIPES

@@ -1,22 +1,15 @@
 """Augmentation and regularisation of the recipes, by timm and torchvision; image and label map move together."""
 
-import copy
 import functools
-import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
-from PIL import Image, ImageOps
-from timm.data import Mixup, create_transform
-from timm.data.auto_augment import NAME_TO_OP
-from timm.data.random_erasing import RandomErasing
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvF
@@ -24,53 +17,9 @@ from torchvision.transforms.v2 import functional as tvF
 from locatvit_hf.image_processing_locatvit import pil_to_rgb
 from locatvit_hf.utils.images import TURNS, orientation_of
 from locatvit_hf.utils.io import read_json
-from training.data.images import crop_and_resize, to_rgb
 from training.engine.arguments import option
 
 IGNORE_INDEX = 255
-
-
-def _posterize(image: Image.Image, bits: int, **options) -> Image.Image:
-    """At its strongest, timm keeps zero bits, which means black; newer versions of Pillow refuse that number."""
-    return ImageOps.posterize(image, bits) if 0 < bits < 8 else image if bits else Image.new(image.mode, image.size)
-
-
-NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize))
-
-
-@strict
-@dataclass(kw_only=True)
-class ClassificationAugmentation:
-    """Augmentation and label mixing of image classification."""
-
-    crop_scale: list[float | int] = option(
-        [0.08, 1.0], "Share of the area that a random crop keeps.", least=0, interval=True
-    )
-    crop_ratio: list[float | int] = option(
-        [3 / 4, 4 / 3], "Width of a random crop relative to its height, from and to.", least=0, interval=True
-    )
-    horizontal_flip: float | int = option(0.5, "Probability of mirroring an image.", least=0, most=1)
-    auto_augment: str | None = option("rand-m9-mstd0.5-inc1", "timm's notation for RandAugment, AutoAugment, AugMix.")
-    interpolation: Literal["random", "bilinear", "bicubic"] = option(
-        "random", "Of the random crops; random draws one of the other two for each image."
-    )
-    random_erasing: float | int = option(
-        0.25, "Probability that a rectangle of an image is replaced by noise.", least=0, most=1
-    )
-    mixup: float | int = option(
-        0.8, "Strength of mixing images of a batch: the parameter of its beta distribution; 0 for none.", least=0
-    )
-    cutmix: float | int = option(
-        1.0, "Strength of pasting images of a batch into each other, as `mixup`; 0 for none.", least=0
-    )
-    label_smoothing: float | int = option(0.1, "Fraction of a label that is spread over all classes.", least=0, most=1)
-    loss: Literal["cross_entropy", "binary_cross_entropy"] = option(
-        "cross_entropy", "The binary one asks for every class whether it is there."
-    )
-    repeated_augmentation: int = option(1, "Times that an image occurs in its batch, each augmented anew.", least=1)
-    image_sizes: list[int] = option(
-        [], "Progressive size: the run's equal parts train at these sizes in pixels, as [128, 176, 224].", least=1
-    )
 
 
 @strict
@@ -126,112 +75,6 @@ class SegmentationAugmentation(ResizedLabelArguments):
         "the right and at the bottom. torchvision, as in the stored runs of docs/evidence.md: brightness times "
         "0.875 to 1.125, hue up to a twentieth, and the mean color on all sides.",
     )
-
-
-class ClassificationTransform:
-    """Maps (image, label) to (normalised pixels (3, height, width), label).
-
-    image_size: pixels, one number or [height, width].
-    mean, std: of the three channels, in 0 to 1.
-    num_epochs: of the run, which progressive sizes are spread over.
-    """
-
-    def __init__(
-        self,
-        arguments: ClassificationAugmentation,
-        image_size: int | list[int],
-        mean: list[float],
-        std: list[float],
-        num_epochs: float = 1.0,
-    ):
-        try:
-            crop, augment, _ = create_transform(
-                image_size if isinstance(image_size, int) else tuple(image_size),
-                is_training=True,
-                scale=tuple(arguments.crop_scale),
-                ratio=tuple(arguments.crop_ratio),
-                hflip=arguments.horizontal_flip,
-                color_jitter=None,
-                auto_augment=arguments.auto_augment,
-                interpolation=arguments.interpolation,
-                mean=tuple(mean),
-                separate=True,
-            )
-        except (AssertionError, KeyError, ValueError):
-            if (given := arguments.auto_augment) is None:
-                raise
-            raise ValueError(f"auto_augment is in timm's notation, rand-m9-mstd0.5-inc1, not {given!r}.") from None
-        self.crop, *flip = crop.transforms
-        self.sizes, self.num_epochs = arguments.image_sizes, num_epochs
-        kinds = self.crop.interpolation
-        self.interpolations = kinds if isinstance(kinds, list | tuple) else [kinds]
-        self.augment = v2.Compose([*flip, *augment.transforms, v2.Identity()])
-        self.mean, self.std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-        # Where images are mixed, `MixThenErase` erases afterwards.
-        self.erase = _random_erasing(0.0 if mixes(arguments) else arguments.random_erasing)
-
-    def __call__(self, image: Image.Image, label: int) -> tuple[torch.Tensor, int]:
-        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-        box = (left, top, left + width, top + height)
-        image = crop_and_resize(to_rgb(image), box, self.crop.size, random.choice(self.interpolations))
-        pixels = torch.from_numpy(np.array(self.augment(image))).permute(2, 0, 1)
-        pixels = tvF.rgb_to_grayscale(pixels) if len(self.mean) == 1 else pixels
-        pixels = pixels.contiguous().float().sub_(self.mean).div_(self.std)
-        return self.erase(pixels), label
-
-    def at_epoch(self, epoch: int) -> "ClassificationTransform":
-        """The transform at the image size of an epoch."""
-        if not self.sizes:
-            return self
-        part = min(int(epoch / self.num_epochs * len(self.sizes)), len(self.sizes) - 1)
-        resized = copy.copy(self)
-        resized.crop = copy.copy(self.crop)
-        resized.crop.size = (self.sizes[part], self.sizes[part])
-        return resized
-
-
-def mixes(arguments: ClassificationAugmentation) -> bool:
-    """Tell whether mixup or cutmix mixes the images of a batch."""
-    return bool(arguments.mixup or arguments.cutmix)
-
-
-def _random_erasing(probability: float, device: torch.device | str = "cpu") -> RandomErasing:
-    return RandomErasing(probability, mode="pixel", max_count=1, device=device)
-
-
-class MixThenErase:
-    """Mixes the images of a batch, then erases a rectangle of some, as the loader of timm does.
-
-    In the other order noise would be mixed into other images, and cut with them. What is erased is drawn from Python's
-    stream of the process, and the noise from that of the device.
-
-    Args:
-        mix: (images, labels) to (images, targets), of normalized images (batch, channels, height, width).
-        random_erasing: Probability that a rectangle of an image is erased.
-    """
-
-    def __init__(self, mix: Callable[[torch.Tensor, torch.Tensor], tuple], random_erasing: float):
-        self.mix, self.random_erasing = mix, random_erasing
-
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images, targets = self.mix(images, labels)
-        return _random_erasing(self.random_erasing, images.device)(images), targets
-
-
-def classification_objective(
-    arguments: ClassificationAugmentation, num_labels: int
-) -> tuple[Callable[[torch.Tensor, torch.Tensor], tuple], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-    """The mixing of a batch, (images, labels) to (images, targets), and the loss of (logits, targets) that fits it.
-
-    Mixing, and with it erasing, acts inside the batch of one process, so its outcome depends on how a global batch is
-    split.
-    """
-    smoothing = arguments.label_smoothing
-    binary = BinaryCrossEntropy(smoothing) if arguments.loss == "binary_cross_entropy" else None
-    if mixes(arguments):
-        mix = Mixup(arguments.mixup, arguments.cutmix, label_smoothing=smoothing, num_classes=num_labels)
-        return MixThenErase(mix, arguments.random_erasing), binary or SoftTargetCrossEntropy()
-    return lambda images, labels: (images, labels), binary or LabelSmoothingCrossEntropy(smoothing)
 
 
 class SegmentationTransform:

@@ -38,7 +38,7 @@ from training.engine.plotting import caption, restore_image
 from training.engine.schedule import Schedule
 from training.engine.settings import OptimizationArguments, RunArguments
 from training.metrics import compute_over_processes, load_metric
-from training.pretrain import build_config
+from training.tasks.checkpoint_loading import build_config
 
 NUM_DRAWN = 10
 """Boxes in the picture of an image."""

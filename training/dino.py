@@ -20,7 +20,7 @@ from training.engine.loop import TrainingLoop
 from training.engine.optimization import VECTORS, create_optimizer
 from training.engine.schedule import Schedule
 from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
-from training.pretrain import build_config
+from training.tasks.checkpoint_loading import build_config
 from training.tasks.dino import (
     NUM_GLOBAL_CROPS,
     DinoLoss,

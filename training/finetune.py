@@ -18,7 +18,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
-from training.augmentation import ClassificationAugmentation
 from training.data import load_splits
 from training.engine.arguments import option, run_program
 from training.engine.distributed import create_accelerator
@@ -26,8 +25,8 @@ from training.engine.export import save_pretrained
 from training.engine.schedule import Schedule
 from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 from training.engine.trainer_names import OF_TEXT, OPTIONS, translate
-from training.pretrain import train_classifier
 from training.tasks.checkpoint_loading import load_pretrained, rebuild
+from training.tasks.classification import ClassificationAugmentation, train_classifier
 
 
 @strict

@@ -116,7 +116,7 @@ def spoiled(objective: Callable, calls: Callable[[int], bool]) -> Callable:
 
 def spoil_third_step_of_second_process(rank: int) -> None:
     """A fault for `train`."""
-    module = importlib.import_module("training.pretrain")
+    module = importlib.import_module("training.tasks.classification")
     module.classification_objective = spoiled(
         module.classification_objective, lambda call: call == 3 if rank == 1 else False
     )

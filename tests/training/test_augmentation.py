@@ -9,20 +9,18 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from training.augmentation import (
-    ClassificationAugmentation,
-    ClassificationTransform,
     LabelArguments,
     LabelReader,
     PhotometricDistortion,
     RandomCropOfClasses,
     SegmentationAugmentation,
     SegmentationTransform,
-    classification_objective,
     read_labels,
     resize_labels,
 )
 from training.data import sample_randomness
 from training.evaluation.hummingbird import JointTransform
+from training.tasks.classification import ClassificationAugmentation, ClassificationTransform, classification_objective
 
 MEAN = STD = [0.5, 0.5, 0.5]
 

@@ -24,7 +24,7 @@ from training.engine.arguments import build_arguments, load_recipe
 from training.engine.checkpoints import list_checkpoints
 from training.engine.optimization import create_optimizer
 from training.engine.schedule import Schedule
-from training.pretrain import build_config
+from training.tasks.checkpoint_loading import build_config
 from training.tasks.dino import (
     DinoHead,
     DinoLoss,

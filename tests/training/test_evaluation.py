@@ -32,13 +32,13 @@ from locatvit_hf import (
 from locatvit_hf.hub.card import results_from
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, run
-from training.augmentation import ClassificationTransform
 from training.engine.arguments import build_arguments, load_recipe
 from training.engine.optimization import create_optimizer
 from training.engine.schedule import Schedule
 from training.evaluation import classification, hummingbird, knn, linear_probe, segmentation
 from training.evaluation.results import model_hash
 from training.finetune import freeze_encoder
+from training.tasks.classification import ClassificationTransform
 
 CLASSES = ["background", "red", "green"]
 RECIPES = sorted((ROOT / "training" / "recipes" / "evaluation").glob("*.yaml"))

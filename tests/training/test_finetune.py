@@ -27,12 +27,12 @@ from locatvit_hf.layers_locat import resample_position_embeddings
 from tests.tolerances import assert_same_but_for_rounding
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, run
-from training.augmentation import ClassificationTransform
 from training.engine.arguments import build_arguments, load_recipe, parse_arguments
 from training.engine.optimization import create_optimizer
 from training.engine.schedule import Schedule
 from training.engine.trainer_names import translate
 from training.finetune import FinetuneArguments, build_model, main
+from training.tasks.classification import ClassificationTransform
 
 NAMES = ["red", "green"]
 PROGRAMS = ["pretrain", "segment", "finetune", "dino", "detect"] + [

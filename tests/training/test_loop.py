@@ -17,7 +17,6 @@ from transformers import AutoModelForImageClassification, AutoModelForSemanticSe
 from tests.remote.loopback_hub import HubServer
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import run, start
-from training.augmentation import ClassificationTransform
 from training.data import TrainingSamples, UpdateSampler, load_splits
 from training.engine.arguments import build_arguments
 from training.engine.checkpoints import atomic_folder, list_checkpoints
@@ -25,6 +24,7 @@ from training.pretrain import PretrainArguments
 from training.pretrain import main as pretrain
 from training.segment import SegmentArguments
 from training.segment import main as segment
+from training.tasks.classification import ClassificationTransform
 from training.tasks.distillation import Distillation
 
 
@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_the_checkpoint_intact(pretrain_settings, tmp_path, m
 def test_the_best_checkpoint_is_kept(pretrain_settings, tmp_path, monkeypatch):
     """That of update 8, where no checkpoint was due, beside the last one."""
     scores = iter([0.1, 0.9, 0.2, 0.3, 0.4, 0.5])
-    monkeypatch.setattr("training.pretrain.evaluate", lambda *_: {"accuracy": next(scores)})
+    monkeypatch.setattr("training.tasks.classification.evaluate", lambda *_: {"accuracy": next(scores)})
     settings = {**pretrain_settings, "evaluate_every": "4 steps", "checkpoint_every": "5 steps", "keep_checkpoints": 1}
     results = pretrain(build_arguments(PretrainArguments, {**settings, "output_dir": str(tmp_path)}))
     steps = {int(path.name.removeprefix("step_")) for path in list_checkpoints(tmp_path / "checkpoints")}

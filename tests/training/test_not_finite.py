@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import spoiled
-from training import pretrain as program
 from training.engine.arguments import build_arguments
 from training.engine.checkpoints import list_checkpoints
 from training.engine.finite import are_finite, first_not_finite, gradient_norm, scale_gradients
 from training.pretrain import PretrainArguments
+from training.pretrain import main as pretrain
+from training.tasks import classification as task
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def undisturbed(settings, tmp_path_factory) -> Path:
 
 
 def run(settings: dict, output: Path) -> dict:
-    return program.main(build_arguments(PretrainArguments, {**settings, "output_dir": str(output)}))
+    return pretrain(build_arguments(PretrainArguments, {**settings, "output_dir": str(output)}))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -52,8 +53,8 @@ def test_a_spoiled_gradient_ends_the_run_before_the_weights_move(
     settings = {**settings, "gradient_accumulation_steps": accumulation, "max_gradient_norm": clip}
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        fault = spoiled(program.classification_objective, lambda call: call == 3 * accumulation + 1)
-        patch.setattr(program, "classification_objective", fault)
+        fault = spoiled(task.classification_objective, lambda call: call == 3 * accumulation + 1)
+        patch.setattr(task, "classification_objective", fault)
         with pytest.raises(ValueError, match="The norm of the gradients became nan") as caught:
             run(settings, output)
     message, last = str(caught.value), output / "checkpoints" / "step_00000003"
@@ -75,8 +76,8 @@ def test_a_spoiled_gradient_ends_the_run_before_the_weights_move(
 
 
 def test_the_first_step_has_no_checkpoint_to_go_back_to(settings, tmp_path, monkeypatch):
-    fault = spoiled(program.classification_objective, lambda call: True)
-    monkeypatch.setattr(program, "classification_objective", fault)
+    fault = spoiled(task.classification_objective, lambda call: True)
+    monkeypatch.setattr(task, "classification_objective", fault)
     with pytest.raises(ValueError, match="There is no checkpoint yet, so the same command starts anew"):
         run(settings, tmp_path / "run")
     assert steps(tmp_path / "run") == []
@@ -84,7 +85,7 @@ def test_the_first_step_has_no_checkpoint_to_go_back_to(settings, tmp_path, monk
 
 def test_weights_that_are_not_finite_are_not_kept(settings, tmp_path, monkeypatch):
     """Loss and gradients are finite, and so are the weights until they move."""
-    create = program.create_optimizer
+    create = task.create_optimizer
 
     def create_failing_optimizer(*arguments):
         optimizer = create(*arguments)
@@ -92,7 +93,7 @@ def test_weights_that_are_not_finite_are_not_kept(settings, tmp_path, monkeypatc
         optimizer.register_step_post_hook(lambda *_: parameter.data.fill_(math.inf))
         return optimizer
 
-    monkeypatch.setattr(program, "create_optimizer", create_failing_optimizer)
+    monkeypatch.setattr(task, "create_optimizer", create_failing_optimizer)
     message = r"The weights are not finite after step 1 \(first in locatvit.*\), so they were not kept"
     with pytest.raises(ValueError, match=message) as caught:
         run({**settings, "evaluate_every": "1 steps"}, tmp_path / "run")
@@ -145,9 +146,9 @@ class ScalingAccelerator(Accelerator):
 
 def test_steps_that_the_loss_scaler_skips_do_not_end_a_run(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("training.engine.distributed.Accelerator", ScalingAccelerator)
-    objective = program.classification_objective
+    objective = task.classification_objective
     settings = {**settings, "ema_decay": None}
-    monkeypatch.setattr(program, "classification_objective", spoiled(objective, lambda call: call in (2, 3)))
+    monkeypatch.setattr(task, "classification_objective", spoiled(objective, lambda call: call in (2, 3)))
     results = run(settings, tmp_path / "skipped")
     assert results["updates"] == 6 and results["num_skipped_steps"] == 2
     assert [point["skipped_steps"] for point in results["train_curve"]] == [0, 1, 2, 2, 2, 2]
@@ -156,7 +157,7 @@ def test_steps_that_the_loss_scaler_skips_do_not_end_a_run(settings, tmp_path, m
     first = weights(tmp_path / "skipped" / "model")
     assert are_finite(first.values())
 
-    monkeypatch.setattr(program, "classification_objective", spoiled(objective, lambda call: call > 2))
+    monkeypatch.setattr(task, "classification_objective", spoiled(objective, lambda call: call > 2))
     monkeypatch.setattr("training.engine.guard.MAX_SKIPPED_IN_A_ROW", 4)
     with pytest.raises(ValueError, match=r"at step 6, .* in the 4 steps up to this one, at every loss scale"):
         run(settings, tmp_path / "never")

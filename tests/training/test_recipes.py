@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from tests.training.programs import ROOT
-from training.augmentation import ClassificationTransform, classification_objective
 from training.engine.arguments import build_arguments, load_recipe
 from training.engine.optimization import create_optimizer
 from training.engine.schedule import Schedule
 from training.pretrain import PretrainArguments, build_model
+from training.tasks.classification import ClassificationTransform, classification_objective
 
 RECIPES = ROOT / "training" / "recipes"
 

@@ -17,8 +17,8 @@ from training.data import create_evaluation_loader
 from training.engine.arguments import run_program
 from training.evaluation.results import EvaluationArguments, Meter, load_validation, start_evaluation, write_result
 from training.metrics import compute_over_processes, load_metric
-from training.pretrain import collate
 from training.tasks.checkpoint_loading import load_pretrained, load_processor
+from training.tasks.classification import collate
 
 
 @strict

@@ -20,12 +20,28 @@ from transformers import (
 from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor, LocAtViTModel
 from locatvit_hf.configuration_utils_locat import FamilyConfigMixin
 from locatvit_hf.conversion.vit import open_vit
+from locatvit_hf.hub.families import FAMILIES
 from locatvit_hf.layers_locat import resample_position_embeddings
 from training.engine.arguments import console, describe
 
 # What `from_vit` makes of a plain ViT.
 VIT_CLASSES = {AutoModel: LocAtViTModel, AutoModelForImageClassification: LocAtViTForImageClassification}
 POSITIONS = "embeddings.position_embeddings"
+
+
+def build_config(family: str, preset: str | None, values: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration by the name of its family, a size of the paper and its fields; unknown ones are errors."""
+    try:
+        config_class = type(AutoConfig.for_model(family))
+    except ValueError:  # which names every model of transformers
+        raise ValueError(f"There is no family {family!r}; choose one of {', '.join(FAMILIES)}.") from None
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(config_class)} - {"id2label", "label2id"})
+    if unknown:
+        raise ValueError(f"A {family} configuration has no field {unknown[0]!r}.")
+    try:
+        return config_class.from_preset(preset, **values) if preset is not None else config_class(**values)
+    except StrictDataclassError as error:
+        raise ValueError(describe(error)) from None
 
 
 def read_config(pretrained: str | Path) -> PreTrainedConfig | None:
