@@ -1,4 +1,4 @@
-"""Augmentation and regularisation of the recipes, by timm and torchvision; image and label map move together."""
+"""Augmentation and regularization of the recipes, by timm and torchvision; image and label map move together."""
 
 import functools
 import re
@@ -30,7 +30,7 @@ class LabelArguments:
     reduce_labels: bool = option(False, "Label 0 means no class: 0 becomes 255, every other goes down by one.")
     label_mapping: dict | str | None = option(
         None,
-        "Class id of every id or, quoted as '#804080', of every colour in the masks, or a JSON file with "
+        "Class id of every id or, quoted as '#804080', of every color in the masks, or a JSON file with "
         "that; what it leaves out becomes 255, no class.",
     )
     label_orientation: Literal["turned", "stored"] | None = option(
@@ -98,7 +98,7 @@ class SegmentationTransform:
         if not 0 < arguments.scale[0] <= arguments.scale[-1] or len(arguments.scale) != 2:
             raise ValueError(f"scale must be [smallest, largest], both above 0, got {arguments.scale}.")
         self.read_labels = LabelReader(arguments, num_labels)
-        self.is_grey, self.crop_size = len(mean) == 1, arguments.crop_size
+        self.is_gray, self.crop_size = len(mean) == 1, arguments.crop_size
         crop, distortion = RandomCropOfClasses, PhotometricDistortion
         if arguments.augmentation_style == "torchvision":
             fill = {tv_tensors.Image: [255 * channel for channel in mean], tv_tensors.Mask: IGNORE_INDEX}
@@ -117,7 +117,7 @@ class SegmentationTransform:
     def __call__(self, image: Image.Image, label_map: Image.Image) -> tuple[torch.Tensor, ...]:
         read = self.read_labels(image, label_map)
         pixels = pil_to_rgb(image)
-        pixels = tvF.rgb_to_grayscale(pixels) if self.is_grey else pixels
+        pixels = tvF.rgb_to_grayscale(pixels) if self.is_gray else pixels
         pixels, labels = self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(read))
         pixels, labels = pixels.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor)
         bottom, right = (self.crop_size - side for side in labels.shape)  # where the scaled image is smaller
@@ -130,7 +130,7 @@ class SegmentationTransform:
 class LabelReader:
     """Reads the label map of an image as (height, width) int64: class ids, and 255 for pixels without a class.
 
-    Maps hold one number a pixel, in 1, 8, 16 or 32 bits; those of a palette image are its indices. Maps in colours need
+    Maps hold one number a pixel, in 1, 8, 16 or 32 bits; those of a palette image are its indices. Maps in colors need
     `label_mapping`.
     num_labels: number of classes; None where any id is taken.
     Calling it raises ValueError where the sizes differ, or a label is neither a class nor 255.
@@ -179,7 +179,7 @@ class LabelReader:
         else:
             raise ValueError(
                 f"a label map holds one class id a pixel, but this one is an {label_map.mode} image: name the class of "
-                "each colour with --label_mapping '{\"#804080\": 0}'."
+                "each color with --label_mapping '{\"#804080\": 0}'."
             )
         if self.mapping is not None:
             position = torch.searchsorted(self.mapping.keys, labels).clamp(max=len(self.mapping.keys) - 1)

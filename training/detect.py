@@ -41,7 +41,7 @@ from training.metrics import compute_over_processes, load_metric
 from training.tasks.checkpoint_loading import build_config
 
 NUM_DRAWN = 10
-"""Boxes in the picture of an image."""
+"""Boxes that are drawn in an image."""
 
 
 @strict
@@ -154,19 +154,19 @@ def evaluate(model: Detector, loader: DataLoader, accelerator: Accelerator) -> d
 def draw_detections(model: Detector, loader: DataLoader, accelerator: Accelerator) -> list[Image.Image]:
     """The first images of the validation split with the boxes that the detector is most sure of."""
     images = [image.to(accelerator.device) for image in next(iter(loader))[0]]
-    config, pictures = model.encoder.config, []
+    config, drawn = model.encoder.config, []
     table = label_colors(len(model.categories))
     with accelerator.autocast():
         found = model.eval()(images)
     for image, objects in zip(images, found, strict=True):
-        picture = tvF.pil_to_tensor(restore_image(image, config.image_mean, config.image_std))
+        pixels = tvF.pil_to_tensor(restore_image(image, config.image_mean, config.image_std))
         boxes, labels = objects["boxes"][:NUM_DRAWN].float().cpu(), objects["labels"][:NUM_DRAWN].tolist()
         if len(boxes):
             names = [model.categories[label]["name"] for label in labels]
             colors = [tuple(table[label].tolist()) for label in labels]
-            picture = draw_bounding_boxes(picture, boxes, names, colors, width=2)
-        pictures.append(caption(tvF.to_pil_image(picture), ""))
-    return pictures
+            pixels = draw_bounding_boxes(pixels, boxes, names, colors, width=2)
+        drawn.append(caption(tvF.to_pil_image(pixels), ""))
+    return drawn
 
 
 if __name__ == "__main__":

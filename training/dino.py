@@ -40,7 +40,7 @@ from training.tasks.dino import (
 class DinoArguments(
     DataArguments, OptimizationArguments, MultiCropAugmentation, SelfDistillationArguments, RunArguments
 ):
-    """Settings of `dino`; the defaults are those of the reference for 256 images an update.
+    """Settings of `dino`; the defaults are those of the reference for 256 images per step.
 
     `batch_size`, `mixed_precision` and stochastic depth (`model`) have those of all programs; the recipes give them.
     """
@@ -107,16 +107,16 @@ def main(arguments: DinoArguments) -> dict[str, Any]:
     )
     with loop:
         for crops in loop:
-            update = loop.state.step
+            step = loop.state.step
             _, answers = loop.model(crops)
             with torch.no_grad(), accelerator.autocast():
                 features, targets = teacher(crops[:NUM_GLOBAL_CROPS])
-            loss = criterion(answers, targets, features, teacher_temperature_at(update, temperature_warmup, arguments))
+            loss = criterion(answers, targets, features, teacher_temperature_at(step, temperature_warmup, arguments))
             loop.update(loss)
-            if loop.update_complete:
-                momentum = teacher_momentum_at(update, schedule.total, arguments)
+            if loop.step_complete:
+                momentum = teacher_momentum_at(step, schedule.total, arguments)
                 update_teacher(teacher, accelerator.unwrap_model(loop.model), momentum)
-                watched = criterion.update_centre(accelerator)
+                watched = criterion.update_center(accelerator)
             if loop.evaluation_due:
                 loop.record(watched)
     return loop.finish(num_train_images=len(images))

@@ -1,4 +1,4 @@
-"""Fine-tuning of any of our checkpoints, or of any plain ViT, on the classes of another data set.
+"""Fine-tuning of any of our checkpoints, or of any plain ViT, on the classes of another dataset.
 
 accelerate launch -m training.finetune --pretrained FOLDER --dataset FOLDER --output_dir runs/finetuned
 

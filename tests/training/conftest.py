@@ -1,4 +1,4 @@
-"""A data set small enough for the programs to learn from within seconds."""
+"""A dataset small enough for the programs to learn from within seconds."""
 
 from pathlib import Path
 

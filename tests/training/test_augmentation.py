@@ -40,7 +40,7 @@ def test_image_and_mask_move_together(seed):
 
     assert image.shape == (3, 80, 80) and labels.shape == (80, 80) and labels.dtype == torch.int64
     assert set(labels.unique().tolist()) <= {0, 1, 255}
-    brightness = image.mean(dim=0) * (labels != 255) + 1  # the padding is mean grey
+    brightness = image.mean(dim=0) * (labels != 255) + 1  # the padding is mean gray
     if not (labels == 1).any():
         assert brightness[labels == 0].max() < 0.6  # cut off in both
         return

@@ -208,7 +208,9 @@ def test_corrupt_images_are_replaced_counted_and_named(tmp_path, capsys, streami
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_run_with_too_many_corrupt_images_stops(tmp_path, streaming):
     folder = corrupt_folder(tmp_path, CORRUPT)
-    with pytest.raises(ValueError, match=r"images cannot be decoded, more than the share 0.01 .* is .*png") as caught:
+    with pytest.raises(
+        ValueError, match=r"images cannot be decoded, more than the fraction 0.01 .* is .*png"
+    ) as caught:
         read_updates(folder, streaming=streaming)
     assert "\n" not in str(caught.value)
     corrupt_folder(tmp_path, dict.fromkeys(range(NUM_IMAGES), b"x"))
@@ -537,7 +539,7 @@ def test_a_killed_streaming_run_continues_bit_identically(folders, pretrain_sett
 
 
 def test_the_benchmark_compares_like_with_like(tmp_path, monkeypatch):
-    """Both loaders hand over every file once, normalised alike."""
+    """Both loaders hand over every file once, normalized alike."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     input_pipeline.generate(tmp_path / "images", 8)
     settings = {"dataset": str(tmp_path / "images"), "batch_size": 4, "num_workers": 0, "preset": "tiny"}

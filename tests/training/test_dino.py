@@ -173,7 +173,7 @@ def test_a_checkpoint_continues_bit_identically(settings, trained, tmp_path):
 
 
 def test_accumulation_changes_nothing(settings, tmp_path):
-    """The centre, too, belongs to the batch of an update, however it is cut."""
+    """The centre, too, belongs to the batch of a step, however it is cut."""
     plain = {"model": SMALL_MODEL, **PLAIN_DESCENT, "length": "5 steps"}
     results = [
         train({**settings, **plain, "gradient_accumulation_steps": steps}, tmp_path / str(steps)) for steps in (1, 4)
@@ -266,7 +266,7 @@ def test_loss_centre_and_what_is_watched():
     student, teacher, features = torch.randn(5, 4, 24), torch.randn(2, 4, 24), torch.randn(2, 4, 6)
     loss = criterion(student, teacher, features, temperature=0.5)
     assert loss.item() == pytest.approx(reference_loss(student, teacher, centre, 0.1, 0.5).item(), rel=1e-5)
-    watched = criterion.update_centre(Accelerator())
+    watched = criterion.update_center(Accelerator())
     torch.testing.assert_close(criterion.centre, 0.7 * centre + 0.3 * teacher.mean(dim=(0, 1)))
     targets = ((teacher - centre) / 0.5).softmax(dim=-1)
     assert watched["teacher_entropy"] == pytest.approx(-(targets * targets.log()).sum(-1).mean().item(), rel=1e-4)
@@ -278,12 +278,12 @@ def test_collapse_shows():
     criterion = DinoLoss(6, SelfDistillationArguments(**SMALL_HEAD))
     same, answers = torch.ones(2, 4, 6), torch.zeros(2, 4, 24)
     criterion(answers, answers, same, temperature=0.04)
-    watched = criterion.update_centre(Accelerator())
+    watched = criterion.update_center(Accelerator())
     assert watched["feature_variance"] == pytest.approx(0, abs=1e-6)
     assert watched["teacher_entropy"] == pytest.approx(math.log(24), rel=1e-5)  # the same for all: uniform
     answers[..., 3] = 1
     criterion(answers, answers, same, temperature=0.04)
-    assert criterion.update_centre(Accelerator())["teacher_entropy"] < 1e-3  # the same for all: one prototype
+    assert criterion.update_center(Accelerator())["teacher_entropy"] < 1e-3  # the same for all: one prototype
 
 
 def test_batch_norm_of_the_head_tells_alike_features_apart():
@@ -312,7 +312,7 @@ def test_the_teacher_follows_and_never_learns():
 
 
 def test_schedules_of_the_teacher():
-    """The reference: momentum 0.996 to 1 along a cosine; a temperature that rises linearly where a warm-up is set."""
+    """The reference: momentum 0.996 to 1 along a cosine; a temperature that rises linearly where a warmup is set."""
     arguments = DinoArguments(start_teacher_temperature=0.04, teacher_temperature=0.07)
     momenta = [teacher_momentum_at(update, 100, arguments) for update in (0, 50, 100)]
     assert momenta == pytest.approx([0.996, 0.998, 1.0])

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSemanticSe
 from tests.remote.loopback_hub import HubServer
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import run, start
-from training.data import TrainingSamples, UpdateSampler, load_splits
+from training.data import StepSampler, TrainingSamples, load_splits
 from training.engine.arguments import build_arguments
 from training.engine.checkpoints import atomic_folder, list_checkpoints
 from training.pretrain import PretrainArguments
@@ -94,10 +94,10 @@ def test_full_fine_tuning_moves_the_body(segment_settings, pretrained):
 
 
 def test_update_holds_the_same_images_however_it_is_split():
-    whole = list(UpdateSampler(50, 8, seed=1, start=0, stop=15))
+    whole = list(StepSampler(50, 8, seed=1, start=0, stop=15))
     assert all(len(set(batch)) == 8 for batch in whole)
     shares = [
-        list(UpdateSampler(50, 8, 1, start=4, stop=15, accumulation_steps=2, process_index=rank, num_processes=2))
+        list(StepSampler(50, 8, 1, start=4, stop=15, accumulation_steps=2, process_index=rank, num_processes=2))
         for rank in range(2)
     ]
     for update, batch in enumerate(whole[4:]):
@@ -281,7 +281,7 @@ def test_an_epoch_is_trained_at_its_image_size(pretrain_settings, squares):
 
 def test_repeats_stand_in_the_same_batch():
     (batch, *_), (other, *_) = (
-        list(UpdateSampler(60, 12, seed=1, start=0, stop=10, process_index=rank, num_processes=2, repeats=3))
+        list(StepSampler(60, 12, seed=1, start=0, stop=10, process_index=rank, num_processes=2, repeats=3))
         for rank in range(2)
     )
     assert len(batch) == len(other) == 6 and not set(batch) & set(other)
@@ -290,7 +290,7 @@ def test_repeats_stand_in_the_same_batch():
         images.setdefault((epoch, index), set()).add(repeat)
     assert len(images) == 4 and all(repeats == {0, 1, 2} for repeats in images.values())
     with pytest.raises(ValueError, match="multiple of the 5 repeats"):
-        UpdateSampler(60, 12, seed=1, start=0, stop=10, repeats=5)
+        StepSampler(60, 12, seed=1, start=0, stop=10, repeats=5)
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])

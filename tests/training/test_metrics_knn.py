@@ -1,4 +1,4 @@
-"""Accuracy with its best five, weighted k-nearest neighbours, and both where `evaluate` uses them."""
+"""Accuracy with its best five, weighted k-nearest neighbors, and both where `evaluate` uses them."""
 
 import math
 
@@ -16,7 +16,7 @@ from training.metrics import load_metric
 
 
 def vote(features, labels, query, k, temperature, num_labels):
-    """The vote for one sample, neighbour by neighbour."""
+    """The vote for one sample, neighbor by neighbor."""
     cosine = [float(f @ query / (np.linalg.norm(f) * np.linalg.norm(query))) for f in features]
     votes = [0.0] * num_labels
     for index in sorted(range(len(features)), key=lambda index: -cosine[index])[:k]:
@@ -84,7 +84,7 @@ def test_metrics_of_one_kind_combine():
     bank = {"train_features": features, "train_labels": labels}
     combined = evaluate.combine([load_metric("knn", k=1, **bank), load_metric("knn", k=30, temperature=1e6, **bank)])
     result = combined.compute(predictions=features, references=labels)
-    assert result["weighted_knn_0_accuracy"] == 1.0  # every sample is its own nearest neighbour
+    assert result["weighted_knn_0_accuracy"] == 1.0  # every sample is its own nearest neighbor
     assert result["weighted_knn_1_accuracy"] == pytest.approx(14 / 30)  # all vote alike for the most common class
 
     ranked = rng.permuted(np.tile(np.arange(6), (30, 1)), axis=1)[:, :5]

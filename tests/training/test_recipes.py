@@ -121,7 +121,7 @@ def arguments_of(recipe):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_recipe_builds_model_data_optimiser_and_schedule(name):
+def test_recipe_builds_model_data_optimizer_and_schedule(name):
     recipe = RECIPES / "pretrain" / f"{name}.yaml"
     arguments = build_arguments(PretrainArguments, load_recipe(recipe))
     data = name.split("/")[0]

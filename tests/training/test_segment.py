@@ -355,7 +355,7 @@ def test_an_exported_head_answers_in_the_pipeline(settings, sources, capsys, fam
 
 
 def save_maps(folder: Path, maps: list[np.ndarray], sizes: list[tuple[int, int]]) -> str:
-    """A data set of grey images of `sizes` (height, width) with these label maps, as both splits."""
+    """A dataset of gray images of `sizes` (height, width) with these label maps, as both splits."""
     features = Features({"image": ImageFeature(), "segmentation": ImageFeature()})
     rows = [
         {"image": Image.fromarray(np.full((*size, 3), 90, np.uint8)), "segmentation": Image.fromarray(label_map)}

@@ -1,4 +1,4 @@
-"""Every recipe of `segment`: its model, transform, optimiser and schedule, against the numbers of the papers."""
+"""Every recipe of `segment`: its model, transform, optimizer and schedule, against the numbers of the papers."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A folder of images beside a folder of masks, in the layouts that data sets come in."""
+"""A folder of images beside a folder of masks, in the layouts that datasets come in."""
 
 import os
 

@@ -202,8 +202,8 @@ def test_training_reads_images_as_the_processor_does():
     torch.testing.assert_close(deep, torch.full((3, 4, 4), 128 / 255))
     clear = transform(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), label_map)[0]
     torch.testing.assert_close(clear, torch.ones(3, 4, 4))
-    grey = SegmentationTransform(settings, 2, [0.5], [0.5])(Image.new("L", (4, 4), 255), label_map)[0]
-    torch.testing.assert_close(grey, torch.ones(1, 4, 4), atol=0.01, rtol=0)
+    gray = SegmentationTransform(settings, 2, [0.5], [0.5])(Image.new("L", (4, 4), 255), label_map)[0]
+    torch.testing.assert_close(gray, torch.ones(1, 4, 4), atol=0.01, rtol=0)
 
 
 def test_impossible_scales_are_refused():

@@ -1,14 +1,14 @@
-"""Reading labelled images, and handing every process its share of every batch."""
+"""Reading labelled images, and handing every process its part of every batch."""
 
 from .dataset import TrainingSamples, create_evaluation_loader, create_training_loader
 from .description import describe_data
-from .loading import Splits, load_split, load_splits, read_label_names, spread
-from .samplers import UpdateSampler, sample_randomness
+from .loading import Splits, load_split, load_splits, read_label_names, subsample_evenly
+from .samplers import StepSampler, sample_randomness
 
 __all__ = [
     "Splits",
     "TrainingSamples",
-    "UpdateSampler",
+    "StepSampler",
     "create_evaluation_loader",
     "create_training_loader",
     "describe_data",
@@ -16,5 +16,5 @@ __all__ = [
     "load_splits",
     "read_label_names",
     "sample_randomness",
-    "spread",
+    "subsample_evenly",
 ]

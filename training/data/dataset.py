@@ -1,4 +1,4 @@
-"""Data sets and loaders: augmented samples for training, untouched ones for evaluation."""
+"""Datasets and loaders: augmented samples for training, untouched ones for evaluation."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -15,11 +15,11 @@ from training.engine.arguments import console
 from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 
 from .images import CorruptImageError, decode_image, name_of
-from .samplers import StreamSampler, UpdateSampler, reseed, sample_randomness
+from .samplers import StepSampler, StreamSampler, reseed, sample_randomness
 from .streaming import READ_AHEAD, ForwardReader, StreamedRows, num_streams
 
 MAX_SUBSTITUTES = 100
-"""Corrupt images in a row after which a run stops, whatever share of them it allows."""
+"""Corrupt images in a row after which a run stops, whatever fraction of them it allows."""
 
 
 class IndexedReader:
@@ -195,10 +195,10 @@ class _Parts(Dataset):
 class ImageLoader:
     """Batches of one process; counts and names the images that could not be decoded, and those of unclear orientation.
 
-    samples: what the keys of the sampler stand for; any data set that takes them, without the counting.
+    samples: what the keys of the sampler stand for; any dataset that takes them, without the counting.
     sampler: of lists of keys, one a batch or a part of a batch.
     parts: where in their batch the samples of each part stand, for every batch of a cycle; None for whole batches.
-    max_corrupt_share, share_of: of this number of images at least, that many may be corrupt before a ValueError.
+    max_corrupt_share, fraction_of: of this number of images at least, that many may be corrupt before a ValueError.
     ask_orientation: print the names of turned images whose label map fits the stored pixels as well.
     """
 
@@ -209,7 +209,7 @@ class ImageLoader:
         collate: Callable[[list], Any],
         num_workers: int,
         max_corrupt_share: float,
-        share_of: float,
+        fraction_of: float,
         parts: list[list[np.ndarray]] | None = None,
         ask_orientation: bool = True,
     ):
@@ -217,8 +217,8 @@ class ImageLoader:
         options = {"num_workers": num_workers, "generator": torch.Generator(), "pin_memory": torch.cuda.is_available()}
         if num_workers:
             options["worker_init_fn"] = _use_one_thread
-        self.loader = DataLoader(_Parts(samples, collate), batch_sampler=sampler, collate_fn=_as_it_is, **options)
-        self.parts, self.max_corrupt_share, self.share_of = parts, max_corrupt_share, share_of
+        self.loader = DataLoader(_Parts(samples, collate), batch_sampler=sampler, collate_fn=_keep_plain, **options)
+        self.parts, self.max_corrupt_share, self.fraction_of = parts, max_corrupt_share, fraction_of
         self.num_images, self.num_corrupt, self.corrupt_images = 0, 0, {}
         self.ask_orientation, self.unclear_images = ask_orientation, set()
 
@@ -229,22 +229,22 @@ class ImageLoader:
         batches = iter(self.loader)
         for number in range(len(self)):
             if self.parts is None:
-                batch = self._account(next(batches))
+                batch = self._count_corrupt(next(batches))
             else:
                 places = self.parts[number % len(self.parts)]
-                batch = _join([(self._account(next(batches)), place) for place in places])
+                batch = _join([(self._count_corrupt(next(batches)), place) for place in places])
             if batch is not None:
                 yield batch
 
-    def _account(self, part: Part) -> Any:
+    def _count_corrupt(self, part: Part) -> Any:
         self.num_images, self.num_corrupt = self.num_images + part.num_images, self.num_corrupt + len(part.corrupt)
         for description in part.corrupt:
             if description not in self.corrupt_images:
                 console.print(f"Skipped a corrupt image: {description}", markup=False, style="yellow")
             self.corrupt_images[description] = self.corrupt_images.get(description, 0) + 1
-        if self.num_corrupt > self.max_corrupt_share * max(self.num_images, self.share_of):
+        if self.num_corrupt > self.max_corrupt_share * max(self.num_images, self.fraction_of):
             raise ValueError(
-                f"{self.num_corrupt} of {self.num_images} images cannot be decoded, more than the share "
+                f"{self.num_corrupt} of {self.num_images} images cannot be decoded, more than the fraction "
                 f"{self.max_corrupt_share} that max_corrupt_share allows; the last is {description}."
             )
         if self.ask_orientation:
@@ -274,9 +274,9 @@ def create_training_loader(
     stop: int,
     collate: Callable[[list[tuple]], Any] | None = None,
 ) -> ImageLoader:
-    """This process's batches of the updates from `start` until before `stop`, one an accumulation step.
+    """This process's batches of the steps from `start` until before `stop`, one per accumulation step.
 
-    samples: or any other data set that is addressed by (epoch, index).
+    samples: or any other dataset that is addressed by (epoch, index).
     collate: makes a batch of a list of samples; by default tensors are stacked.
     """
     options = {
@@ -300,8 +300,8 @@ def create_training_loader(
         sampler = StreamSampler(samples.reader, max(arguments.num_workers, 1) if collate is None else 1, **options)
         parts = sampler.parts if collate is None else None
     else:
-        sampler = UpdateSampler(len(samples), **options)
-    share_of = len(samples) / accelerator.num_processes
+        sampler = StepSampler(len(samples), **options)
+    fraction_of = len(samples) / accelerator.num_processes
     collate = collate or default_collate
     if isinstance(samples, TrainingSamples):
         samples.max_megapixels = arguments.max_megapixels
@@ -311,7 +311,7 @@ def create_training_loader(
         collate,
         arguments.num_workers,
         arguments.max_corrupt_share,
-        share_of,
+        fraction_of,
         parts,
         getattr(arguments, "label_orientation", None) is None,
     )
@@ -325,7 +325,7 @@ def create_evaluation_loader(
     accelerator: Accelerator,
     numbered: bool = False,
 ) -> ImageLoader:
-    """This process's share of a split, no sample twice; `collate` gets a list of rows (image, label).
+    """This process's part of a split, no sample twice; `collate` gets a list of rows (image, label).
 
     numbered: rows end with their index in the split: (image, label, index).
     """
@@ -400,7 +400,7 @@ def _join(parts: list[tuple[Any, np.ndarray]]) -> Any:
     return [_join([(batch[entry], places) for batch, places in parts]) for entry in range(len(first))]
 
 
-def _as_it_is(part: Part) -> Part:
+def _keep_plain(part: Part) -> Part:
     return part
 
 

@@ -1,4 +1,4 @@
-"""What tells one data set from another: so that a run is continued with the data that it began with."""
+"""What tells one dataset from another: so that a run is continued with the data that it began with."""
 
 import hashlib
 import json
@@ -11,14 +11,14 @@ import numpy as np
 
 from .dataset import IndexedReader
 from .images import name_of
-from .loading import Split, spread
+from .loading import Split, subsample_evenly
 from .streaming import StreamedRows
 
 NUM_COMPARED = 32
-"""Images of a split whose content is compared, evenly spread over it."""
+"""Images of a split whose content is compared, evenly spaced over it."""
 
 MAX_NAMED = 2**17
-"""Rows of a split whose labels and files are compared: all of a smaller split, or these, evenly spread over it."""
+"""Rows of a split whose labels and files are compared: all of a smaller split, or these, evenly spaced over it."""
 
 READ_AT_ONCE = 2**14
 
@@ -78,7 +78,7 @@ def _describe_split(split: Split, columns: list[str]) -> dict[str, Any]:
 
 def _values(split: datasets.Dataset, columns: list[str]) -> Iterator[list]:
     """The values of some columns, many rows at once and as they are stored, which is faster than row by row."""
-    for table in spread(split, MAX_NAMED).select_columns(columns).with_format("arrow").iter(READ_AT_ONCE):
+    for table in subsample_evenly(split, MAX_NAMED).select_columns(columns).with_format("arrow").iter(READ_AT_ONCE):
         yield from (column.to_pylist() for column in table.columns)
 
 

@@ -1,4 +1,4 @@
-"""Encoded images as they stand in data sets, and what training and evaluation make of them."""
+"""Encoded images as they stand in datasets, and what training and evaluation make of them."""
 
 import io
 import math

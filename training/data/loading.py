@@ -92,7 +92,7 @@ def load_split(
         split: Name, or pattern of the files in the dataset; patterns may hold ranges as {000..099}.
         columns: Those that are needed.
         images: The columns that are images.
-        limit: Keep no more rows, see `spread`.
+        limit: Keep no more rows, see `subsample_evenly`.
         remarks: Receives a sentence for each kind of files that were left out; None prints them.
 
     Raises:
@@ -140,7 +140,7 @@ def load_split(
     for column in images:
         if not isinstance(rows.features[column], datasets.Image):
             rows = rows.cast_column(column, datasets.Image())
-    return spread(rows, limit)
+    return subsample_evenly(rows, limit)
 
 
 def _read_rows(arguments: DataArguments, split: str, remarks: list[str]) -> tuple[Split, str, Path | None]:
@@ -155,8 +155,8 @@ def _read_rows(arguments: DataArguments, split: str, remarks: list[str]) -> tupl
     return rows, found.no_label, found.folder
 
 
-def spread(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    """As many rows as `limit` says, evenly spread: of rows that are sorted by class, each class gives its share."""
+def subsample_evenly(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    """As many rows as `limit` says, evenly spaced: of rows that are sorted by class, each class gives its part."""
     if limit is None or limit >= len(rows):
         return rows
     return rows.select(np.arange(limit) * len(rows) // limit)
@@ -265,14 +265,14 @@ def _child(parent: Path, split: str | None) -> Path:
 
 
 def _divide(whole: Split, arguments: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training and validation split of a data set without the second one, the same in every run."""
+    """Training and validation split of a dataset without the second one, the same in every run."""
     if isinstance(whole, StreamedRows):
         raise ValueError("validation_share needs all of the data at hand: leave out --streaming.")
     if not 1 <= arguments.validation_share * len(whole) < len(whole):
         raise ValueError(f"validation_share={arguments.validation_share} leaves nothing of {len(whole)} images.")
     parts = whole.train_test_split(test_size=float(arguments.validation_share), seed=0)
     limits = arguments.max_train_samples, arguments.max_validation_samples
-    return spread(parts["train"], limits[0]), spread(parts["test"], limits[1])
+    return subsample_evenly(parts["train"], limits[0]), subsample_evenly(parts["test"], limits[1])
 
 
 def read_label_names(arguments: DataArguments) -> list[str] | None:

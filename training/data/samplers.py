@@ -1,4 +1,4 @@
-"""Which images make up which weight update, and the randomness that belongs to each image."""
+"""Which images make up which step, and the randomness that belongs to each image."""
 
 import contextlib
 import itertools
@@ -12,18 +12,18 @@ from torch.utils.data import Sampler
 from .streaming import ForwardReader
 
 
-class UpdateSampler(Sampler[list[tuple[int, ...]]]):
-    """Batches of (epoch, index) for one process, update after update; (epoch, index, repeat) with repeats.
+class StepSampler(Sampler[list[tuple[int, ...]]]):
+    """Batches of (epoch, index) for one process, step after step; (epoch, index, repeat) with repeats.
 
-    The order depends on nothing but the seed: update k holds the same images for any number of processes, accumulation
-    steps and workers, and a run that starts at update k goes on exactly as one that never stopped. An epoch drops
+    The order depends on nothing but the seed: step k holds the same images for any number of processes, accumulation
+    steps and workers, and a run that starts at step k goes on exactly as one that never stopped. An epoch drops
     the remainder that fills no batch.
 
-    num_samples: images in the data set.
-    batch_size: images an update, over all processes and accumulation steps.
-    start, stop: first update, and the one after the last.
-    repeats: times that an image occurs in its update, each augmented anew (repeated augmentation). An epoch has as many
-        updates as without, and so sees a different share of the images.
+    num_samples: images in the dataset.
+    batch_size: images per step, over all processes and accumulation steps.
+    start, stop: first step, and the one after the last.
+    repeats: times that an image occurs in its step, each augmented anew (repeated augmentation). An epoch has as many
+        steps as without, and so sees a different part of the images.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class UpdateSampler(Sampler[list[tuple[int, ...]]]):
 
     def micro_batches(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(epoch, positions in the epoch, order of the epoch) of every micro-batch; see `key`."""
-        updates_per_epoch, current, order = self.num_samples // self.batch_size, None, None
-        for update in range(self.start, self.stop):
-            epoch, number = divmod(update, updates_per_epoch)
+        steps_per_epoch, current, order = self.num_samples // self.batch_size, None, None
+        for step in range(self.start, self.stop):
+            epoch, number = divmod(step, steps_per_epoch)
             if epoch != current:
                 current, order = epoch, self.order(epoch)
             positions = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
@@ -80,22 +80,22 @@ class UpdateSampler(Sampler[list[tuple[int, ...]]]):
         return (epoch, int(order[number])) if self.repeats == 1 else (epoch, int(order[number]), repetition)
 
 
-class StreamSampler(UpdateSampler):
-    """As `UpdateSampler`, for rows that are read forward: a batch comes in parts, one for each worker in turn.
+class StreamSampler(StepSampler):
+    """As `StepSampler`, for rows that are read forward: a batch comes in parts, one for each worker in turn.
 
     A worker always gets the images of its own streams, so that no other has to read them. `parts` says where in their
     batch the images of every part stand, for each accumulation step.
 
-    reader: draws the order of an epoch; the number of its streams divides the images of an update.
+    reader: draws the order of an epoch; the number of its streams divides the images of a step.
     num_parts: data-loading workers, at least 1.
     """
 
     def __init__(self, reader: ForwardReader, num_parts: int, *arguments, **options):
         super().__init__(len(reader.split), *arguments, **options)
         self.reader, streams = reader, reader.num_streams
-        updates_positions = np.arange(self.batch_size)[self.process_index :: self.num_processes]
+        positions_of_step = np.arange(self.batch_size)[self.process_index :: self.num_processes]
         self.parts = []
-        for positions in np.split(updates_positions, self.accumulation_steps):
+        for positions in np.split(positions_of_step, self.accumulation_steps):
             owner = positions // self.repeats % streams // self.num_processes % num_parts
             self.parts.append([np.flatnonzero(owner == part) for part in range(num_parts)])
 

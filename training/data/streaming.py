@@ -57,7 +57,7 @@ class ParquetShards:
 
 
 class OtherShards:
-    """The shards of any data set that `datasets` can stream, WebDataset's tar files among them."""
+    """The shards of any dataset that `datasets` can stream, WebDataset's tar files among them."""
 
     def __init__(self, builder: datasets.DatasetBuilder, split: str, stream: datasets.IterableDataset):
         self.stream = stream
@@ -269,7 +269,7 @@ class _Stream:
 
 
 def num_streams(batch_size: int, parallel_shards: int, num_shards: int) -> int:
-    """The largest divisor of the images of an update that the shards allow."""
+    """The largest divisor of the images of a step that the shards allow."""
     most = min(parallel_shards, max(num_shards, MIN_STREAMS), batch_size)
     return next(count for count in range(most, 0, -1) if batch_size % count == 0)
 
@@ -297,7 +297,7 @@ def _read_parquet_metadata(file: str) -> pq.FileMetaData:
 
 
 def _count_samples_of_tar(file: str) -> int:
-    """Samples of a shard: neighbouring members of one name but for the extension, as `datasets` groups them."""
+    """Samples of a shard: neighboring members of one name but for the extension, as `datasets` groups them."""
     count, last = 0, None
     try:
         with xopen(file, "rb") as source, tarfile.open(fileobj=source) as archive:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from locatvit_hf.utils.images import list_files, readable_name
 from locatvit_hf.utils.io import read_json
-from training.data import load_split, read_label_names, spread
+from training.data import load_split, read_label_names, subsample_evenly
 from training.data.images import CorruptImageError, Header, read_header
 from training.detection.segmentations import (
     are_finite,
@@ -140,7 +140,9 @@ def load_detection_splits(arguments: DetectionDataArguments, masks: bool) -> Det
     chosen = used, list(range(len(validation.objects)))
     return DetectionSplits(
         *(
-            spread(split.images.select(rows).add_column("objects", [_dump(split.objects[i]) for i in rows]), limit)
+            subsample_evenly(
+                split.images.select(rows).add_column("objects", [_dump(split.objects[i]) for i in rows]), limit
+            )
             for split, rows, limit in zip(annotated, chosen, limits, strict=True)
         ),
         train.categories,

@@ -278,10 +278,10 @@ def _texts_of(annotation: Any) -> tuple[str, ...]:
     return words if all(isinstance(word, str) for word in words) else ()
 
 
-def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
-    """`update` over `base`, mappings entry by entry."""
+def _merge(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`other` over `base`, mappings entry by entry."""
     merged = dict(base)
-    for name, value in update.items():
+    for name, value in other.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
         merged[name] = _merge(merged[name], value) if both else value
     return merged

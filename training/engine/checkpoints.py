@@ -79,7 +79,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
             f"Cannot continue from the checkpoint {path}: {reason}. Remove it to continue from the one before, or "
             f"--overwrite the run."
         ) from None
-    accelerator.step = 0  # counts the accumulation steps of the current update
+    accelerator.step = 0  # counts the accumulation steps of the current step
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -122,7 +122,7 @@ class ActivationMeter:
 
 
 def tensor_bytes(content: Any) -> int:
-    """Bytes of all tensors in nested containers; of a sharded tensor those of its share."""
+    """Bytes of all tensors in nested containers; of a sharded tensor those of its shard."""
     if isinstance(content, torch.Tensor):
         content = content.to_local() if hasattr(content, "to_local") else content
         return content.numel() * content.element_size()

@@ -116,15 +116,15 @@ class TrainingLoop:
         self._open.close()
 
     @property
-    def update_complete(self) -> bool:
+    def step_complete(self) -> bool:
         """Whether the last call of `update` moved the weights, rather than adding to their gradients."""
-        return self._update_complete
+        return self._step_complete
 
     @property
     def evaluation_due(self) -> bool:
         """Whether a step was just completed after which `record` is to be called."""
         done = self.state.step
-        return self._update_complete and (done % self.schedule.evaluate_every == 0 or done == self.schedule.total)
+        return self._step_complete and (done % self.schedule.evaluate_every == 0 or done == self.schedule.total)
 
     @property
     def evaluation_model(self) -> PreTrainedModel:
@@ -146,7 +146,7 @@ class TrainingLoop:
                 self._batches.append(batch)
                 with self.accelerator.accumulate(self.model):
                     yield self._to_device(batch)
-                if self._update_complete != self._last_micro_step:
+                if self._step_complete != self._last_micro_step:
                     raise RuntimeError("Call update(loss) once for every batch of the loop.")
             self._end_step()
 
@@ -177,7 +177,7 @@ class TrainingLoop:
         self.state.seconds += time.perf_counter() - self._began
         self.state.images += self.arguments.batch_size
         self.log.log_step(losses, norm)
-        self._update_complete = True
+        self._step_complete = True
 
     def record(self, metrics: dict[str, Any], examples: Callable[[], list[Image.Image]] | None = None) -> None:
         """Note the metrics of this point of the run; export the model where they are the best so far.
@@ -257,7 +257,7 @@ class TrainingLoop:
     def _begin_step(self) -> None:
         # Dropout, drop path and mixing depend on the step alone, so a continued run repeats them.
         seed_everything(self.arguments.seed, self.state.step, self.accelerator.process_index)
-        self._losses, self._batches, self._update_complete = {}, [], False
+        self._losses, self._batches, self._step_complete = {}, [], False
         self._began = time.perf_counter()
         optimizer = self.placement.optimizer
         set_learning_rate(optimizer, self.schedule.learning_rate_at(self.state.step))

@@ -15,7 +15,7 @@ VECTORS = "vectors"
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Give every parameter group its share: groups carry a factor of their own."""
+    """Give every parameter group its own: groups carry a factor of their own."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
@@ -28,9 +28,9 @@ def set_weight_decay(optimizer: Optimizer, weight_decay: float) -> None:
 
 
 def create_optimizer(model: nn.Module, arguments: OptimizationArguments) -> Optimizer:
-    """A timm optimiser over the trainable parameters, in the groups of `group_trainable_parameters`.
+    """A timm optimizer over the trainable parameters, in the groups of `group_trainable_parameters`.
 
-    Raises ValueError for an optimiser or a setting that timm does not know, and where nothing is trainable.
+    Raises ValueError for an optimizer or a setting that timm does not know, and where nothing is trainable.
     """
     groups = group_trainable_parameters(model, arguments)
     if not groups:

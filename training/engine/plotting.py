@@ -1,4 +1,4 @@
-"""Batches and predictions as pictures, for the dry run and for the trackers."""
+"""Batches and predictions as images, for the dry run and for the trackers."""
 
 import math
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ CAPTION_HEIGHT = 14
 
 
 def draw_batch(batch: Any, mean: Sequence[float], std: Sequence[float], names: dict[int, str]) -> Image.Image:
-    """A picture of what a model is given: a tile for each of the first images, with its targets.
+    """One image of what a model is given: a tile for each of the first images, with its targets.
 
-    batch: tensors (batch, 3, height, width) and lists of (3, height, width), normalised, nested in any way. Beside
-        them class ids (batch,), class shares (batch, classes), label maps (batch, height, width), or a list of dicts
+    batch: tensors (batch, 3, height, width) and lists of (3, height, width), normalized, nested in any way. Beside
+        them class ids (batch,), class weights (batch, classes), label maps (batch, height, width), or a list of dicts
         with `boxes` in pixels. Where there are several groups of images, such as crops of different sizes, each is
         drawn.
     mean, std: of the channels, in 0 to 1. names: of the classes.
@@ -40,7 +40,7 @@ def draw_batch(batch: Any, mean: Sequence[float], std: Sequence[float], names: d
 
 
 def restore_image(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """The picture of normalised pixels (channels, height, width); mean and std of the channels, in 0 to 1."""
+    """The image of normalized pixels (channels, height, width); mean and std of the channels, in 0 to 1."""
     mean, std = (torch.tensor(values, dtype=torch.float32).expand(len(pixels))[:, None, None] for values in (mean, std))
     return tvF.to_pil_image((pixels.detach().float().cpu() * std + mean).clamp(0, 1)).convert("RGB")
 
@@ -110,9 +110,9 @@ def _draw_label(pixels: torch.Tensor, text: str, label: Any, names: dict[int, st
     if label.ndim == 0 and not label.is_floating_point():
         return pixels, names.get(int(label), str(int(label)))
     if label.ndim == 1 and label.is_floating_point():
-        shares, classes = label.topk(min(2, len(label)))
+        weights, classes = label.topk(min(2, len(label)))
         return pixels, ", ".join(
-            f"{names.get(index, index)} {share:.2f}"
-            for share, index in zip(shares.tolist(), classes.tolist(), strict=True)
+            f"{names.get(index, index)} {weight:.2f}"
+            for weight, index in zip(weights.tolist(), classes.tolist(), strict=True)
         )
     return pixels, text

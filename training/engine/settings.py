@@ -24,14 +24,14 @@ class DataArguments:
     train_split: str = option("train", "Name of the split, or its files in the dataset: train-{000..099}.tar")
     validation_split: str = option("validation", "Name of the split to validate on, or its files, as `train_split`.")
     validation_share: float | int | None = option(
-        None, "Share of the training split to validate on, instead of a validation split."
+        None, "Fraction of the training split to validate on, instead of a validation split."
     )
     image_column: str = option("image", "Column of the images; in tar shards an extension: jpg")
     label_column: str = option("label", "Column of the labels; in tar shards an extension: cls")
     label_names: list[str] | str | None = option(
         None, "Names of the classes in order, or a JSON file {id: name}; by default those of the dataset."
     )
-    max_train_samples: int | None = option(None, "Use so many images only, evenly spread over the split.")
+    max_train_samples: int | None = option(None, "Use so many images only, evenly spaced over the split.")
     max_validation_samples: int | None = option(None, "As `max_train_samples`, of the validation split.")
     streaming: bool = option(False, "Read shards while training instead of copying them first.")
     shuffle_buffer: int = option(
@@ -59,10 +59,10 @@ class OptimizationArguments:
     length: str = option("300 epochs", "Duration of the run.")
     warmup: str = option("20 epochs", "Duration of the rise to the peak learning rate.")
     schedule: Literal["linear", "cosine", "constant", "step"] = option(
-        "linear", "Shape of the fall after the warm-up; linear is the papers' one-cycle."
+        "linear", "Shape of the fall after the warmup; linear is the papers' one-cycle."
     )
     schedule_from: Literal["warmup", "start"] = option(
-        "warmup", "Where the fall is counted from: the end of the warm-up, or step 0, as timm's cosine."
+        "warmup", "Where the fall is counted from: the end of the warmup, or step 0, as timm's cosine."
     )
     milestones: list[str] = option([], "Of the step schedule: where the rate falls to a tenth, as '8 epochs'.")
     learning_rate: float | int = option(1e-3, "Peak learning rate.", least=0)
@@ -71,7 +71,7 @@ class OptimizationArguments:
     learning_rate_batch_size: int | None = option(
         None, "Batch size that the three rates are meant for: at another they are scaled in proportion."
     )
-    optimizer: str = option("adamw", "Any optimiser name that timm knows.")
+    optimizer: str = option("adamw", "Any optimizer name that timm knows.")
     optimizer_options: dict[str, Any] = option(
         {}, "Its other settings, for example {betas: [0.9, 0.95]} or {momentum: 0.9}."
     )
@@ -91,7 +91,7 @@ class OptimizationArguments:
         {}, "Part of parameter names to a factor, as {gaussian: 10}; the longest part that fits counts."
     )
     max_gradient_norm: float | int | None = option(5.0, "Clip gradients to this norm.", least=1e-06)
-    batch_size: int = option(1024, "Images a weight update, over all processes and accumulation steps.", least=1)
+    batch_size: int = option(1024, "Images per step, over all processes and accumulation steps.", least=1)
     gradient_accumulation_steps: int = option(
         1, "Forward and backward passes whose gradients one step adds up.", least=1
     )
@@ -122,11 +122,11 @@ class RunArguments:
     evaluate_every: str = option("1 epochs", "Duration between two evaluations.")
     checkpoint_every: str = option("1 epochs", "Duration between two checkpoints.", runtime=True)
     keep_checkpoints: int = option(2, "Number of most recent checkpoints to keep.", least=1, runtime=True)
-    log_every: int = option(50, "Updates between two points of the training curve.", least=1)
+    log_every: int = option(50, "Steps between two points of the training curve.", least=1)
     trackers: list[str] = option([], "Where curves are also sent: tensorboard, trackio, wandb.", runtime=True)
     export: Literal["best", "last"] = option("best", "Which weights to export.")
     push_to_hub: str | None = option(None, "Repository that receives the exported model.", runtime=True)
-    eval_batch_size: int = option(64, "Images a step of evaluation, in every process.", least=1, runtime=True)
+    eval_batch_size: int = option(64, "Images per step of evaluation, in every process.", least=1, runtime=True)
     dry_run: bool = option(
         False, "Print model, parameters, schedule and memory, draw one augmented batch, and stop.", runtime=True
     )

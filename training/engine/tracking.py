@@ -35,7 +35,7 @@ class Trackers:
 
     accelerator: made with the trackers of `arguments`.
     output: the run's folder, which holds their files and names the run.
-    step: updates that are already done.
+    step: Steps that are already done.
     """
 
     def __init__(self, accelerator: Accelerator, arguments: RunArguments, output: Path, step: int):
@@ -69,7 +69,7 @@ class Trackers:
             self.accelerator.log(scalars, step=step)
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
-        """One picture."""
+        """One image."""
         if not self.accelerator.is_main_process:
             return
         for tracker in self.accelerator.trackers if self.names else ():

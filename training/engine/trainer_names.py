@@ -154,7 +154,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "max_steps": lambda steps: f"{steps} steps",
     "max_train_steps": lambda steps: f"{steps} steps",
     "num_warmup_steps": lambda steps: f"{steps} steps",
-    "warmup_ratio": lambda share: f"{100 * float(share):g} %",
+    "warmup_ratio": lambda ratio: f"{100 * float(ratio):g} %",
     "warmup_steps": lambda steps: f"{steps} steps" if steps >= 1 else f"{100 * steps:g} %",
     "lr_scheduler_type": lambda name: {"constant_with_warmup": "constant"}.get(name, name),
     "optim": lambda name: "adamw" if name in ("adamw_torch", "adamw_torch_fused") else name,

@@ -48,7 +48,7 @@ def main(arguments: ClassificationArguments) -> dict[str, Any]:
 
 def load_classifier(pretrained: str) -> PreTrainedModel:
     """A classifier of ours, or a plain ViT as it is. Raises ValueError for a checkpoint without a classifier."""
-    model, fresh = load_pretrained(AutoModelForImageClassification, pretrained, as_it_is=True)
+    model, fresh = load_pretrained(AutoModelForImageClassification, pretrained, keep_plain=True)
     if any(name.startswith("classifier.") for name in fresh):
         raise ValueError(f"{pretrained} has no classifier: train one with `python -m training.finetune` first.")
     return model

@@ -13,7 +13,7 @@ from training.tasks.checkpoint_loading import load_pretrained
 
 def load_encoder(pretrained: str) -> PreTrainedModel:
     """The encoder of any checkpoint of ours, or a plain ViT as it is."""
-    model, _ = load_pretrained(AutoModel, pretrained, as_it_is=True)
+    model, _ = load_pretrained(AutoModel, pretrained, keep_plain=True)
     return model.eval()
 
 
@@ -30,7 +30,7 @@ def collate_numbered(
 def pooled_features(
     model: PreTrainedModel, loader: Iterable, accelerator: Accelerator, meter: Meter
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a classifier would read, (images, channels) in float32, with labels and indices, of this process's share.
+    """What a classifier would read, (images, channels) in float32, with labels and indices, of this process's part.
 
     loader: batches of `collate_numbered`.
     """

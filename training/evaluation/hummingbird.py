@@ -1,4 +1,4 @@
-"""Dense nearest-neighbour retrieval: patches are segmented by the labels of similar training patches, untrained.
+"""Dense nearest-neighbor retrieval: patches are segmented by the labels of similar training patches, untrained.
 
 accelerate launch -m training.evaluation.hummingbird --pretrained FOLDER --dataset FOLDER --output_dir runs/results
 
@@ -8,13 +8,13 @@ The protocol of Balažević et al., "Towards In-Context Scene Understanding", Ne
 2. Training images and their labels are resized to the model's size, or a random crop of them is; with probability 0.5
    each, brightness, contrast, saturation and hue change by up to 0.1. Crops are half of the area or more: our choice,
    where the evaluation also draws areas larger than the image.
-3. The memory holds unit features with the share of each class in the pixels of their patch. It is unbounded there; here
-   `memory_size` bounds it, which is our choice, and so is what is left out: every image gives an equal number of
+3. The memory holds unit features with the fraction of each class in the pixels of their patch. It is unbounded there;
+   here `memory_size` bounds it, which is our choice, and so is what is left out: every image gives an equal number of
    patches, those of rare classes with preference, see `sample_patches`. A memory that holds all patches samples none.
-4. A patch of a validation image, whole and resized, gets the shares of its k = 30 neighbours by cosine, weighted by
-   softmax(cosine / 0.02); the map of shares is upsampled bilinearly, and the largest share is the class.
+4. A patch of a validation image, whole and resized, gets the fractions of its k = 30 neighbors by cosine, weighted by
+   softmax(cosine / 0.02); the map of fractions is upsampled bilinearly, and the largest is the class.
 
-Also our choice: images are normalised as the model's processor does it, where the evaluation takes mean and standard
+Also our choice: images are normalized as the model's processor does it, where the evaluation takes mean and standard
 deviation of ImageNet (but 0.255 for blue, by a slip of 0.225); label maps are resized by the nearest center, as Pillow
 does there; classes keep the names that the memory gives them, where the evaluation matches them anew by the
 Hungarian method; pixels without a class are left out, where it counts them as class 0 in the memory; and scores are
@@ -58,7 +58,7 @@ class HummingbirdArguments(EvaluationArguments, ResizedLabelArguments):
     k: int = option(30, "Patches of the memory that answer for a patch.", least=1)
     temperature: float | int = option(0.02, "Their weights are softmax(cosine / this).")
     epochs: int = option(1, "Passes over the training split that fill the memory.")
-    augment: bool = option(True, "Crop and recolour the training images of the memory.")
+    augment: bool = option(True, "Crop and recolor the training images of the memory.")
     stage: str | None = option(None, "Stage that gives the features; by default the last, the third of a pyramid.")
 
 
@@ -156,7 +156,7 @@ class JointTransform:
     """Maps (image, label map, index) to pixels (3, height, width) and labels (height, width) of the model's size.
 
     The whole image is resized, its sides each for itself. With `augment` a random half or more of it is, and its
-    colours change a little, as (seed, epoch, index) determine.
+    colors change a little, as (seed, epoch, index) determine.
     """
 
     def __init__(
@@ -169,11 +169,11 @@ class JointTransform:
         label_interpolation: str = "nearest-exact",
     ):
         size = list(pair(config.image_size))
-        self.read_labels, self.key, self.is_grey = read_labels, (seed, epoch), config.num_channels == 1
-        colour = [{name: 0.1} for name in ("brightness", "contrast", "saturation", "hue")]
+        self.read_labels, self.key, self.is_gray = read_labels, (seed, epoch), config.num_channels == 1
+        color = [{name: 0.1} for name in ("brightness", "contrast", "saturation", "hue")]
         self.transform = v2.Compose(
             [
-                *([v2.RandomApply([v2.ColorJitter(**change)], 0.5) for change in colour] if augment else []),
+                *([v2.RandomApply([v2.ColorJitter(**change)], 0.5) for change in color] if augment else []),
                 JointCrop(size, augment, label_interpolation),
                 v2.ToDtype({tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}, scale=True),
                 v2.Normalize(list(config.image_mean), list(config.image_std)),
@@ -183,7 +183,7 @@ class JointTransform:
     def __call__(self, image: Image.Image, label_map: Image.Image, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         labels = self.read_labels(image, label_map)
         pixels = pil_to_rgb(image)
-        pixels = v2.functional.rgb_to_grayscale(pixels) if self.is_grey else pixels
+        pixels = v2.functional.rgb_to_grayscale(pixels) if self.is_gray else pixels
         with sample_randomness(*self.key, index):
             moved, moved_labels = self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(labels))
         return moved.as_subclass(torch.Tensor), moved_labels.as_subclass(torch.Tensor)
@@ -243,7 +243,7 @@ def remember(
     num_labels: int,
     key: tuple[int, int],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Of every image of this process the sampled patches: keys (n,), features (n, channels), shares of classes.
+    """Of every image of this process the sampled patches: keys (n,), features (n, channels), fractions of classes.
 
     key: (seed, epoch), which with the image's index determines what is sampled.
     """
@@ -293,13 +293,13 @@ def sample_patches(counts: torch.Tensor, quota: int, key: tuple[int, ...]) -> to
 
 
 class MemoryBank:
-    """Features with shares of classes, searched by FAISS: on a CUDA device where the installed FAISS can, else on CPU.
+    """Features with fractions of classes, searched by FAISS: on a CUDA device where the installed one can, else on CPU.
 
-    features: (entries, channels) of length 1. shares: (entries, classes). k: neighbours, at most all entries.
+    features: (entries, channels) of length 1. fractions: (entries, classes). k: neighbors, at most all entries.
     """
 
-    def __init__(self, features: torch.Tensor, shares: torch.Tensor, k: int, temperature: float):
-        self.shares, self.k, self.temperature = shares, min(k, len(features)), temperature
+    def __init__(self, features: torch.Tensor, fractions: torch.Tensor, k: int, temperature: float):
+        self.fractions, self.k, self.temperature = fractions, min(k, len(features)), temperature
         self.index = faiss.IndexFlatIP(features.shape[1])
         self.search_device = "cpu"
         if features.device.type == "cuda" and hasattr(faiss, "StandardGpuResources"):
@@ -312,13 +312,13 @@ class MemoryBank:
         return self.index.ntotal
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """Shares of classes (patches, classes) that the neighbours of features (patches, channels) stand for."""
+        """Fractions of classes (patches, classes) that the neighbors of features (patches, channels) stand for."""
         queries = F.normalize(features, dim=1).cpu().contiguous().numpy()
         similarity, nearest = (
             torch.from_numpy(found).to(features.device) for found in self.index.search(queries, self.k)
         )
         weights = (similarity / self.temperature).softmax(dim=1)
-        return (weights[..., None] * self.shares[nearest]).sum(dim=1)
+        return (weights[..., None] * self.fractions[nearest]).sum(dim=1)
 
 
 @torch.inference_mode()
@@ -333,8 +333,8 @@ def segment(
     with accelerator.autocast():
         maps = model(pixels.to(accelerator.device)).feature_maps[0].float()
     for feature_map, truth in zip(maps, labels, strict=True):
-        shares = bank.classify(feature_map.flatten(1).T)
-        scores = shares.T.unflatten(1, feature_map.shape[-2:])[None]
+        fractions = bank.classify(feature_map.flatten(1).T)
+        scores = fractions.T.unflatten(1, feature_map.shape[-2:])[None]
         scores = F.interpolate(scores, size=tuple(truth.shape), mode="bilinear", align_corners=False)
         yield scores[0].argmax(dim=0).cpu()
 

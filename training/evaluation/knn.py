@@ -1,4 +1,4 @@
-"""Accuracy of a vote of nearest neighbours among the features of the training images; nothing is trained.
+"""Accuracy of a vote of nearest neighbors among the features of the training images; nothing is trained.
 
 accelerate launch -m training.evaluation.knn --pretrained FOLDER --dataset FOLDER --output_dir runs/results
 """
@@ -22,14 +22,14 @@ from training.tasks.checkpoint_loading import load_processor
 class KNNArguments(EvaluationArguments):
     """Settings of `evaluation.knn`; the defaults are the protocol of DINO."""
 
-    k: list[int] = option([10, 20, 100, 200], "Numbers of neighbours, each a result.", least=1)
-    temperature: float | int = option(0.07, "A neighbour votes with exp(cosine / this).")
+    k: list[int] = option([10, 20, 100, 200], "Numbers of neighbors, each a result.", least=1)
+    temperature: float | int = option(0.07, "A neighbor votes with exp(cosine / this).")
 
 
 def main(arguments: KNNArguments) -> dict[str, Any]:
     """Vote on the validation split; returns the content of `knn.json`, whose `accuracy` is that of the best k."""
     if not arguments.k:
-        raise ValueError("k names no number of neighbours.")
+        raise ValueError("k names no number of neighbors.")
     accelerator = start_evaluation(arguments)
     splits = load_splits(arguments)
     model = load_encoder(arguments.pretrained).to(accelerator.device)

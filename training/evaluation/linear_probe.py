@@ -26,8 +26,8 @@ class LinearProbeArguments(FinetuneArguments):
     length: str = "100 epochs"
     warmup: str = "0 steps"
     schedule: Literal["linear", "cosine", "constant", "step"] = "cosine"
-    optimizer: str = option("momentum", "Any optimiser name that timm knows.")
-    learning_rate: float | int = option(1e-3, "Peak learning rate, of 256 images an update.")
+    optimizer: str = option("momentum", "Any optimizer name that timm knows.")
+    learning_rate: float | int = option(1e-3, "Peak learning rate, of 256 images per step.")
     learning_rate_batch_size: int | None = 256
     final_learning_rate: float | int = 0.0
     weight_decay: float | int = 0.0

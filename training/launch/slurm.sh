@@ -1,6 +1,6 @@
 #!/bin/bash
 # A run on several nodes that survives preemption and time limits: before the end SLURM sends SIGTERM, the run saves a
-# checkpoint after its current update (an evaluation that is under way is finished first), and the job is queued again.
+# checkpoint after its current step (an evaluation that is under way is finished first), and the job is queued again.
 #   sbatch --nodes 2 --gpus-per-node 8 training/launch/slurm.sh \
 #       -m training.pretrain --config training/recipes/pretrain/imagenet1k/locatvit_base.yaml --output_dir SHARED/RUN
 # Another way of sharing the work: sbatch --export ALL,LAUNCH=training/launch/fsdp2.yaml ...

@@ -53,7 +53,7 @@ def read_config(pretrained: str | Path) -> PreTrainedConfig | None:
 
 
 def load_pretrained(
-    auto_class: type, pretrained: str | Path | None, fields: dict[str, Any] | None = None, as_it_is: bool = False
+    auto_class: type, pretrained: str | Path | None, fields: dict[str, Any] | None = None, keep_plain: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model of a checkpoint, and the names of its parameters that the checkpoint does not have.
 
@@ -64,7 +64,7 @@ def load_pretrained(
     pretrained: folder or Hub name.
     fields: of the configuration, to change. Position embeddings follow another `image_size`; other tensors whose shape
         changes start anew, which is printed.
-    as_it_is: give a plain ViT no Gaussians, which is the model itself.
+    keep_plain: give a plain ViT no Gaussians, which is the model itself.
     Raises ValueError where there is no such model or field, or the checkpoint holds nothing of the encoder.
     """
     if pretrained is None:
@@ -77,7 +77,7 @@ def load_pretrained(
             "checkpoint that it was made of."
         )
     if not isinstance(source, FamilyConfigMixin):
-        fields = {"use_gaussian": False, **fields} if as_it_is else fields
+        fields = {"use_gaussian": False, **fields} if keep_plain else fields
         model = VIT_CLASSES[auto_class].from_vit(pretrained, **fields)
         headless = auto_class is AutoModelForImageClassification and open_vit(pretrained).head is None
         new = (".gaussian.", *(("classifier.",) if headless else ()))

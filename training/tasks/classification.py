@@ -50,7 +50,7 @@ class ClassificationAugmentation:
     """Augmentation and label mixing of image classification."""
 
     crop_scale: list[float | int] = option(
-        [0.08, 1.0], "Share of the area that a random crop keeps.", least=0, interval=True
+        [0.08, 1.0], "Fraction of the area that a random crop keeps.", least=0, interval=True
     )
     crop_ratio: list[float | int] = option(
         [3 / 4, 4 / 3], "Width of a random crop relative to its height, from and to.", least=0, interval=True
@@ -80,11 +80,11 @@ class ClassificationAugmentation:
 
 
 class ClassificationTransform:
-    """Maps (image, label) to (normalised pixels (3, height, width), label).
+    """Maps (image, label) to (normalized pixels (3, height, width), label).
 
     image_size: pixels, one number or [height, width].
     mean, std: of the three channels, in 0 to 1.
-    num_epochs: of the run, which progressive sizes are spread over.
+    num_epochs: of the run, over which progressive sizes are distributed.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ def train_classifier(
 ) -> dict[str, Any]:
     """Train, evaluate and export a classifier; returns the content of `all_results.json`.
 
-    arguments: settings with those of data, augmentation, optimisation and run, and of distillation where there is a
+    arguments: settings with those of data, augmentation, optimization and run, and of distillation where there is a
         `teacher`. loop_options: of `TrainingLoop`.
     """
     columns = [arguments.image_column, arguments.label_column]
@@ -266,15 +266,15 @@ def draw_predictions(model: PreTrainedModel, loader: DataLoader, accelerator: Ac
     pixel_values, labels = next(iter(loader))
     pixel_values, labels = pixel_values[:NUM_EXAMPLES].to(accelerator.device), labels[:NUM_EXAMPLES]
     with accelerator.autocast():
-        shares, classes = model.eval()(pixel_values=pixel_values).logits.float().softmax(dim=-1).max(dim=-1)
+        confidences, classes = model.eval()(pixel_values=pixel_values).logits.float().softmax(dim=-1).max(dim=-1)
     config, names = model.config, model.config.id2label
     return [
         caption(
             restore_image(pixels, config.image_mean, config.image_std),
-            f"{names[guess]} {share:.2f}",
+            f"{names[guess]} {confidence:.2f}",
             "green" if guess == label else "red",
         )
-        for pixels, share, guess, label in zip(
-            pixel_values.cpu(), shares.tolist(), classes.tolist(), labels, strict=True
+        for pixels, confidence, guess, label in zip(
+            pixel_values.cpu(), confidences.tolist(), classes.tolist(), labels, strict=True
         )
     ]

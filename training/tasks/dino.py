@@ -28,15 +28,15 @@ class MultiCropAugmentation:
     """Two large views of an image for student and teacher, and small ones for the student alone."""
 
     global_crop_scale: list[float | int] = option(
-        [0.4, 1.0], "Share of the area that a view of `image_size` shows.", least=0, interval=True
+        [0.4, 1.0], "Fraction of the area that a view of `image_size` shows.", least=0, interval=True
     )
     local_crop_scale: list[float | int] = option(
-        [0.05, 0.4], "Share of the area that a local view shows.", least=0, interval=True
+        [0.05, 0.4], "Fraction of the area that a local view shows.", least=0, interval=True
     )
     local_crop_size: int = option(96, "Side of a local view in pixels.", least=1)
     num_local_crops: int = option(8, "Local views of every image.", least=0)
     horizontal_flip: float | int = option(0.5, "Probability of mirroring an image.", least=0, most=1)
-    color_jitter: float | int = option(0.8, "Probability of a change of colours.", least=0, most=1)
+    color_jitter: float | int = option(0.8, "Probability of a change of colors.", least=0, most=1)
     grayscale: float | int = option(0.2, "Probability of turning a view gray.", least=0, most=1)
     solarize: float | int = option(0.2, "Probability in the second global view.", least=0, most=1)
     blur: list[float | int] = option(
@@ -57,11 +57,11 @@ class SelfDistillationArguments:
     head_bottleneck_size: int = option(256, "Channels of the unit vector that is compared with the prototypes.")
     head_batch_norm: bool = option(
         False,
-        "Normalise the hidden layers of the head over the batch of a process. A small encoder gives almost "
+        "Normalize the hidden layers of the head over the batch of a process. A small encoder gives almost "
         "the same features to all images at first; without it, a short run ends with the same answer to all.",
     )
     teacher_momentum: float | int = option(
-        0.996, "How much of the teacher an update keeps; a cosine takes it to 1.", least=0, most=1
+        0.996, "How much of the teacher a step keeps; a cosine takes it to 1.", least=0, most=1
     )
     student_temperature: float | int = option(0.1, "The student's answers are divided by this before the softmax.")
     teacher_temperature: float | int = option(0.04, "As `student_temperature`, of the teacher, after its warmup.")
@@ -72,7 +72,7 @@ class SelfDistillationArguments:
 
 
 class MultiCropTransform:
-    """Maps an image to its views: two (3, image_size, image_size), then the local ones, all normalised.
+    """Maps an image to its views: two (3, image_size, image_size), then the local ones, all normalized.
 
     image_size: pixels, one number or [height, width].
     mean, std: of the three channels, in 0 to 1.
@@ -235,32 +235,32 @@ def update_teacher(teacher: DinoNetwork, student: DinoNetwork, momentum: float) 
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
-def teacher_momentum_at(update: int, total: int, arguments: SelfDistillationArguments) -> float:
+def teacher_momentum_at(step: int, total: int, arguments: SelfDistillationArguments) -> float:
     """From `teacher_momentum` along a cosine to 1 at the end of the run."""
-    return 1 - (1 - arguments.teacher_momentum) * (1 + math.cos(math.pi * update / total)) / 2
+    return 1 - (1 - arguments.teacher_momentum) * (1 + math.cos(math.pi * step / total)) / 2
 
 
-def teacher_temperature_at(update: int, warmup: int, arguments: SelfDistillationArguments) -> float:
-    """Linear over `warmup` updates, then constant."""
+def teacher_temperature_at(step: int, warmup: int, arguments: SelfDistillationArguments) -> float:
+    """Linear over `warmup` steps, then constant."""
     start, final = arguments.start_teacher_temperature, arguments.teacher_temperature
-    return start + (final - start) * min(update / warmup, 1.0) if warmup else final
+    return start + (final - start) * min(step / warmup, 1.0) if warmup else final
 
 
 class DinoLoss(nn.Module):
-    """Cross-entropy between the teacher's sharpened and centred answer to one view and the student's to another.
+    """Cross-entropy between the teacher's sharpened and centered answer to one view and the student's to another.
 
     Besides, it watches for collapse. `teacher_entropy` is the mean entropy of the teacher's answers in nats: zero, or
     log(num_prototypes), where it says the same of every image. `feature_variance` is that of the teacher's features,
     scaled to unit length: between 0, all equal, and 1.
 
-    The centre and these two belong to the batch of an update, over all processes and accumulation steps.
+    The center and these two belong to the batch of a step, over all processes and accumulation steps.
     """
 
     def __init__(self, hidden_size: int, arguments: SelfDistillationArguments):
         super().__init__()
         self.student_temperature, self.momentum = arguments.student_temperature, arguments.centre_momentum
         self.register_buffer("centre", torch.zeros(arguments.num_prototypes))
-        # Sums over the views of the update in progress: answers, unit features, entropy, number.
+        # Sums over the views of the step in progress: answers, unit features, entropy, number.
         self.sizes = (arguments.num_prototypes, hidden_size, 1, 1)
         self.register_buffer("sums", torch.zeros(sum(self.sizes)), persistent=False)
 
@@ -290,8 +290,8 @@ class DinoLoss(nn.Module):
         self.sums += torch.cat([*sums, number])
 
     @torch.no_grad()
-    def update_centre(self, accelerator: Accelerator) -> dict[str, float]:
-        """After the last batch of an update: move the centre to the mean answer; returns what was watched."""
+    def update_center(self, accelerator: Accelerator) -> dict[str, float]:
+        """After the last batch of a step: move the center to the mean answer; returns what was watched."""
         means = accelerator.reduce(self.sums, reduction="sum")
         answers, features, entropy, _ = (means / means[-1]).split(self.sizes)
         self.centre.lerp_(answers, 1 - self.momentum)

@@ -23,14 +23,14 @@ class DistillationArguments:
     distillation: Literal["soft", "hard"] = option(
         "soft", "Learn the teacher's probabilities (KL divergence), or its best answer."
     )
-    distillation_weight: float | int = option(0.5, "Share of the teacher in the loss; the labels have the rest.")
+    distillation_weight: float | int = option(0.5, "Fraction of the teacher in the loss; the labels have the rest.")
     distillation_temperature: float | int = option(1.0, "Soft answers of both are flattened by this.")
 
 
 class Distillation:
     """The loss of a student with the term of its teacher mixed in.
 
-    The teacher sees the same augmented images as the student, normalised its own way and at its own size. Its weights
+    The teacher sees the same augmented images as the student, normalized its own way and at its own size. Its weights
     are float32, in whatever precision they are stored.
 
     num_labels: classes of the student, in the same order as the teacher's.

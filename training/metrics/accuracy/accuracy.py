@@ -6,10 +6,10 @@ import numpy as np
 
 
 class Accuracy(evaluate.Metric):
-    """Share of right classes. Three 64-bit counts are kept, never the predictions.
+    """Fraction of right classes. Three 64-bit counts are kept, never the predictions.
 
     top_k: above 1, predictions are the `top_k` best class ids of each sample, best first, and `top_{k}_accuracy` is
-        the share of samples whose class is among them.
+        the fraction of samples whose class is among them.
     ignore_index: references with this id are not counted; None counts all.
     """
 
@@ -23,7 +23,7 @@ class Accuracy(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         label = datasets.Value("int64")
         return evaluate.MetricInfo(
-            description="Share of samples whose prediction, or one of the best k, is their class.",
+            description="Fraction of samples whose prediction, or one of the best k, is their class.",
             citation="",
             inputs_description="predictions: class ids, or with top_k above 1 lists of them; references: class ids.",
             features=datasets.Features(
@@ -52,9 +52,9 @@ class Accuracy(evaluate.Metric):
         if predictions is not None:
             self.add_batch(predictions=predictions, references=references)
         (right, among, total), self.counts = self.counts, np.zeros(3, np.int64)
-        shares = {"accuracy": right, f"top_{self.top_k}_accuracy": among}
+        counts = {"accuracy": right, f"top_{self.top_k}_accuracy": among}
         return {
             name: float(count / total) if total else float("nan")
-            for name, count in shares.items()
+            for name, count in counts.items()
             if name != "top_1_accuracy"
         }

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour accuracy of features, as an `evaluate` module: `evaluate.load("training/metrics/knn")`.
+"""Weighted k-nearest-neighbor accuracy of features, as an `evaluate` module: `evaluate.load("training/metrics/knn")`.
 
 The protocol of Wu et al. (2018) and DINO: the k training features of highest cosine similarity s vote for their classes
 with the weight exp(s / temperature).
@@ -14,7 +14,7 @@ MAX_SIMILARITIES = 2**25
 
 
 class WeightedKNN(evaluate.Metric):
-    """Share of samples whose class wins the vote (top-1), or is among its five best (top-5).
+    """Fraction of samples whose class wins the vote (top-1), or is among its five best (top-5).
 
     train_features: (training samples, channels), train_labels: (training samples,), which vote; on any device, where
         the votes are counted. k: voters, at most all training samples. num_labels: by default the largest label + 1.
@@ -42,7 +42,7 @@ class WeightedKNN(evaluate.Metric):
         if not 1 <= k or not temperature > 0:
             raise ValueError(f"k must be at least 1 and the temperature above 0, got {k} and {temperature}.")
         if k > len(self.train_labels):
-            raise ValueError(f"There are only {len(self.train_labels)} training features for k={k} neighbours.")
+            raise ValueError(f"There are only {len(self.train_labels)} training features for k={k} neighbors.")
         self.k, self.temperature = k, temperature
         self.num_labels = num_labels or int(self.train_labels.max()) + 1
         self.counts = np.zeros(3, np.int64)
@@ -89,8 +89,8 @@ class WeightedKNN(evaluate.Metric):
         if predictions is not None:
             self.add_batch(predictions=predictions, references=references)
         (right, among, total), self.counts = self.counts, np.zeros(3, np.int64)
-        shares = {"accuracy": right, "top_5_accuracy": among}
-        return {name: float(count / total) if total else float("nan") for name, count in shares.items()}
+        counts = {"accuracy": right, "top_5_accuracy": among}
+        return {name: float(count / total) if total else float("nan") for name, count in counts.items()}
 
 
 def _normalised(features) -> torch.Tensor:
