@@ -80,10 +80,14 @@ class SegmentationAugmentation(ResizedLabelArguments):
 class SegmentationTransform:
     """Maps (image, map) to (normalized pixels (3, crop, crop), labels (crop, crop) int64, 255 for no class).
 
-    mean, std: of the channels, in 0 to 1.
-    count: a function of (labels, num_labels) whose value, a tensor, is added to each sample; it gets the labels of the
-        whole image.
-    Raises ValueError where image and map differ in size or a label is outside the classes.
+    Args:
+        mean: Of the channels, in 0 to 1.
+        std: Of the channels, in 0 to 1.
+        count: A function of (labels, num_labels) whose value, a tensor, is added to each sample; it gets the labels of
+            the whole image.
+
+    Raises:
+        ValueError: Where image and map differ in size or a label is outside the classes.
     """
 
     def __init__(
@@ -132,8 +136,10 @@ class LabelReader:
 
     Maps hold one number a pixel, in 1, 8, 16 or 32 bits; those of a palette image are its indices. Maps in colors need
     `label_mapping`.
-    num_labels: number of classes; None where any id is taken.
     Calling it raises ValueError where the sizes differ, or a label is neither a class nor 255.
+
+    Args:
+        num_labels: Number of classes; None where any id is taken.
     """
 
     def __init__(self, arguments: LabelArguments, num_labels: int | None):
@@ -262,9 +268,11 @@ def _parse_class(key: Any, value: Any) -> int:
 class RandomScale(v2.Transform):
     """Resizes by a random factor, the aspect ratio kept, what first fits into `resize` and `max_resize`.
 
-    scale: range of the factor.
-    resize, max_resize: pixels that the short and the long side have at factor 1, whichever is reached first.
-    label_interpolation: of label maps, see `resize_labels`; images are resized bilinearly, with antialiasing.
+    Args:
+        scale: Range of the factor.
+        resize: Pixels that the short and the long side have at factor 1, whichever is reached first.
+        max_resize: Pixels that the short and the long side have at factor 1, whichever is reached first.
+        label_interpolation: Of label maps, see `resize_labels`; images are resized bilinearly, with antialiasing.
     """
 
     def __init__(self, scale: list[float], resize: int, max_resize: int, label_interpolation: str = "nearest-exact"):
@@ -361,8 +369,9 @@ class RandomCropOfClasses(v2.Transform):
 
     Where a side of the image is smaller, the crop has the whole side.
 
-    size: side in pixels.
-    max_class_share: of the pixels with a class.
+    Args:
+        size: Side in pixels.
+        max_class_share: Of the pixels with a class.
     """
 
     def __init__(self, size: int, max_class_share: float):
@@ -391,7 +400,8 @@ class RandomCropOfClasses(v2.Transform):
 class PaddedCropOfClasses(v2.RandomCrop):
     """As `RandomCropOfClasses`, of ten draws and from an image that is padded on all sides where it is smaller.
 
-    fill: padding value for every kind of input.
+    Args:
+        fill: Padding value for every kind of input.
     """
 
     def __init__(self, size: int, max_class_share: float, fill: dict[type, Any]):

@@ -81,7 +81,9 @@ def build_model(arguments: FinetuneArguments, label_names: list[str]) -> tuple[P
     """The pretrained model with a classifier for the names of the classes, and whether its Gaussians are new.
 
     The classifier is a new one unless the checkpoint has these very classes, in this order.
-    Raises ValueError where the number of classes is given twice and differs, and as `load_pretrained` does.
+
+    Raises:
+        ValueError: Where the number of classes is given twice and differs, and as `load_pretrained` does.
     """
     num_labels = arguments.model.get("num_labels", len(label_names))
     if num_labels != len(label_names):
@@ -104,7 +106,9 @@ def freeze_encoder(model: PreTrainedModel, unfreeze: list[str]) -> None:
     """Train the classifier and the parameters whose name contains an entry of `unfreeze`.
 
     Drop path, dropout and batch norms of the encoder stay as in evaluation.
-    Raises ValueError for an entry that no parameter contains.
+
+    Raises:
+        ValueError: For an entry that no parameter contains.
     """
     model.base_model.requires_grad_(False)
     for part in unfreeze:
@@ -121,7 +125,9 @@ def add_adapters(model: PreTrainedModel, arguments: FinetuneArguments, new_gauss
 
     Queries and values get them unless `lora.target_modules` says otherwise. The model itself is changed; the object
     that is returned around it can tell the adapters from the rest.
-    Raises ValueError for a field that PEFT does not know, and for targets that are not there.
+
+    Raises:
+        ValueError: For a field that PEFT does not know, and for targets that are not there.
     """
     whole = ["classifier", *(["gaussian"] if new_gaussians else [])]
     known = {f.name for f in fields(LoraConfig)}

@@ -139,8 +139,10 @@ def build_model(arguments: SegmentArguments, label_names: list[str] | None) -> P
     """The pretrained model with a head that knows the names of the classes, frozen below it where asked.
 
     The head is fresh, unless the checkpoint is of the same kind and of the same classes: then it goes on.
-    Raises ValueError where the classes have no names or the model has another number of them, as `build_config` does,
-    and as `load_pretrained` does.
+
+    Raises:
+        ValueError: Where the classes have no names or the model has another number of them, as `build_config` does, and
+            as `load_pretrained` does.
     """
     if label_names is None:
         raise ValueError("The data does not name its classes: give --label_names, a list or a JSON file {id: name}.")
@@ -214,8 +216,9 @@ def initialize_heads(model: PreTrainedModel) -> None:
 def build_config(arguments: SegmentArguments, encoder: PreTrainedConfig, label_names: list[str]) -> PreTrainedConfig:
     """The configuration of an encoder with the names of the classes and the head of `arguments`.
 
-    Raises ValueError for a head that its family does not have, for an unknown field of UPerNet, and for another label
-    of pixels without a class than this program gives them.
+    Raises:
+        ValueError: For a head that its family does not have, for an unknown field of UPerNet, and for another label of
+            pixels without a class than this program gives them.
     """
     for name, given in (("semantic_loss_ignore_index", arguments.model), ("loss_ignore_index", arguments.upernet)):
         if given.get(name, IGNORE_INDEX) != IGNORE_INDEX:

@@ -57,8 +57,9 @@ class NumberedReader:
 class Loaded(NamedTuple):
     """Samples or rows, and what has to be said about others.
 
-    corrupt: of each image that cannot be decoded its name and what is wrong with it.
-    unclear: names of turned images whose label map may or may not be made for the turned pixels, see `_is_unclear`.
+    Attributes:
+        corrupt: Of each image that cannot be decoded its name and what is wrong with it.
+        unclear: Names of turned images whose label map may or may not be made for the turned pixels, see `_is_unclear`.
     """
 
     samples: list[tuple]
@@ -71,10 +72,11 @@ class TrainingSamples(Dataset):
 
     A sample with an image that cannot be decoded is replaced by another one, which (seed, epoch, index) determine.
 
-    dataset: a split of `load_splits`.
-    columns: the image comes first, and is handed over in RGB; further images, such as label maps, as they are.
-    transform: maps the values of `columns` to a tuple of tensors; may draw from Python's, NumPy's and torch's streams.
-        Where it has a method `at_epoch(epoch)`, this gives the transform of that epoch.
+    Args:
+        dataset: A split of `load_splits`.
+        columns: The image comes first, and is handed over in RGB; further images, such as label maps, as they are.
+        transform: Maps the values of `columns` to a tuple of tensors; may draw from Python's, NumPy's and torch's
+            streams. Where it has a method `at_epoch(epoch)`, this gives the transform of that epoch.
     """
 
     def __init__(
@@ -155,7 +157,9 @@ class EvaluationSamples(Dataset):
 class Part(NamedTuple):
     """What a worker hands over: a batch or a part of one, None where it is empty, and what it tried to decode.
 
-    corrupt, unclear: as in `Loaded`.
+    Attributes:
+        corrupt: As in `Loaded`.
+        unclear: As in `Loaded`.
     """
 
     batch: Any
@@ -195,11 +199,13 @@ class _Parts(Dataset):
 class ImageLoader:
     """Batches of one process; counts and names the images that could not be decoded, and those of unclear orientation.
 
-    samples: what the keys of the sampler stand for; any dataset that takes them, without the counting.
-    sampler: of lists of keys, one a batch or a part of a batch.
-    parts: where in their batch the samples of each part stand, for every batch of a cycle; None for whole batches.
-    max_corrupt_share, fraction_of: of this number of images at least, that many may be corrupt before a ValueError.
-    ask_orientation: print the names of turned images whose label map fits the stored pixels as well.
+    Args:
+        samples: What the keys of the sampler stand for; any dataset that takes them, without the counting.
+        sampler: Of lists of keys, one a batch or a part of a batch.
+        parts: Where in their batch the samples of each part stand, for every batch of a cycle; None for whole batches.
+        max_corrupt_share: Of this number of images at least, that many may be corrupt before a ValueError.
+        fraction_of: Of this number of images at least, that many may be corrupt before a ValueError.
+        ask_orientation: Print the names of turned images whose label map fits the stored pixels as well.
     """
 
     def __init__(
@@ -276,8 +282,9 @@ def create_training_loader(
 ) -> ImageLoader:
     """This process's batches of the steps from `start` until before `stop`, one per accumulation step.
 
-    samples: or any other dataset that is addressed by (epoch, index).
-    collate: makes a batch of a list of samples; by default tensors are stacked.
+    Args:
+        samples: Or any other dataset that is addressed by (epoch, index).
+        collate: Makes a batch of a list of samples; by default tensors are stacked.
     """
     options = {
         "batch_size": arguments.batch_size,
@@ -327,7 +334,8 @@ def create_evaluation_loader(
 ) -> ImageLoader:
     """This process's part of a split, no sample twice; `collate` gets a list of rows (image, label).
 
-    numbered: rows end with their index in the split: (image, label, index).
+    Args:
+        numbered: Rows end with their index in the split: (image, label, index).
     """
     is_image = [isinstance(dataset.features[column], datasets.Image) for column in columns]
     rank, processes, size = accelerator.process_index, accelerator.num_processes, arguments.eval_batch_size

@@ -62,7 +62,9 @@ def decode_image(entry: Any, rgb: bool = False, max_megapixels: float = MAX_MEGA
 class Header(NamedTuple):
     """What a file says of its image before the pixels.
 
-    size: width and height of the stored pixels. orientation: 1 to 8, as EXIF has them; `decode_image` turns all but 1.
+    Attributes:
+        size: Width and height of the stored pixels.
+        orientation: 1 to 8, as EXIF has them; `decode_image` turns all but 1.
     """
 
     size: tuple[int, int]
@@ -105,8 +107,12 @@ def crop_and_resize(
     A JPEG file whose pixels are still encoded is decoded at a half, quarter or eighth of its size where this leaves the
     crop at least `MIN_REDUCED` times as large as the result.
 
-    box: left, top, right and bottom in pixels. size: height and width in pixels. mode: bilinear or bicubic.
     Raises OSError, as Pillow does, for pixels that cannot be decoded.
+
+    Args:
+        box: Left, top, right and bottom in pixels.
+        size: Height and width in pixels.
+        mode: Bilinear or bicubic.
     """
     if image.format == "JPEG" and image.fp is not None:
         width, height = image.size

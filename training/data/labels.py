@@ -138,8 +138,9 @@ def _ids(
 ) -> dict[Hashable, int]:
     """The class id of each value of a split.
 
-    values: All that occur; None where nobody has looked, and any that may occur gets an id.
-    given: Whether the user gave the names, which may rename the classes of the data in their order.
+    Args:
+        values: All that occur; None where nobody has looked, and any that may occur gets an id.
+        given: Whether the user gave the names, which may rename the classes of the data in their order.
     """
     by_name = {label_name: label for label, label_name in enumerate(names)}
     own = _class_names(split, column)

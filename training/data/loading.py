@@ -278,7 +278,8 @@ def _divide(whole: Split, arguments: DataArguments) -> tuple[datasets.Dataset, d
 def read_label_names(arguments: DataArguments) -> list[str] | None:
     """The names that the settings give, themselves or in a JSON file; None where they leave them to the data.
 
-    Raises ValueError for a file that does not name the labels from 0 on.
+    Raises:
+        ValueError: For a file that does not name the labels from 0 on.
     """
     if not isinstance(arguments.label_names, str):
         return arguments.label_names

@@ -19,11 +19,13 @@ class StepSampler(Sampler[list[tuple[int, ...]]]):
     steps and workers, and a run that starts at step k goes on exactly as one that never stopped. An epoch drops
     the remainder that fills no batch.
 
-    num_samples: images in the dataset.
-    batch_size: images per step, over all processes and accumulation steps.
-    start, stop: first step, and the one after the last.
-    repeats: times that an image occurs in its step, each augmented anew (repeated augmentation). An epoch has as many
-        steps as without, and so sees a different part of the images.
+    Args:
+        num_samples: Images in the dataset.
+        batch_size: Images per step, over all processes and accumulation steps.
+        start: First step, and the one after the last.
+        stop: First step, and the one after the last.
+        repeats: Times that an image occurs in its step, each augmented anew (repeated augmentation). An epoch has as
+            many steps as without, and so sees a different part of the images.
     """
 
     def __init__(
@@ -86,8 +88,9 @@ class StreamSampler(StepSampler):
     A worker always gets the images of its own streams, so that no other has to read them. `parts` says where in their
     batch the images of every part stand, for each accumulation step.
 
-    reader: draws the order of an epoch; the number of its streams divides the images of a step.
-    num_parts: data-loading workers, at least 1.
+    Args:
+        reader: Draws the order of an epoch; the number of its streams divides the images of a step.
+        num_parts: Data-loading workers, at least 1.
     """
 
     def __init__(self, reader: ForwardReader, num_parts: int, *arguments, **options):

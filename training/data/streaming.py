@@ -155,9 +155,10 @@ class StreamedRows:
 class ForwardReader:
     """Rows of a streamed split, addressed by (epoch, index, …) and asked for in the order that `order` gives.
 
-    num_streams: pieces of equal length into which an epoch is cut.
-    window: rows of a stream that are mixed with each other.
-    seed: of the order; None for the rows as they stand in the shards.
+    Args:
+        num_streams: Pieces of equal length into which an epoch is cut.
+        window: Rows of a stream that are mixed with each other.
+        seed: Of the order; None for the rows as they stand in the shards.
     """
 
     def __init__(self, split: StreamedRows, columns: list[str], num_streams: int, window: int, seed: int | None):

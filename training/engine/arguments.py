@@ -221,7 +221,8 @@ def run_program(main: Callable[[Arguments], Any], cls: type[Arguments]) -> None:
 def _parse_command_line(argv: list[str], cls: type) -> dict[str, Any]:
     """`--a 1 --b.c=x --flag` as `{"a": 1, "b": {"c": "x"}, "flag": True}`; see `_read_word`.
 
-    cls: whose fields say what the options take.
+    Args:
+        cls: Whose fields say what the options take.
     """
     fields, hints = {f.name for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
     others = {name: getattr(cls, "other_names", {})[name] for name in getattr(cls, "other_names_of_text", ())}
@@ -292,7 +293,9 @@ def _coerce(value: Any, annotation: Any, name: str) -> Any:
 
     A word becomes a number where the type takes numbers, and a number becomes text where it takes text alone. A single
     value where a list is meant is a list of one. name: of the option.
-    Raises ValueError for a boolean where text is meant: what stood there is not known any more.
+
+    Raises:
+        ValueError: For a boolean where text is meant: what stood there is not known any more.
     """
     kinds = _kinds(annotation)
     if isinstance(value, dict):

@@ -40,9 +40,12 @@ def save_checkpoint(
 ) -> None:
     """Save what `accelerator` prepared and registered as `folder/step_…`, then drop all but the `keep` newest.
 
-    best_step: of the best evaluation; a checkpoint of that step is kept too.
-    texts: what the checkpoint says about its run, by the names of the files.
-    Raises OSError where it cannot be written, for example on a full disk; earlier checkpoints are left alone then.
+    Args:
+        best_step: Of the best evaluation; a checkpoint of that step is kept too.
+        texts: What the checkpoint says about its run, by the names of the files.
+
+    Raises:
+        OSError: Where it cannot be written, for example on a full disk; earlier checkpoints are left alone then.
     """
     path = folder / f"step_{step:0{STEP_DIGITS}d}"
     temporary = folder / f".partial-{path.name}"

@@ -33,7 +33,8 @@ def save_model(
 ) -> None:
     """Write a complete or no folder: what `save` writes, and the licence of the code.
 
-    Raises OSError where it cannot be written, for example on a full disk; an earlier folder stays then.
+    Raises:
+        OSError: Where it cannot be written, for example on a full disk; an earlier folder stays then.
     """
     try:
         with atomic_folder(folder) as temporary:
@@ -46,7 +47,8 @@ def save_model(
 def write_card(folder: Path, arguments: RunArguments, results: dict[str, Any]) -> None:
     """Write the card of an exported model of one of our families; leave other models alone.
 
-    results: of the run, as in `all_results.json`.
+    Args:
+        results: Of the run, as in `all_results.json`.
     """
     family = card.family_of(folder)
     if family is None:
@@ -106,7 +108,8 @@ def write_results(
 def open_repository(repository: str) -> None:
     """Create the repository where it does not exist, before hours of training rather than after.
 
-    Raises ValueError where it cannot be written.
+    Raises:
+        ValueError: Where it cannot be written.
     """
     create_repository(repository, report=print)
 
@@ -114,7 +117,8 @@ def open_repository(repository: str) -> None:
 def push(folder: Path, repository: str) -> str:
     """Upload an exported folder in one commit, replacing code that it no longer has; returns its address.
 
-    Raises ValueError where it cannot be written.
+    Raises:
+        ValueError: Where it cannot be written.
     """
     write_checksums(folder)
     return upload(folder, repository, message="Upload model, processor and card", report=print).url

@@ -30,7 +30,8 @@ def set_weight_decay(optimizer: Optimizer, weight_decay: float) -> None:
 def create_optimizer(model: nn.Module, arguments: OptimizationArguments) -> Optimizer:
     """A timm optimizer over the trainable parameters, in the groups of `group_trainable_parameters`.
 
-    Raises ValueError for an optimizer or a setting that timm does not know, and where nothing is trainable.
+    Raises:
+        ValueError: For an optimizer or a setting that timm does not know, and where nothing is trainable.
     """
     groups = group_trainable_parameters(model, arguments)
     if not groups:
@@ -100,7 +101,9 @@ def scale_layers(model: nn.Module, layer_decay: float) -> dict[str, float]:
 
     The layers are those of the model, or of the module in it that has a `group_matcher`, such as the backbone of a
     detector; what stands outside of that module counts as after the last layer.
-    Raises ValueError where there is none.
+
+    Raises:
+        ValueError: Where there is none.
     """
     found = next(((name, module) for name, module in model.named_modules() if hasattr(module, "group_matcher")), None)
     if found is None:

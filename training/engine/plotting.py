@@ -19,11 +19,14 @@ CAPTION_HEIGHT = 14
 def draw_batch(batch: Any, mean: Sequence[float], std: Sequence[float], names: dict[int, str]) -> Image.Image:
     """One image of what a model is given: a tile for each of the first images, with its targets.
 
-    batch: tensors (batch, 3, height, width) and lists of (3, height, width), normalized, nested in any way. Beside
-        them class ids (batch,), class weights (batch, classes), label maps (batch, height, width), or a list of dicts
-        with `boxes` in pixels. Where there are several groups of images, such as crops of different sizes, each is
-        drawn.
-    mean, std: of the channels, in 0 to 1. names: of the classes.
+    Args:
+        batch: Tensors (batch, 3, height, width) and lists of (3, height, width), normalized, nested in any way. Beside
+            them class ids (batch,), class weights (batch, classes), label maps (batch, height, width), or a list of
+            dicts with `boxes` in pixels. Where there are several groups of images, such as crops of different sizes,
+            each is drawn.
+        mean: Of the channels, in 0 to 1.
+        std: Of the channels, in 0 to 1.
+        names: Of the classes.
     """
     images, labels = [], []
     _collect(batch, images, labels)

@@ -33,9 +33,10 @@ def check_trackers(names: list[str]) -> None:
 class Trackers:
     """The trackers of a run; a continued run goes on in the same ones.
 
-    accelerator: made with the trackers of `arguments`.
-    output: the run's folder, which holds their files and names the run.
-    step: Steps that are already done.
+    Args:
+        accelerator: Made with the trackers of `arguments`.
+        output: The run's folder, which holds their files and names the run.
+        step: Steps that are already done.
     """
 
     def __init__(self, accelerator: Accelerator, arguments: RunArguments, output: Path, step: int):

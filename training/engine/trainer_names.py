@@ -183,7 +183,9 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
 
     `per_device_train_batch_size` is multiplied by the processes and the accumulation steps. As with the Trainer,
     `max_steps` and `warmup_steps` win over epochs and ratio.
-    Raises ValueError where an option is given under both names, and for a strategy that the Trainer does not know.
+
+    Raises:
+        ValueError: Where an option is given under both names, and for a strategy that the Trainer does not know.
     """
     values = {name: value for name, value in values.items() if name not in WITHOUT_COUNTERPART}
     if "evaluation_strategy" in values:  # its name before transformers 4.41

@@ -57,7 +57,8 @@ def load_classifier(pretrained: str) -> PreTrainedModel:
 def match_labels(label_names: list[str], config: PreTrainedConfig, pretrained: str) -> torch.Tensor:
     """The model's class id of every class of the data: by name, or by number where one side has no names.
 
-    Raises ValueError where neither fits.
+    Raises:
+        ValueError: Where neither fits.
     """
     ids = {name: label for label, name in config.id2label.items()}
     if all(name in ids for name in label_names):

@@ -32,7 +32,8 @@ def pooled_features(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a classifier would read, (images, channels) in float32, with labels and indices, of this process's part.
 
-    loader: batches of `collate_numbered`.
+    Args:
+        loader: Batches of `collate_numbered`.
     """
     found: list[tuple[torch.Tensor, ...]] = []
     for pixel_values, labels, indices in loader:
@@ -49,7 +50,10 @@ def pooled_features(
 def gather_in_order(accelerator: Accelerator, keys: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
     """The rows of all processes in the order of their keys, in every process.
 
-    keys: (rows,) distinct numbers. tensors: (rows, …); the number of rows may differ from process to process.
+    Args:
+        accelerator: Of the processes.
+        keys: (rows,) distinct numbers.
+        tensors: (rows, …); the number of rows may differ from process to process.
     """
     sizes = accelerator.gather(torch.tensor([len(keys)], device=accelerator.device)).tolist()
 

@@ -245,7 +245,8 @@ def remember(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Of every image of this process the sampled patches: keys (n,), features (n, channels), fractions of classes.
 
-    key: (seed, epoch), which with the image's index determines what is sampled.
+    Args:
+        key: (seed, epoch), which with the image's index determines what is sampled.
     """
     for pixels, labels, indices in loader:
         with accelerator.autocast():
@@ -278,9 +279,13 @@ def count_classes(labels: torch.Tensor, grid: tuple[int, int], num_labels: int) 
 def sample_patches(counts: torch.Tensor, quota: int, key: tuple[int, ...]) -> torch.Tensor:
     """Indices, ascending, of at most `quota` patches that have a label, patches of rare classes with preference.
 
-    counts: (patches, classes) on CPU. Our choice: those are taken for which a random number in [0, 1), times the sum of
-    the numbers of patches in the image that hold each of the patch's classes, is lowest: a class that few patches hold
-    gives a low score. `key` determines the random numbers.
+    Our choice: those are taken for which a random number in [0, 1), times the sum of the numbers of patches in the
+    image that hold each of the patch's classes, is lowest: a class that few patches hold gives a low score.
+
+    Args:
+        counts: (patches, classes) on CPU.
+        quota: Patches at most.
+        key: Determines the random numbers.
     """
     present = counts > 0
     labelled = present.any(dim=1).nonzero()[:, 0]
@@ -295,7 +300,10 @@ def sample_patches(counts: torch.Tensor, quota: int, key: tuple[int, ...]) -> to
 class MemoryBank:
     """Features with fractions of classes, searched by FAISS: on a CUDA device where the installed one can, else on CPU.
 
-    features: (entries, channels) of length 1. fractions: (entries, classes). k: neighbors, at most all entries.
+    Args:
+        features: (entries, channels) of length 1.
+        fractions: (entries, classes).
+        k: Neighbors, at most all entries.
     """
 
     def __init__(self, features: torch.Tensor, fractions: torch.Tensor, k: int, temperature: float):

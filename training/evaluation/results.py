@@ -43,7 +43,8 @@ class EvaluationArguments(DataArguments):
 def start_evaluation(arguments: EvaluationArguments) -> Accelerator:
     """The processes and devices that `accelerate launch` gives, and an output folder that can be written.
 
-    Raises ValueError where it cannot, or no model is named.
+    Raises:
+        ValueError: Where it cannot, or no model is named.
     """
     if arguments.pretrained is None:
         raise ValueError("Name the model to evaluate with --pretrained: a folder or a Hub name.")
@@ -137,8 +138,11 @@ def write_result(
     `model` (as it was named), `model_type`, `model_hash`, `parameters`, `images_per_second`, `peak_memory_bytes`,
     `device`, `num_processes`, `settings` (all of the program), `versions`, `date` (UTC), and `details`.
 
-    measured: from `Meter.report`.
-    Raises OSError where it cannot be written; an earlier file stays then.
+    Args:
+        measured: From `Meter.report`.
+
+    Raises:
+        OSError: Where it cannot be written; an earlier file stays then.
     """
     result = {
         "task": task,

@@ -60,12 +60,15 @@ def load_pretrained(
     Any checkpoint of our families will do, whatever its head; anything else goes through `from_vit`. The weights are
     float32, in whatever precision they are stored: steps of half-precision weights are rounded away.
 
-    auto_class: `AutoModel` or `AutoModelForImageClassification`.
-    pretrained: folder or Hub name.
-    fields: of the configuration, to change. Position embeddings follow another `image_size`; other tensors whose shape
-        changes start anew, which is printed.
-    keep_plain: give a plain ViT no Gaussians, which is the model itself.
-    Raises ValueError where there is no such model or field, or the checkpoint holds nothing of the encoder.
+    Args:
+        auto_class: `AutoModel` or `AutoModelForImageClassification`.
+        pretrained: Folder or Hub name.
+        fields: Of the configuration, to change. Position embeddings follow another `image_size`; other tensors whose
+            shape changes start anew, which is printed.
+        keep_plain: Give a plain ViT no Gaussians, which is the model itself.
+
+    Raises:
+        ValueError: Where there is no such model or field, or the checkpoint holds nothing of the encoder.
     """
     if pretrained is None:
         raise ValueError("Name the model to start from with --pretrained: a folder or a Hub name.")

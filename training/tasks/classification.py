@@ -82,9 +82,11 @@ class ClassificationAugmentation:
 class ClassificationTransform:
     """Maps (image, label) to (normalized pixels (3, height, width), label).
 
-    image_size: pixels, one number or [height, width].
-    mean, std: of the three channels, in 0 to 1.
-    num_epochs: of the run, over which progressive sizes are distributed.
+    Args:
+        image_size: Pixels, one number or [height, width].
+        mean: Of the three channels, in 0 to 1.
+        std: Of the three channels, in 0 to 1.
+        num_epochs: Of the run, over which progressive sizes are distributed.
     """
 
     def __init__(
@@ -195,8 +197,10 @@ def train_classifier(
 ) -> dict[str, Any]:
     """Train, evaluate and export a classifier; returns the content of `all_results.json`.
 
-    arguments: settings with those of data, augmentation, optimization and run, and of distillation where there is a
-        `teacher`. loop_options: of `TrainingLoop`.
+    Args:
+        arguments: Settings with those of data, augmentation, optimization and run, and of distillation where there is a
+            `teacher`.
+        loop_options: Of `TrainingLoop`.
     """
     columns = [arguments.image_column, arguments.label_column]
     images = schedule.images_per_pass

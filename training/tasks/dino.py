@@ -74,8 +74,10 @@ class SelfDistillationArguments:
 class MultiCropTransform:
     """Maps an image to its views: two (3, image_size, image_size), then the local ones, all normalized.
 
-    image_size: pixels, one number or [height, width].
-    mean, std: of the three channels, in 0 to 1.
+    Args:
+        image_size: Pixels, one number or [height, width].
+        mean: Of the three channels, in 0 to 1.
+        std: Of the three channels, in 0 to 1.
     """
 
     def __init__(
@@ -124,7 +126,8 @@ def _view(
 class RandomBlur(v2.Transform):
     """Gaussian blur of a PIL image, by Pillow: torchvision's would turn it into a tensor and back.
 
-    sigma: standard deviation in pixels, drawn evenly between these two.
+    Args:
+        sigma: Standard deviation in pixels, drawn evenly between these two.
     """
 
     def __init__(self, sigma: list[float]):
@@ -269,10 +272,11 @@ class DinoLoss(nn.Module):
     ) -> torch.Tensor:
         """The mean over images and pairs of different views.
 
-        student: answers (views, batch, num_prototypes), the first of which are the teacher's views.
-        teacher: answers (global views, batch, num_prototypes).
-        features: of the teacher, (global views, batch, hidden_size).
-        temperature: of the teacher's softmax.
+        Args:
+            student: Answers (views, batch, num_prototypes), the first of which are the teacher's views.
+            teacher: Answers (global views, batch, num_prototypes).
+            features: Of the teacher, (global views, batch, hidden_size).
+            temperature: Of the teacher's softmax.
         """
         teacher = teacher.float()
         targets = ((teacher - self.centre) / temperature).softmax(dim=-1)

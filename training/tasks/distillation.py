@@ -33,9 +33,13 @@ class Distillation:
     The teacher sees the same augmented images as the student, normalized its own way and at its own size. Its weights
     are float32, in whatever precision they are stored.
 
-    num_labels: classes of the student, in the same order as the teacher's.
-    mean, std: of the channels of the student's images, in 0 to 1.
-    Raises ValueError where the teacher cannot be loaded or knows another number of classes.
+    Args:
+        num_labels: Classes of the student, in the same order as the teacher's.
+        mean: Of the channels of the student's images, in 0 to 1.
+        std: Of the channels of the student's images, in 0 to 1.
+
+    Raises:
+        ValueError: Where the teacher cannot be loaded or knows another number of classes.
     """
 
     def __init__(
@@ -78,7 +82,10 @@ class Distillation:
     def __call__(self, loss: torch.Tensor, logits: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """The mixed loss (`loss`) and its terms (`labels`, `teacher`).
 
-        loss: of the labels. logits: (batch, classes) of the student. images: (batch, channels, height, width).
+        Args:
+            loss: Of the labels.
+            logits: (batch, classes) of the student.
+            images: (batch, channels, height, width).
         """
         with torch.no_grad(), self.autocast():
             images = images * self.factor + self.offset

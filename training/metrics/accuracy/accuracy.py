@@ -8,9 +8,10 @@ import numpy as np
 class Accuracy(evaluate.Metric):
     """Fraction of right classes. Three 64-bit counts are kept, never the predictions.
 
-    top_k: above 1, predictions are the `top_k` best class ids of each sample, best first, and `top_{k}_accuracy` is
-        the fraction of samples whose class is among them.
-    ignore_index: references with this id are not counted; None counts all.
+    Args:
+        top_k: Above 1, predictions are the `top_k` best class ids of each sample, best first, and `top_{k}_accuracy` is
+            the fraction of samples whose class is among them.
+        ignore_index: References with this id are not counted; None counts all.
     """
 
     def __init__(self, *args, top_k: int = 1, ignore_index: int | None = None, **kwargs):

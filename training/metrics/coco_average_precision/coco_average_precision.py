@@ -22,9 +22,10 @@ STATISTICS += ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
 class COCOAveragePrecision(evaluate.Metric):
     """The twelve numbers of COCO for every kind of overlap.
 
-    iou_types: "bbox", "segm" or both.
-
     `records` holds one entry an image, masks run-length encoded: entries of several processes can be put in one list.
+
+    Args:
+        iou_types: "bbox", "segm" or both.
     """
 
     def __init__(self, *args, iou_types: list[str] | tuple[str, ...] = ("bbox",), **kwargs):
@@ -54,7 +55,8 @@ class COCOAveragePrecision(evaluate.Metric):
     def add_batch(self, *, predictions=None, references=None, **kwargs) -> None:
         """Note the objects that were found in each image, and those that are there.
 
-        Raises ValueError where the lists, or the fields of one image, differ in length.
+        Raises:
+            ValueError: Where the lists, or the fields of one image, differ in length.
         """
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions do not fit {len(references)} references.")

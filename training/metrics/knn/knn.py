@@ -16,10 +16,16 @@ MAX_SIMILARITIES = 2**25
 class WeightedKNN(evaluate.Metric):
     """Fraction of samples whose class wins the vote (top-1), or is among its five best (top-5).
 
-    train_features: (training samples, channels), train_labels: (training samples,), which vote; on any device, where
-        the votes are counted. k: voters, at most all training samples. num_labels: by default the largest label + 1.
     Three 64-bit counts are kept, never the predictions. Of classes with equal votes the lowest id wins.
-    Raises ValueError for numbers that do not fit.
+
+    Args:
+        train_features: (training samples, channels), on any device, where the votes are counted.
+        train_labels: (training samples,) class ids, which vote.
+        k: Voters, at most all training samples.
+        num_labels: By default the largest label + 1.
+
+    Raises:
+        ValueError: For numbers that do not fit.
     """
 
     def __init__(

@@ -21,8 +21,9 @@ import numpy as np
 class MeanIoU(evaluate.Metric):
     """Dataset-level mean IoU, mean accuracy and overall accuracy.
 
-    num_labels: number of classes.
-    ignore_index: pixels whose reference has this id are not counted.
+    Args:
+        num_labels: Number of classes.
+        ignore_index: Pixels whose reference has this id are not counted.
     """
 
     def __init__(self, *args, num_labels: int, ignore_index: int = 255, **kwargs):
@@ -44,7 +45,8 @@ class MeanIoU(evaluate.Metric):
     def add_batch(self, *, predictions=None, references=None, **kwargs) -> None:
         """Count pairs of maps (height, width) into `counts[reference, prediction]`.
 
-        Raises ValueError where maps differ in number or size, or hold ids outside the classes.
+        Raises:
+            ValueError: Where maps differ in number or size, or hold ids outside the classes.
         """
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions do not fit {len(references)} references.")
