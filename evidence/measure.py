@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from locatvit_hf.inference import Checkpoint, Segmenter
 from locatvit_hf.visualization import read_gaussians, read_layers
-from training.augmentation import LabelReader
 from training.data import create_evaluation_loader, load_splits
+from training.data.label_maps import LabelReader
 from training.engine.arguments import build_arguments, load_recipe
 from training.evaluation.classification import load_classifier
 from training.pretrain import PretrainArguments

@@ -22,9 +22,9 @@ from locatvit_hf.configuration_utils_locat import FamilyConfigMixin
 from locatvit_hf.inference import InferenceArguments, Segmenter
 from locatvit_hf.layers_locat import ProbeHead
 from locatvit_hf.modeling_utils_locat import FreezableBackboneMixin
-from training.augmentation import IGNORE_INDEX, LabelReader, SegmentationAugmentation, SegmentationTransform
 from training.data import TrainingSamples, create_evaluation_loader, describe_data, load_splits
 from training.data.label_counts import LabelCounts, count_pixels
+from training.data.label_maps import IGNORE_INDEX, LabelReader
 from training.engine.arguments import describe, option, run_program
 from training.engine.distributed import create_accelerator
 from training.engine.loop import TrainingLoop
@@ -32,6 +32,7 @@ from training.engine.optimization import create_optimizer
 from training.engine.schedule import Schedule
 from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 from training.tasks.checkpoint_loading import change_config, load_pretrained, read_config
+from training.tasks.segmentation.augmentation import SegmentationAugmentation, SegmentationTransform
 from training.tasks.segmentation.evaluation import SegmentationCollator, draw_examples, evaluate
 
 

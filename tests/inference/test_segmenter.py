@@ -19,7 +19,7 @@ from locatvit_hf.inference import InferenceArguments, Segmenter
 from locatvit_hf.inference import segmenter as segmenter_module
 from locatvit_hf.inference.segmenter import upsampled_argmax
 from tests.tolerances import assert_same_but_for_rounding, assert_same_labels
-from training.augmentation import LabelArguments, LabelReader
+from training.data.label_maps import LabelArguments, LabelReader
 from training.tasks.segmentation.evaluation import SegmentationCollator, evaluate
 
 SIZE = {"shortest_edge": 24, "longest_edge": 96}

@@ -8,19 +8,16 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from training.augmentation import (
-    LabelArguments,
-    LabelReader,
+from training.data import sample_randomness
+from training.data.label_maps import LabelArguments, LabelReader, read_labels, resize_labels
+from training.evaluation.hummingbird import JointTransform
+from training.tasks.classification import ClassificationAugmentation, ClassificationTransform, classification_objective
+from training.tasks.segmentation.augmentation import (
     PhotometricDistortion,
     RandomCropOfClasses,
     SegmentationAugmentation,
     SegmentationTransform,
-    read_labels,
-    resize_labels,
 )
-from training.data import sample_randomness
-from training.evaluation.hummingbird import JointTransform
-from training.tasks.classification import ClassificationAugmentation, ClassificationTransform, classification_objective
 
 MEAN = STD = [0.5, 0.5, 0.5]
 

@@ -10,11 +10,11 @@ from PIL import Image
 from transformers.image_utils import PILImageResampling
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, PaCaViTConfig, PaCaViTForImageClassification
-from training.augmentation import SegmentationTransform
 from training.engine.arguments import build_arguments, load_recipe
 from training.engine.optimization import create_optimizer
 from training.engine.schedule import Schedule
 from training.segment import LabelReader, SegmentArguments, build_model, build_processor
+from training.tasks.segmentation.augmentation import SegmentationTransform
 
 RECIPES = Path(__file__).resolve().parents[2] / "training" / "recipes" / "segment"
 # Classes; all parameters (a probe's: encoder, 512 x 192 + 2 x 512, classes x 513); learning rates at updates.

@@ -10,16 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from training.augmentation import (
-    LabelArguments,
-    LabelReader,
+from training.data import sample_randomness
+from training.data.images import decode_image
+from training.data.label_maps import LabelArguments, LabelReader
+from training.engine.arguments import build_arguments
+from training.tasks.segmentation.augmentation import (
     SegmentationAugmentation,
     SegmentationTransform,
     TorchvisionDistortion,
 )
-from training.data import sample_randomness
-from training.data.images import decode_image
-from training.engine.arguments import build_arguments
 
 IDS = np.array([[0, 1, 2], [3, 255, 1]])
 

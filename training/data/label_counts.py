@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-from training.augmentation import IGNORE_INDEX, LabelArguments
+from training.data.label_maps import IGNORE_INDEX, LabelArguments
 
 MOST_NAMES = 5
 

@@ -39,9 +39,9 @@ from transformers import AutoBackbone, PreTrainedModel
 
 from locatvit_hf.configuration_utils_locat import pair
 from locatvit_hf.image_processing_locatvit import pil_to_rgb
-from training.augmentation import IGNORE_INDEX, LabelReader, ResizedLabelArguments, resize_labels
 from training.data import create_evaluation_loader, load_splits, sample_randomness
 from training.data.label_counts import LabelCounts, count_pixels
+from training.data.label_maps import IGNORE_INDEX, LabelReader, ResizedLabelArguments, resize_labels
 from training.engine.arguments import option, run_program
 from training.evaluation.features import gather_in_order, load_encoder
 from training.evaluation.results import EvaluationArguments, Meter, start_evaluation, tell, write_result

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub.dataclasses import strict
 
 from locatvit_hf.inference import Checkpoint, InferenceArguments
-from training.augmentation import LabelArguments, LabelReader
 from training.data import create_evaluation_loader
+from training.data.label_maps import LabelArguments, LabelReader
 from training.engine.arguments import run_program
 from training.evaluation.results import (
     EvaluationArguments,

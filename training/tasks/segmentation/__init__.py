@@ -1,1 +1,1 @@
-"""Semantic segmentation: models measured on labeled images."""
+"""Semantic segmentation: augmentation, and models measured on labeled images."""

@@ -10,8 +10,8 @@ from PIL import Image
 from locatvit_hf import LocAtViTImageProcessor
 from locatvit_hf.inference import InferenceArguments, Segmenter
 from locatvit_hf.inference.segmenter import check_inference, prepare_views
-from training.augmentation import LabelArguments, LabelReader, resize_labels
 from training.data.label_counts import LabelCounts, count_pixels
+from training.data.label_maps import LabelArguments, LabelReader, resize_labels
 from training.engine.plotting import draw_batch
 from training.metrics import compute_over_processes, load_metric
 
