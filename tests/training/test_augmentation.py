@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from training.data import sample_randomness
-from training.data.label_maps import LabelArguments, LabelReader, read_labels, resize_labels
+from training.data.label_maps import LabelArguments, LabelReader, resize_labels
 from training.evaluation.hummingbird import JointTransform
 from training.tasks.classification import ClassificationAugmentation, ClassificationTransform, classification_objective
 from training.tasks.segmentation.augmentation import (
@@ -110,11 +110,11 @@ def test_crops_avoid_a_single_class():
 def test_labels_are_reduced_and_checked():
     label_map = Image.fromarray(np.array([[0, 1], [2, 255]], np.uint8))
     image = Image.new("RGB", (2, 2))
-    assert read_labels(image, label_map, 2, reduce_labels=True).tolist() == [[255, 0], [1, 255]]
+    assert LabelReader(LabelArguments(reduce_labels=True), 2)(image, label_map).tolist() == [[255, 0], [1, 255]]
     with pytest.raises(ValueError, match="outside the 2 classes"):
-        read_labels(image, label_map, 2, reduce_labels=False)
+        LabelReader(LabelArguments(), 2)(image, label_map)
     with pytest.raises(ValueError, match="label map is"):
-        read_labels(Image.new("RGB", (3, 2)), label_map, 3, reduce_labels=False)
+        LabelReader(LabelArguments(), 3)(Image.new("RGB", (3, 2)), label_map)
 
 
 def test_mixing_keeps_every_target_a_distribution():

@@ -119,13 +119,6 @@ class LabelReader:
         return labels
 
 
-def read_labels(
-    image: Image.Image, label_map: Image.Image, num_labels: int | None, reduce_labels: bool = False
-) -> torch.Tensor:
-    """The label map of an image as (height, width) int64, see `LabelReader`."""
-    return LabelReader(LabelArguments(reduce_labels=reduce_labels), num_labels)(image, label_map)
-
-
 class LabelMapping(NamedTuple):
     """keys: ids, or colors as 0xRRGGBB, in ascending order. classes: the class of each. of_colors: which they are."""
 
