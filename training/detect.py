@@ -117,7 +117,7 @@ def build_model(arguments: DetectArguments, categories: list[dict[str, Any]]) ->
         config = pyramid_config(build_config(arguments.family, arguments.preset, arguments.model))
         return Detector(AutoBackbone.from_config(config), categories, settings)
     config = AutoConfig.from_pretrained(arguments.pretrained)
-    build_config(config.model_type, None, arguments.model)  # refuses what is no field
+    build_config(config.model_type, None, arguments.model)  # refuses what is not a field
     for name, value in arguments.model.items():
         setattr(config, name, value)
     encoder = backbone_class(pyramid_config(config)).from_pretrained(

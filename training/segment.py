@@ -63,7 +63,7 @@ class SegmentArguments(
     )
     loss_average: Literal["all", "labelled"] = option(
         "all",
-        "Mean of the loss over all pixels, where those without a class cost nothing, or over the labelled "
+        "Mean of the loss over all pixels, where those without a class cost nothing, or over the labeled "
         "ones in the batch of a process, which depends on how batches are split.",
     )
     length: str = "20000 steps"
@@ -77,7 +77,7 @@ class SegmentArguments(
     batch_size: int = 32
     evaluate_every: str = "4000 steps"
     checkpoint_every: str = "1000 steps"
-    eval_batch_size: int = option(8, "Images a step of evaluation, in every process.")
+    eval_batch_size: int = option(8, "Images per step of evaluation, in every process.")
 
 
 def main(arguments: SegmentArguments) -> dict[str, Any]:

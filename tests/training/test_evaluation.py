@@ -330,7 +330,7 @@ def test_results_become_rows_of_a_card(settings):
         (classification, {"label_names": ["red", "violet"]}, "'violet' is none of the 3 of"),
         (classification, {"validation_split": "test"}, "has no split 'test'"),
         (knn, {"k": [500]}, "only 48 training features for k=500"),
-        (knn, {"k": []}, "no number of neighbors"),
+        (knn, {"k": []}, "at least one number of neighbors"),
         (segmentation, {"label_column": "segmentation"}, "which does not segment"),
         (
             segmentation,

@@ -371,7 +371,7 @@ def save_maps(folder: Path, maps: list[np.ndarray], sizes: list[tuple[int, int]]
     [
         (np.zeros((16, 12), np.uint8), {}, "sample 0: the label map is 12 x 16 pixels, but its image 16 x 16"),
         (np.full((16, 16), 3, np.uint8), {}, "sample 0: labels run from 3 to 3, outside the 3 classes"),
-        (np.zeros((16, 16, 3), np.uint8), {}, "sample 0: .*one class id a pixel.* RGB image"),
+        (np.zeros((16, 16, 3), np.uint8), {}, "sample 0: .*one class id per pixel.* RGB image"),
         (np.zeros((16, 16), np.uint8), {"label_mapping": {0: 5}}, "names class 5, outside the 3 classes"),
         (np.zeros((16, 16), np.uint8), {"inference": "sliding", "window_size": 14}, "multiple of 4 pixels"),
         (np.zeros((16, 16), np.uint8), {"label_names": None}, "does not name its classes"),

@@ -101,7 +101,7 @@ def nan_map() -> Image.Image:
         (Image.new("L", (3, 2)), {"label_mapping": {0: True}}, "maps 0 to True"),
         (Image.new("F", (3, 2), 0.5), {}, "holds fractions or no numbers"),
         (nan_map(), {}, "holds fractions or no numbers"),
-        (Image.new("RGB", (3, 2)), {}, "one class id a pixel, but this one is an RGB image.*label_mapping"),
+        (Image.new("RGB", (3, 2)), {}, "one class id per pixel, but this one is an RGB image.*label_mapping"),
         (Image.new("LA", (3, 2)), {}, "an LA image"),
         (Image.new("L", (3, 2), 4), {}, "from 4 to 4, outside the 4 classes; see --label_names"),
         (Image.new("L", (3, 2)), {"reduce_labels": True, "label_mapping": {0: 1}}, "not both"),

@@ -1,4 +1,4 @@
-"""Reading labelled images, and handing every process its part of every batch."""
+"""Reading labeled images, and handing every process its part of every batch."""
 
 from .dataset import TrainingSamples, create_evaluation_loader, create_training_loader
 from .description import describe_data

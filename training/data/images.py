@@ -164,7 +164,7 @@ def _open(entry: Any, max_megapixels: float) -> Image.Image:
             return Image.fromarray(np.asarray(entry))
     except CorruptImageError:
         raise
-    except Exception as error:  # those of remote file systems, and of arrays that are no images
+    except Exception as error:  # those of remote file systems, and of arrays that are not images
         reason = getattr(error, "strerror", None) or one_line(error)
         raise CorruptImageError(f"cannot be read: {reason}") from None
     raise CorruptImageError("holds no image")

@@ -51,8 +51,8 @@ class ResizedLabelArguments(LabelArguments):
 class LabelReader:
     """Reads the label map of an image as (height, width) int64: class ids, and 255 for pixels without a class.
 
-    Maps hold one number a pixel, in 1, 8, 16 or 32 bits; those of a palette image are its indices. Maps in colors need
-    `label_mapping`.
+    Maps hold one number per pixel, in 1, 8, 16 or 32 bits; those of a palette image are its indices. Maps in colors
+    need `label_mapping`.
     Calling it raises ValueError where the sizes differ, or a label is neither a class nor 255.
 
     Args:
@@ -95,14 +95,16 @@ class LabelReader:
         elif label_map.mode in ("1", "L", "P", "I", "F") or label_map.mode.startswith("I;"):
             labels = tvF.pil_to_tensor(label_map).squeeze(0)
             if label_map.mode == "F" and not (labels == labels.round()).all():
-                raise ValueError("a label map holds one class id a pixel, but this one holds fractions or no numbers.")
+                raise ValueError(
+                    "a label map holds one class id per pixel, but this one holds fractions or no numbers."
+                )
             labels = labels.to(torch.int64)
             if label_map.mode.startswith("I;"):
                 labels &= 0xFFFF  # torchvision may read unsigned values as signed
         else:
             raise ValueError(
-                f"a label map holds one class id a pixel, but this one is an {label_map.mode} image: name the class of "
-                "each color with --label_mapping '{\"#804080\": 0}'."
+                f"a label map holds one class id per pixel, but this one is an {label_map.mode} image: name the class "
+                "of each color with --label_mapping '{\"#804080\": 0}'."
             )
         if self.mapping is not None:
             position = torch.searchsorted(self.mapping.keys, labels).clamp(max=len(self.mapping.keys) - 1)

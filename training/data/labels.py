@@ -94,7 +94,7 @@ def _shown(value: Any) -> str:
 
 
 def _odd_one(values: list, name: str, column: str) -> ValueError:
-    """What to say of labels that are not all of one kind: which one is no label at all, if there is such a one."""
+    """What to say of labels that are not all of one kind: which one is not a label at all, if there is one."""
     if any(value is None for value in values):
         return ValueError(f"Some {name} labels in {column!r} are None: every image needs a label.")
     fractions = [value for value in values if isinstance(value, float) and not value.is_integer()]

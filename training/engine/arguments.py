@@ -181,7 +181,7 @@ def _unknown_option(name: str, known: Collection[str]) -> str:
 
 
 def _check_ranges(arguments: Any) -> None:
-    """Raises ValueError for a number that makes no sense, and for a list that is no interval where one is meant."""
+    """Raises ValueError for a number that makes no sense, and for a list that is not an interval where one is meant."""
     for name, noted in options_of(type(arguments)).items():
         value = getattr(arguments, name)
         if noted.get("interval") and (len(value) != 2 or value[0] > value[1]):

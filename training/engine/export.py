@@ -1,4 +1,4 @@
-"""A trained model as a Hub folder: weights, code, processor, licence and a card filled with what was measured."""
+"""A trained model as a Hub folder: weights, code, processor, license and a card filled with what was measured."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def save_model(
     processor: BaseImageProcessor,
     save: Callable[[nn.Module, BaseImageProcessor, Path], None] = save_pretrained,
 ) -> None:
-    """Write a complete or no folder: what `save` writes, and the licence of the code.
+    """Write a complete or no folder: what `save` writes, and the license of the code.
 
     Raises:
         OSError: Where it cannot be written, for example on a full disk; an earlier folder stays then.

@@ -57,7 +57,7 @@ def group_trainable_parameters(model: nn.Module, arguments: OptimizationArgument
         Groups for an optimizer, each with `decayed` and a factor `lr_scale`.
 
     Raises:
-        ValueError: Layers cannot be told apart, a name is no regular expression, or it occurs in no parameter.
+        ValueError: Layers cannot be told apart, a name is not a regular expression, or it occurs in no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     for option in ("learning_rate_factors", "no_weight_decay"):

@@ -288,13 +288,13 @@ def sample_patches(counts: torch.Tensor, quota: int, key: tuple[int, ...]) -> to
         key: Determines the random numbers.
     """
     present = counts > 0
-    labelled = present.any(dim=1).nonzero()[:, 0]
-    if len(labelled) <= quota:
-        return labelled
+    labeled = present.any(dim=1).nonzero()[:, 0]
+    if len(labeled) <= quota:
+        return labeled
     frequency = present.sum(dim=0)
-    scores = (present[labelled] * frequency).sum(dim=1).double()
-    scores *= torch.from_numpy(np.random.default_rng(key).random(len(labelled)))
-    return labelled[scores.argsort(stable=True)[:quota]].sort().values
+    scores = (present[labeled] * frequency).sum(dim=1).double()
+    scores *= torch.from_numpy(np.random.default_rng(key).random(len(labeled)))
+    return labeled[scores.argsort(stable=True)[:quota]].sort().values
 
 
 class MemoryBank:

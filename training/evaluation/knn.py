@@ -29,7 +29,7 @@ class KNNArguments(EvaluationArguments):
 def main(arguments: KNNArguments) -> dict[str, Any]:
     """Vote on the validation split; returns the content of `knn.json`, whose `accuracy` is that of the best k."""
     if not arguments.k:
-        raise ValueError("k names no number of neighbors.")
+        raise ValueError("k is empty: give at least one number of neighbors.")
     accelerator = start_evaluation(arguments)
     splits = load_splits(arguments)
     model = load_encoder(arguments.pretrained).to(accelerator.device)

@@ -16,7 +16,7 @@ def load_metric(name: str, **settings) -> evaluate.Metric:
 def compute_over_processes(accelerator: Accelerator, metric: evaluate.Metric) -> dict:
     """Add up the counts that every process holds in `metric.counts`, then compute, in all of them.
 
-    A metric that is no sum over images holds a list of them in `metric.records` instead, and these are put together.
+    A metric that is not a sum over images holds a list of them in `metric.records` instead, and these are put together.
     """
     if hasattr(metric, "records"):
         metric.records = gather_object(metric.records)
