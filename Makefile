@@ -19,10 +19,10 @@ test test-slow test-official test-floor: export OMP_NUM_THREADS = 1
 .PHONY: demo evidence docs test test-all test-slow test-official test-floor lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m demo
+	$(BIN)/python -m examples.digits
 
 evidence: $(VENV)/.installed
-	$(BIN)/python -m evidence.report
+	$(BIN)/python -m experiments.locality.report
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -142,15 +142,16 @@ def lowest(requirement: Requirement) -> Version:
 
 IMPORT_NAMES = {"PIL": "pillow", "faiss": "faiss-cpu", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # The repository itself, the tests that transformers brings, and what pytest brings.
-OWN = {"locatvit_hf", "training", "demo", "benchmarks", "evidence", "tests", "transformers_tests", "packaging"}
+PACKAGES = ["locatvit_hf", "training", "benchmarks", "examples", "experiments", "tests"]
+OWN = {*PACKAGES, "transformers_tests", "packaging"}
 
 
-@pytest.mark.parametrize("room", ["locatvit_hf", "training", "demo", "benchmarks", "evidence", "tests"])
-def test_every_import_is_declared(room: str, project: dict[str, object]) -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_import_is_declared(package: str, project: dict[str, object]) -> None:
     """A package that happens to be installed is not a dependency: pyproject.toml names everything that is imported."""
-    extras = project["optional-dependencies"].keys() - (set() if room == "tests" else {"dev"})
+    extras = project["optional-dependencies"].keys() - (set() if package == "tests" else {"dev"})
     declared = {name.lower().replace("-", "_") for name in requirements(project, *extras)} | OWN
-    for path in (ROOT / room).rglob("*.py"):
+    for path in (ROOT / package).rglob("*.py"):
         for name, optional in imports(ast.parse(path.read_text())):
             optional = optional or name == "tomllib"  # of the standard library from Python 3.11 on
             distribution = IMPORT_NAMES.get(name, name).lower().replace("-", "_")

@@ -16,6 +16,7 @@ from training.pretrain import PretrainArguments, build_model
 from training.tasks.classification import ClassificationTransform, classification_objective
 
 RECIPES = ROOT / "training" / "recipes"
+EXPERIMENT = ROOT / "experiments" / "locality" / "recipes"
 
 # Parameters as counted in the authors' code (specifications of both papers).
 PARAMETERS = {
@@ -97,7 +98,7 @@ def listed(model) -> set[str]:
 
 
 def test_every_recipe_belongs_to_a_program():
-    for recipe in RECIPES.rglob("*.yaml"):
+    for recipe in (*RECIPES.rglob("*.yaml"), *EXPERIMENT.rglob("*.yaml")):
         if recipe.parent == RECIPES / "data":  # what others extend
             continue
         build_arguments(arguments_of(recipe), load_recipe(recipe))
@@ -108,7 +109,7 @@ def test_every_recipe_belongs_to_a_program():
 
 def arguments_of(recipe):
     """The settings of the program that a recipe is for: its folder names it, in `evaluation` its first words do."""
-    program = next(part for part in recipe.relative_to(RECIPES).parts if part != "evidence")
+    program = recipe.relative_to(RECIPES if recipe.is_relative_to(RECIPES) else EXPERIMENT).parts[0]
     if program == "evaluation":
         names = [path.stem for path in (RECIPES.parent / program).glob("*.py")]
         program = f"evaluation.{next(name for name in names if recipe.stem.startswith(name))}"

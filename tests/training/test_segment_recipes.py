@@ -117,14 +117,14 @@ def test_groups_of_the_paca_recipe(kind, tmp_path):
 
 def test_stored_experiments_keep_the_values_of_their_day():
     """They were made before the probe followed mmsegmentation; the recipe says so, and repeats them."""
-    folder = RECIPES.parent / "evidence"
+    folder = RECIPES.parents[2] / "experiments" / "locality" / "recipes"
     arguments = build_arguments(SegmentArguments, load_recipe(folder / "segment" / "probe.yaml"))
     assert (arguments.augmentation_style, arguments.label_interpolation) == ("torchvision", "nearest")
     assert (arguments.head_initialization, arguments.test_interpolation) == ("default", "bicubic")
     assert arguments.no_weight_decay is None
     assert load_recipe(folder / "evaluation" / "hummingbird.yaml")["label_interpolation"] == "nearest"
     for recipe in ("segment/probe", "evaluation/hummingbird"):
-        assert "runs in results/evidence" in (folder / f"{recipe}.yaml").read_text()
+        assert "runs in experiments/locality/results" in (folder / f"{recipe}.yaml").read_text()
 
 
 def test_coco_stuff_leaves_out_the_ids_that_coco_never_used():

@@ -1,1 +1,0 @@
-../../../locatvit_hf/attention_locat.py

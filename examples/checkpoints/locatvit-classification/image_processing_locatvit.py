@@ -1,1 +1,0 @@
-../../../locatvit_hf/image_processing_locatvit.py

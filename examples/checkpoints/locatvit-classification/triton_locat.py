@@ -1,1 +1,0 @@
-../../../locatvit_hf/triton_locat.py

@@ -1,1 +1,0 @@
-../../../locatvit_hf/modeling_utils_locat.py

@@ -1,1 +1,0 @@
-../../../locatvit_hf/configuration_locatvit.py

@@ -1,1 +1,0 @@
-../../../locatvit_hf/layers_locat.py
