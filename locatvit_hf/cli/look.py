@@ -28,7 +28,6 @@ def look(
 
     from transformers.utils import logging
 
-    from .. import LocAtViTImageProcessor
     from ..inference import Checkpoint
     from ..utils.images import read_image, readable_name
     from ..visualization import figures
@@ -51,8 +50,8 @@ def look(
         if checkpoint is not None:
             name = Path(checkpoint).name if Path(checkpoint).name not in models else checkpoint
             opened = Checkpoint(checkpoint, its_revision)
-            processors[name] = LocAtViTImageProcessor.from_model_config(opened.config, segmentation=True)
-            models[name] = opened.load_model()
+            processors[name] = opened.create_processor(segmentation=True)
+            models[name] = opened.load_encoder()
 
     for stem, image in loaded.items():
         layers = {

@@ -25,6 +25,7 @@ class Checkpoint:
     Attributes:
         commit: The commit of the Hub repository; None for a folder.
         config: The configuration, without what names code or kernels.
+        family_config: Its part that is of this package: of the whole model, or of the backbone in one of transformers.
         architecture: The name of the model's class, as `config.json` gives it.
 
     Raises:
@@ -45,6 +46,7 @@ class Checkpoint:
         if self._folder is None:
             self.commit = self._revision = file.parent.name  # the cache has a folder for each commit
         self.config = build_config(read_json(file), name)
+        self.family_config = family_config(self.config)
         if sorted(self.config.id2label) != list(range(self.config.num_labels)):
             raise ValueError(f"The config.json of {name} does not name its classes by the ids 0, 1, 2, ….")
         self.architecture: str = (self.config.architectures or ["a model without a name"])[0]
@@ -103,14 +105,24 @@ class Checkpoint:
             raise ValueError(f"The weights of {self.name} hold numbers that are not finite.")
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
+    def load_encoder(self) -> PreTrainedModel:
+        """Load the encoder alone, whatever head is on it; see `load_model`."""
+        if self.family_config is self.config:
+            return self.load_model()
+        return self.load_model(AutoModelForSemanticSegmentation).backbone
+
     def load_processor(self) -> LocAtViTImageProcessor:
         """The image processor that is stored with the model; where there is none, that of its configuration."""
         file = self.find_file("preprocessor_config.json")
         if file is not None:
             return LocAtViTImageProcessor.from_dict(read_json(file))
-        config = family_config(self.config)
-        stride = {} if config is self.config else {"output_stride": [1, 1]}  # UPerNet's logits have the image's size
-        return LocAtViTImageProcessor.from_model_config(config, segmentation=self.segments, **stride)
+        return self.create_processor(self.segments)
+
+    def create_processor(self, segmentation: bool = False) -> LocAtViTImageProcessor:
+        """The image processor of the configuration, with `segmentation` one that keeps whole images."""
+        whole = self.family_config is self.config
+        stride = {} if whole else {"output_stride": [1, 1]}  # the logits of UPerNet have the size of the image
+        return LocAtViTImageProcessor.from_model_config(self.family_config, segmentation, **stride)
 
     def load_segmenter(
         self,

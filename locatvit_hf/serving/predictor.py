@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageClassification
 
-from ..image_processing_locatvit import LocAtViTImageProcessor
 from ..inference import Checkpoint
 from ..utils.colors import background_class, class_colors, overlay_segmentation
 from ..visualization import build_report, read_layers
@@ -48,7 +47,8 @@ class Predictor:
             self.model = checkpoint.load_model(AutoModelForImageClassification if self.classifies else AutoModel)
             self.processor = checkpoint.load_processor()
         # Layers are looked at on the whole image, also where the classifier crops it.
-        self.whole_images = LocAtViTImageProcessor.from_model_config(checkpoint.config, segmentation=True)
+        self.whole_images = checkpoint.create_processor(segmentation=True)
+        self.encoder = getattr(self.model, "backbone", self.model.base_model)
 
     @torch.inference_mode()
     def classify(self, image: Image.Image) -> dict[str, float]:
@@ -76,7 +76,7 @@ class Predictor:
 
     def look(self, image: Image.Image) -> str:
         """A frame in which pointing at a patch shows what it attends to; it needs no further answer from here."""
-        layers = read_layers(self.model.base_model, self.whole_images(image, return_tensors="pt")["pixel_values"])
+        layers = read_layers(self.encoder, self.whole_images(image, return_tensors="pt")["pixel_values"])
         index = default_layer(layers)
         page = build_report("Where it looks", image, {self.name: layers}, index, default_queries(layers[index])[0])
         page = html.escape(page.replace("</body>", f"{REPORT_HEIGHT}</body>"))

@@ -1,4 +1,4 @@
-"""Two small checkpoints, and a page that serves both from a process of its own."""
+"""Small checkpoints, and a page that serves both from a process of its own."""
 
 import os
 import re
@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
 from locatvit_hf import (
     LocAtViTConfig,
@@ -32,6 +33,9 @@ def checkpoints(tmp_path_factory):
             PaCaViTConfig.from_preset("tiny", image_size=64, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1])
         ),
     }
+    backbone = LocAtViTConfig(**{**SIZES, "num_hidden_layers": 4}, feature_pyramid=True, out_indices=[1, 2, 3, 4])
+    upernet = UperNetConfig(backbone_config=backbone, hidden_size=8, auxiliary_channels=8, id2label=NAMES)
+    models["upernet"] = UperNetForSemanticSegmentation(upernet)
     for name, model in models.items():
         model.save_pretrained(folder / name)
     return folder

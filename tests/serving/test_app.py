@@ -50,8 +50,12 @@ def test_segmentation_colors_the_image_and_names_the_shares(checkpoints, images)
     np.testing.assert_allclose(painted, 0.75 * colors[label_map], atol=2)
 
 
-def test_every_family_can_be_looked_at(checkpoints, images):
-    assert "srcdoc" in Predictor(str(checkpoints / "clusters")).look(Image.open(images / "wide.png"))
+@pytest.mark.parametrize("name", ["clusters", "upernet"])
+def test_other_models_can_be_looked_at(name, checkpoints, images):
+    predictor, image = Predictor(str(checkpoints / name)), Image.open(images / "wide.png")
+    assert "srcdoc" in predictor.look(image)
+    if name == "upernet":
+        assert predictor.segment(image)[0].size == image.size
 
 
 def test_app_answers_over_http(checkpoints, images):
@@ -104,7 +108,7 @@ def test_space_names_its_models_and_this_version(tmp_path, checkpoints):
     compile(app_text, "app.py", "exec")
     assert "['me/locatvit', 'me/vit']" in app_text
     assert re.search(r"^locatvit-hf\[serve\]==\d", (tmp_path / "space" / "requirements.txt").read_text())
-    with pytest.raises(ValueError, match="push it there first"):
+    with pytest.raises(ValueError, match="Push it there first"):
         write_space(tmp_path / "other", [str(checkpoints / "classifier")])
     with pytest.raises(ValueError, match="is not empty"):
         write_space(tmp_path / "space", ["me/vit"])
