@@ -6,11 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 from PIL import Image
 from transformers import PreTrainedModel
 
-FRAME_COLOR = "#35d0ff"
+from .panels import frame_patch, image_extent
 
 
 @torch.no_grad()
@@ -72,14 +71,11 @@ def draw_attention(
         opacity: Of the map, in 0 to 1.
         top: The value of the brightest color; by default the maximum of `heat`.
     """
-    extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
+    extent = image_extent(image)
     axes.imshow(image.convert("L"), cmap="gray", extent=extent)
     axes.imshow(heat, cmap="inferno", vmin=0, vmax=top, alpha=opacity, extent=extent, interpolation="bilinear")
     if query is not None:
-        height, width = image.height / heat.shape[0], image.width / heat.shape[1]
-        row, column = divmod(query, heat.shape[1])
-        corner = (column * width - 0.5, row * height - 0.5)
-        axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=FRAME_COLOR, linewidth=1.8))
+        frame_patch(axes, image, query, heat.shape)
     axes.set_axis_off()
 
 

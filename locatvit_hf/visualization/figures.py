@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 
 from .activations import Layer
-from .attention import FRAME_COLOR, draw_attention
+from .attention import draw_attention
 from .gaussians import draw_gaussians
+from .panels import frame_patch, image_extent
 
 Query = tuple[int, int] | None
 Models = dict[str, list[Layer]]
@@ -178,7 +178,7 @@ def _query_figure(image, models: Models, index: int, queries: Sequence[Query], r
                 ax.text(0.5, 0.5, "none", ha="center", va="center", transform=ax.transAxes, color="gray")
                 ax.set_axis_off()
             if patch is not None:
-                _frame(row[0], image, patch, layer.grid)
+                frame_patch(row[0], image, patch, layer.grid)
     return figure
 
 
@@ -195,17 +195,9 @@ def _panels(image: Image.Image, rows: int, columns: int, extra_width: float = 0.
 def _show(axes: Axes, image: Image.Image, title: str, place: Image.Image | None = None) -> None:
     """An image with its title, stretched to the place of another."""
     place = place or image
-    extent = (-0.5, place.width - 0.5, place.height - 0.5, -0.5)
-    axes.imshow(image, extent=extent, interpolation="nearest" if place is not image else None)
+    axes.imshow(image, extent=image_extent(place), interpolation="nearest" if place is not image else None)
     axes.set_title(title, fontsize=TITLE_SIZE)
     axes.set_axis_off()
-
-
-def _frame(axes: Axes, image: Image.Image, patch: int, grid: tuple[int, int]) -> None:
-    height, width = image.height / grid[0], image.width / grid[1]
-    row, column = divmod(patch, grid[1])
-    corner = (column * width - 0.5, row * height - 0.5)
-    axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=FRAME_COLOR, linewidth=1.5))
 
 
 def _subsample_evenly(length: int, most: int) -> list[int]:

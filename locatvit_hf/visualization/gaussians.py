@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from ..locat import Gaussian, LocAtGaussian
+from .panels import image_extent
 
 
 @torch.no_grad()
@@ -70,7 +71,8 @@ def draw_gaussians(
     centers = torch.stack(
         [(chosen % width + 0.5) * patch_width - 0.5, (chosen // width + 0.5) * patch_height - 0.5], dim=1
     )
-    axes.imshow(image.convert("L"), cmap="gray", vmin=-120, vmax=320, extent=_extent(image))
+    extent = image_extent(image)
+    axes.imshow(image.convert("L"), cmap="gray", vmin=-120, vmax=320, extent=extent)
     ellipses = EllipseCollection(
         widths=(2 * deviations[:, 1] * patch_width).numpy(),
         heights=(2 * deviations[:, 0] * patch_height).numpy(),
@@ -86,10 +88,6 @@ def draw_gaussians(
     ellipses.set_clim(*(amplitude_range or (None, None)))
     axes.add_collection(ellipses)
     axes.plot(*centers.numpy().T, ".", color="white", markersize=2.5)
-    axes.set(xlim=_extent(image)[:2], ylim=_extent(image)[2:])
+    axes.set(xlim=extent[:2], ylim=extent[2:])
     axes.set_axis_off()
     return ellipses
-
-
-def _extent(image: Image.Image) -> tuple[float, float, float, float]:
-    return -0.5, image.width - 0.5, image.height - 0.5, -0.5
