@@ -3,6 +3,9 @@
 Importing the package registers its models with the Auto classes; this file never travels to the Hub.
 """
 
+from pathlib import Path
+
+from torch import nn
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -10,13 +13,13 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
+    PreTrainedModel,
 )
 
 from .configuration_locatjumbo import LocAtJumboConfig
 from .configuration_locatswin import LocAtSwinConfig
 from .configuration_locatvit import LocAtViTConfig
 from .configuration_pacavit import PaCaViTConfig
-from .conversion.vit import from_vit
 from .image_processing_locatvit import LocAtViTImageProcessor
 from .modeling_locatjumbo import (
     LocAtJumboBackbone,
@@ -72,8 +75,16 @@ for config_class, model_classes in (
     for auto_class, model_class in zip(auto_classes, model_classes, strict=True):
         auto_class.register(config_class, model_class, exist_ok=True)
 
-# A tool that the travelling files must not import, attached here.
-LocAtViTPreTrainedModel.from_vit = classmethod(from_vit)
+
+def _from_vit(cls: type[PreTrainedModel], checkpoint: str | Path | nn.Module, **config_overrides) -> PreTrainedModel:
+    """Make a model of this class that starts from a plain ViT, see `locatvit_hf.conversion.vit.from_vit`."""
+    from .conversion.vit import from_vit
+
+    return from_vit(cls, checkpoint, **config_overrides)
+
+
+# A tool that remote code must not import is attached here, and loaded when it is called.
+LocAtViTPreTrainedModel.from_vit = classmethod(_from_vit)
 
 __all__ = [
     "LocAtJumboBackbone",

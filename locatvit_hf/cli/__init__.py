@@ -1,4 +1,4 @@
-"""The command `locatvit`. One file a verb: a function with typer's annotations, registered here."""
+"""The command `locatvit`. Each verb has a file with a function in typer's annotations, which is registered here."""
 
 import typer
 
@@ -19,17 +19,7 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _verbs() -> None:
-    """Keeps `locatvit` a command of verbs while it has a single one."""
-
-
-app.command()(card)
-app.command()(convert)
-app.command()(info)
-app.command()(look)
-app.command()(push)
-app.command()(segment)
-app.command()(serve)
+for verb in (card, convert, info, look, push, segment, serve):
+    app.command()(verb)
 
 __all__ = ["app"]
