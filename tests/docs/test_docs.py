@@ -146,7 +146,9 @@ def test_site_builds_without_a_warning_and_asks_no_other_server(tmp_path: Path) 
     start = (tmp_path / "site" / "index.html").read_text()
     assert "fonts.g" not in start
     assert 'src="http' not in start
-    configurations, _, _ = (tmp_path / "site" / "reference" / "index.html").read_text().partition('id="images"')
+    reference = (tmp_path / "site" / "reference" / "index.html").read_text()
+    assert "Average over these multiples of the test size." in reference
+    configurations, _, _ = reference.partition('id="images"')
     assert "<em>required" not in configurations
     fields = dict(re.findall(r"<code>(\w+)</code>.*?<code>([^<]*)</code>\s*</td>\s*</tr>", configurations, re.DOTALL))
     assert fields["patch_size"] == "16" and fields["crop_pct"] == "0.9" and fields["out_indices"] == "None"
