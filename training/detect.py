@@ -22,14 +22,6 @@ from locatvit_hf.detection import Detector, DetectorSettings, pyramid_config
 from locatvit_hf.detection.detector import backbone_class
 from locatvit_hf.utils.colors import label_colors
 from training.data import TrainingSamples, create_evaluation_loader, describe_data
-from training.detection import (
-    DetectionAugmentation,
-    DetectionDataArguments,
-    DetectionTransform,
-    EvaluationCollator,
-    collate_training,
-    load_detection_splits,
-)
 from training.engine.arguments import option, run_program
 from training.engine.distributed import create_accelerator
 from training.engine.loop import TrainingLoop
@@ -39,6 +31,14 @@ from training.engine.schedule import Schedule
 from training.engine.settings import OptimizationArguments, RunArguments
 from training.metrics import compute_over_processes, load_metric
 from training.tasks.checkpoint_loading import build_config
+from training.tasks.detection import (
+    DetectionAugmentation,
+    DetectionDataArguments,
+    DetectionTransform,
+    EvaluationCollator,
+    collate_training,
+    load_detection_splits,
+)
 
 NUM_DRAWN = 10
 """Boxes that are drawn in an image."""

@@ -25,17 +25,17 @@ from training.data import sample_randomness
 from training.data.images import decode_image
 from training.detect import DetectArguments, build_model
 from training.detect import main as detect
-from training.detection import (
+from training.engine.arguments import build_arguments, load_recipe
+from training.engine.checkpoints import list_checkpoints
+from training.engine.optimization import create_optimizer
+from training.engine.schedule import Schedule
+from training.tasks.detection import (
     DetectionAugmentation,
     DetectionTransform,
     load_detection_splits,
     read_coco,
     read_objects,
 )
-from training.engine.arguments import build_arguments, load_recipe
-from training.engine.checkpoints import list_checkpoints
-from training.engine.optimization import create_optimizer
-from training.engine.schedule import Schedule
 
 RECIPES = ROOT / "training" / "recipes" / "detect"
 
@@ -367,7 +367,7 @@ def altered(coco, tmp_path, change):
         (lambda c: c.update(images=[], annotations=[]), "has an object to learn from"),
         (lambda c: c["images"].append(c["images"][0]), "gives one id to several images"),
         (lambda c: c["categories"].append({"id": 9, "name": "cup"}), "list different categories"),
-        (lambda c: c.pop("categories"), "is no COCO annotation file"),
+        (lambda c: c.pop("categories"), "is not a COCO annotation file"),
     ],
 )
 def test_annotations_that_do_not_fit_are_one_sentence(settings, coco, tmp_path, change, message):

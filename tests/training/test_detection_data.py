@@ -16,7 +16,8 @@ from pycocotools import mask as coco_mask
 
 from training.data import sample_randomness
 from training.data.images import decode_image
-from training.detection import (
+from training.engine.arguments import build_arguments
+from training.tasks.detection import (
     DetectionAugmentation,
     DetectionDataArguments,
     DetectionTransform,
@@ -25,8 +26,7 @@ from training.detection import (
     read_coco,
     read_objects,
 )
-from training.detection.segmentations import check_segmentation, run_lengths, turn_points
-from training.engine.arguments import build_arguments
+from training.tasks.detection.segmentations import check_segmentation, run_lengths, turn_points
 
 ZERO, ONE = [0.0] * 3, [1.0] * 3
 SQUARE = [[10, 10, 50, 10, 50, 40, 10, 40]]
@@ -210,11 +210,11 @@ def test_evaluation_sees_the_pixels_of_training(mode):
 
 
 REFUSED = {
-    "a list of points": ([[[10, 10], [50, 10], [50, 40]]], "a polygon that is no flat list of numbers"),
+    "a list of points": ([[[10, 10], [50, 10], [50, 40]]], "a polygon that is not a flat list of numbers"),
     "one flat list": (SQUARE[0], "a polygon that is not in a list of polygons"),
-    "points as dicts": ([{"x": 1, "y": 2}], "a polygon that is no flat list of numbers"),
-    "text": (["10, 10, 50, 10, 50, 40"], "a polygon that is no flat list of numbers"),
-    "numbers as text": ([["10", "10", "50", "10", "50", "40"]], "a polygon that is no flat list of numbers"),
+    "points as dicts": ([{"x": 1, "y": 2}], "a polygon that is not a flat list of numbers"),
+    "text": (["10, 10, 50, 10, 50, 40"], "a polygon that is not a flat list of numbers"),
+    "numbers as text": ([["10", "10", "50", "10", "50", "40"]], "a polygon that is not a flat list of numbers"),
     "an odd number": ([SQUARE[0][:-1]], "a polygon of 7 numbers"),
     "nan": ([[math.nan, 10, 50, 10, 50, 40]], "a coordinate that is not finite"),
     "beyond a float": ([[10**400, 10, 50, 10, 50, 40]], "a coordinate that is not finite"),
@@ -345,9 +345,9 @@ def test_files_of_other_kinds_are_one_sentence(change, message, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", "is no COCO annotation file .*: it holds a list"),
+        ("[1]", "is not a COCO annotation file .*: it holds a list"),
         ("{", "is not JSON"),
-        ("[" * 99999, "is no COCO annotation file .*: it holds lists in lists"),
+        ("[" * 99999, "is not a COCO annotation file .*: it holds lists in lists"),
     ],
 )
 def test_files_without_annotations_are_one_sentence(content, message, tmp_path):

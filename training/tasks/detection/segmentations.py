@@ -32,20 +32,20 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[list |
     """A segmentation without the polygons that cover nothing of the image, and the number of these.
 
     Args:
-        segmentation: polygons `[[x1, y1, x2, y2, …], …]` in pixels, or run lengths `{"size": [height, width],
+        segmentation: Polygons `[[x1, y1, x2, y2, …], …]` in pixels, or run lengths `{"size": [height, width],
             "counts": …}`, whose counts are a list of numbers or COCO's text.
-        size: width and height of the image in pixels.
+        size: The (width, height) of the image in pixels.
 
     Returns:
         The segmentation, or None where it covers nothing of the image; and how many of its polygons were left out.
 
     Raises:
-        ValueError: for anything else; the message says what it is, such as "run lengths without size".
+        ValueError: It is anything else; the message says what, such as "run lengths without size".
     """
     if isinstance(segmentation, dict):
         return (segmentation if _covers_pixels(segmentation, size) else None), 0
     if not isinstance(segmentation, list):
-        raise ValueError(f"a segmentation of type {type(segmentation).__name__}, which is no list of polygons")
+        raise ValueError(f"a segmentation of type {type(segmentation).__name__}, which is not a list of polygons")
     kept = [polygon for polygon in segmentation if _has_area(polygon, size)]
     return kept or None, len(segmentation) - len(kept)
 
@@ -55,9 +55,9 @@ def _has_area(polygon: Any, size: tuple[int, int]) -> bool:
     if type(polygon) in (int, float):
         raise ValueError("a polygon that is not in a list of polygons, [[x1, y1, x2, y2, …], …]")
     if not isinstance(polygon, list) or not set(map(type, polygon)) <= {int, float}:
-        raise ValueError("a polygon that is no flat list of numbers, [x1, y1, x2, y2, …]")
+        raise ValueError("a polygon that is not a flat list of numbers, [x1, y1, x2, y2, …]")
     if len(polygon) % 2:
-        raise ValueError(f"a polygon of {len(polygon)} numbers, which are no pairs of x and y")
+        raise ValueError(f"a polygon of {len(polygon)} numbers, which are not pairs of x and y")
     if not are_finite(polygon):
         raise ValueError("a polygon with a coordinate that is not finite")
     if len(polygon) < MIN_NUMBERS:
@@ -125,8 +125,8 @@ def run_lengths(segmentation: list | dict, size: tuple[int, int]) -> dict[str, A
     """A checked segmentation, in any form, as compressed run lengths of pycocotools.
 
     Args:
-        segmentation: as `check_segmentation` returns it.
-        size: width and height of the image in pixels.
+        segmentation: As `check_segmentation` returns it.
+        size: The (width, height) of the image in pixels.
     """
     width, height = size
     if isinstance(segmentation, list):
@@ -141,8 +141,8 @@ def turn_points(points: list[float], size: tuple[int, int], orientation: int) ->
 
     Args:
         points: `[x1, y1, x2, y2, …]` in pixels.
-        size: width and height of the stored pixels.
-        orientation: the EXIF orientation, 2 to 8.
+        size: The (width, height) of the stored pixels.
+        orientation: The EXIF orientation, 2 to 8.
     """
     swap, left_right, top_bottom = _POINT_TURNS[orientation]
     xs, ys, (width, height) = points[::2], points[1::2], size

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as tvF
 
 from locatvit_hf.detection.detector import normalize_pixels
 from training.data.images import to_rgb
-from training.detection.annotations import read_objects
+from training.tasks.detection.objects import read_objects
 
 
 @strict
@@ -55,7 +55,11 @@ class DetectionTransform:
     `masks` also `masks` (n, height, width) of 0 and 1. Boxes are cut at the edges of the image; objects of which a crop
     leaves less than a pixel are left out.
 
-    mean, std: of the three channels, in 0 to 1.
+    Args:
+        arguments: The augmentation.
+        masks: Whether targets have masks.
+        mean: Of the three channels, in 0 to 1.
+        std: Of the three channels, in 0 to 1.
     """
 
     def __init__(self, arguments: DetectionAugmentation, masks: bool, mean: list[float], std: list[float]):
