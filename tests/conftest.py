@@ -16,6 +16,25 @@ from pathlib import Path
 import pytest
 import torch
 
+# What a change to a folder of the package needs; the other markers stand at their tests.
+MARKERS = {
+    "models": "model",
+    "kernels": "model",
+    "conversion": "conversion",
+    "hub": "hub",
+    "remote": "hub",
+    "training": "training",
+    "integrations": "export",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives every test the marker of its folder."""
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in MARKERS:
+            item.add_marker(MARKERS[folder])
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:

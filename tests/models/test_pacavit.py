@@ -1,9 +1,7 @@
-"""What only the `pacavit` models have: clusters, their kinds and heads, and variants that the bench does not build.
-
-`test_every_architecture.py` has the plain model and the one with a teacher.
-"""
+"""The `pacavit` models: clusters, their kinds, heads and attention, and detectors on top of a backbone."""
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -11,67 +9,101 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface
-
-from locatvit_hf import (
-    LocAtViTImageProcessor,
-    PaCaViTBackbone,
-    PaCaViTConfig,
-    PaCaViTForImageClassification,
-    PaCaViTForSemanticSegmentation,
-    PaCaViTModel,
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from transformers import (
+    AttentionInterface,
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    DetrConfig,
+    DetrForObjectDetection,
 )
+
+from locatvit_hf import LocAtViTImageProcessor, PaCaViTConfig, PaCaViTForSemanticSegmentation, PaCaViTModel
 from locatvit_hf.modeling_pacavit import PaCaViTCastlingAttention, PaCaViTTeacherDownsampling, assign_patches
+from tests.factories import tiny_config, tiny_model
+from tests.models.base import ModelTester, assert_reloads, assert_takes_no_mask, assert_trains
 from tests.tolerances import assert_same_but_for_rounding
 
-SMALL = {
-    "image_size": 64,
-    "hidden_sizes": [16, 24, 40, 48],
-    "depths": [2, 1, 2, 1],
-    "num_attention_heads": [1, 2, 2, 3],
-    "num_clusters": [5, 7, 6, 0],
-    "num_labels": 5,
-    "segmentation_hidden_size": 16,
-    "teacher_depths": [1, 1, 1, 1],
-}
-VARIANTS = {
-    "conv": {},
-    "mlp": {"clustering_type": "mlp"},
-    "blockwise": {"blockwise_clustering": True, "num_clusters": [5, 7, 6, 4]},
-    "teacher": {"clustering_type": "teacher", "num_clusters": [5, 7, 6, 9]},
-    "teacher_with_a_gap": {"clustering_type": "teacher", "num_clusters": [0, 7, 0, 9]},
-    "castling": {"clusterless_attention": "castling"},
-    "no_clusters": {"num_clusters": [0, 0, 0, 0]},
-    "layer_scale": {"layer_scale_init_value": 0.1},
-    "linear_probe": {"segmentation_head_type": "linear"},
-}
-OTHERS = [variant for variant in VARIANTS if variant not in ("conv", "teacher")]
-ALL_CLASSES = (PaCaViTModel, PaCaViTForImageClassification, PaCaViTForSemanticSegmentation, PaCaViTBackbone)
+TEACHER = {"clustering_type": "teacher", "num_clusters": [5, 7, 6, 9]}
+CASTLING = {"clusterless_attention": "castling"}
 
 
-def build(model_class=PaCaViTForImageClassification, implementation=None, **overrides):
-    """A small model in evaluation mode with trained-like weights."""
-    torch.manual_seed(0)
-    model = model_class._from_config(PaCaViTConfig(**{**SMALL, **overrides}), attn_implementation=implementation)
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
-    return model.eval()
+class TestPaCaViT(ModelTester):
+    family = "pacavit"
+    variants = {
+        "conv": {},
+        "mlp": {"clustering_type": "mlp"},
+        "blockwise": {"blockwise_clustering": True, "num_clusters": [5, 7, 6, 4]},
+        "teacher": TEACHER,
+        "teacher_with_a_gap": {"clustering_type": "teacher", "num_clusters": [0, 7, 0, 9]},
+        "castling": CASTLING,
+        "no_clusters": {"num_clusters": [0, 0, 0, 0]},
+        "layer_scale": {"layer_scale_init_value": 0.1},
+        "linear_probe": {"segmentation_head_type": "linear"},
+    }
+    implementations = ("eager",)  # flex_attention is that of transformers: see below
+    tasks_with_attention = ("ForImageClassification", "ForSemanticSegmentation")
+    num_merges = (0, 1, 2)
+    shallow_fields = {"depths": [1, 1, 1, 1]}
+    framework_fields = {}
+    presets = (
+        ("tiny", {}, 12_200_680),
+        ("small", {}, 22_037_704),
+        ("base", {}, 46_911_304),
+    )
+    refused = (
+        ({"depths": [2, 2, 2]}, "must have 3 entries"),
+        ({"depths": []}, "depths must be at least 1"),
+        ({"depths": [2, 0, 2, 2]}, "depths must be at least 1"),
+        ({"hidden_sizes": [96, 192, 320, 380]}, "must be divisible by num_attention_heads"),
+        ({"hidden_sizes": [95, 192, 320, 384], "num_attention_heads": [1, 4, 8, 16]}, "even number"),
+        ({"num_clusters": [100, -1, 100, 0]}, "num_clusters must hold numbers of at least 0"),
+        ({"clustering_type": "kmeans"}, "clustering_type must be one of"),
+        ({"clusterless_attention": "linear"}, "clusterless_attention must be one of"),
+        ({"segmentation_head_type": "upernet"}, "segmentation_head_type must be one of"),
+        ({"clustering_type": "teacher", "blockwise_clustering": True}, "blockwise_clustering=False"),
+        ({"clustering_type": "teacher", "num_clusters": [0, 0, 0, 0]}, "num_clusters above zero"),
+        ({"segmentation_dropout_prob": 1.0}, "segmentation_dropout_prob must be at least 0 and below 1"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate must be at least 0"),
+        ({"image_size": 0}, "image_size must be at least 1"),
+        ({"num_channels": 0}, "num_channels must be at least 1"),
+    )
+
+    def check_padding(self, model, pixel_values, logits):
+        """Convolutions pad each map by themselves."""
+
+    def check_outputs(self, body, outputs):
+        """Maps are normalized in the trunk."""
+        torch.testing.assert_close(outputs.hidden_states[-1], outputs.last_hidden_state)
+        torch.testing.assert_close(outputs.last_hidden_state.mean(dim=(2, 3)), outputs.pooler_output)
+
+    def attention_modules(self, model):
+        """Castling attention makes no map."""
+        modules = super().attention_modules(model)
+        return [module for module in modules if not isinstance(module, PaCaViTCastlingAttention)]
+
+    def check_feature_maps(self, variant, backbone, outputs, apply_layernorm):
+        assert all(map(torch.equal, outputs.feature_maps, outputs.hidden_states[1:4]))
+
+    def weighted_logits(self, model, outputs, grid):
+        """The head reads every stage, and may have a second loss."""
+        logits, auxiliary = model.segmentation_head(outputs.hidden_states[1:])
+        assert_same_but_for_rounding(logits, outputs.logits)
+        if auxiliary is None:
+            return {1.0: logits}
+        assert_same_but_for_rounding(auxiliary, outputs.auxiliary_logits)
+        return {1.0: logits, 0.4: auxiliary}
 
 
-def first_tensor(output):
-    first = output[0]
-    return first[-1] if isinstance(first, tuple) else first
+def build(task="ForImageClassification", implementation=None, **fields):
+    return tiny_model("pacavit", task, implementation, **fields)
 
 
-@pytest.mark.parametrize("variant", OTHERS)
-@pytest.mark.parametrize("model_class", [PaCaViTForImageClassification, PaCaViTForSemanticSegmentation])
-def test_backends_agree(variant, model_class):
-    model = build(model_class, "sdpa", **VARIANTS[variant]).double()
-    pixel_values = torch.randn(2, 3, 64, 50, dtype=torch.float64)
-    with torch.no_grad():
-        expected = model(pixel_values).logits
-        model.set_attn_implementation("eager")
-        torch.testing.assert_close(model(pixel_values).logits, expected, rtol=0, atol=1e-8)
+def test_attention_to_clusters_takes_no_mask():
+    assert_takes_no_mask("pacavit")
 
 
 @pytest.mark.slow
@@ -104,48 +136,24 @@ def test_every_attention_function_of_transformers_is_open():
     assert all(not causal and mask is None and "gaussian" not in names for causal, mask, _, names in calls)
 
 
-@pytest.mark.parametrize("variant", OTHERS)
-@pytest.mark.parametrize("size", [(1, 1), (97, 130)])
-def test_any_image_size(variant, size):
-    height, width = size
-    cells = -(-height // 4), -(-width // 4)
-    pixel_values = torch.randn(2, 3, height, width)
-    with torch.no_grad():
-        assert build(**VARIANTS[variant])(pixel_values).logits.isfinite().all()
-        logits = build(PaCaViTForSemanticSegmentation, **VARIANTS[variant])(pixel_values).logits
-    assert logits.shape == (2, 5, *cells) and logits.isfinite().all()
-
-
-@pytest.mark.parametrize("model_class", ALL_CLASSES)
-@pytest.mark.parametrize("variant", OTHERS)
-def test_saving_and_loading(model_class, variant, tmp_path):
-    model = build(model_class, num_channels=1, **VARIANTS[variant])
-    model.save_pretrained(tmp_path)
-    reloaded = model_class.from_pretrained(tmp_path).eval()
-    pixel_values = torch.randn(2, 1, 40, 33)
-    with torch.no_grad():
-        assert_same_but_for_rounding(first_tensor(reloaded(pixel_values)), first_tensor(model(pixel_values)))
-    assert {name for name, _ in reloaded.named_buffers() if "running" not in name and "tracked" not in name} == set()
-
-
 def test_cluster_assignments_are_weights_over_the_patches():
     model = build(blockwise_clustering=True)
     assert model(torch.randn(1, 3, 64, 50)).cluster_assignments is None
-    grids = [(16, 13), (16, 13), (8, 7), (4, 4), (4, 4)]
-    for task_model in (model, build(PaCaViTForSemanticSegmentation, blockwise_clustering=True), model.pacavit):
+    grids = [(16, 13), (16, 13), (8, 7), (4, 4)]
+    for task_model in (model, build("ForSemanticSegmentation", blockwise_clustering=True), model.pacavit):
         outputs = task_model(torch.randn(1, 3, 64, 50), output_cluster_assignments=True)
         shapes = [tuple(assignment.shape) for assignment in outputs.cluster_assignments]
         assert shapes == [
-            (1, clusters, height * width) for clusters, (height, width) in zip((5, 5, 7, 6, 6), grids, strict=True)
+            (1, clusters, height * width) for clusters, (height, width) in zip((5, 5, 7, 6), grids, strict=True)
         ]
         for assignment in outputs.cluster_assignments:
             torch.testing.assert_close(assignment.sum(dim=-1), torch.ones(assignment.shape[:2]))
 
 
-@pytest.mark.parametrize("variant", ["conv", "mlp", "teacher"])
+@pytest.mark.parametrize("fields", [{}, {"clustering_type": "mlp"}, TEACHER])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_nothing_of_the_size_of_patches_times_patches_exists(variant, training, implementation):
+def test_nothing_of_the_size_of_patches_times_patches_exists(fields, training, implementation):
     """Neither forward nor backward, in stages with clusters."""
 
     class Largest(TorchDispatchMode):
@@ -158,7 +166,7 @@ def test_nothing_of_the_size_of_patches_times_patches_exists(variant, training, 
                     self.numel = max(self.numel, tensor.numel())
             return output
 
-    model = build(implementation=implementation, **{**VARIANTS[variant], "num_clusters": [5, 7, 6, 9]}).train(training)
+    model = build(implementation=implementation, **{**fields, "num_clusters": [5, 7, 6, 9]}).train(training)
     side = 224
     with Largest() as largest:
         logits = model(torch.randn(1, 3, side, side)).logits
@@ -175,20 +183,10 @@ def test_half_precision_keeps_small_weights():
     torch.testing.assert_close(assignment.sum(), torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("variant", OTHERS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_finite(variant, dtype):
-    for model_class in (PaCaViTForImageClassification, PaCaViTForSemanticSegmentation):
-        model = build(model_class, **VARIANTS[variant]).to(dtype)
-        with torch.no_grad():
-            logits = model(torch.randn(1, 3, 64, 50)).logits
-        assert logits.dtype == dtype and logits.isfinite().all()
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_castling_attention_against_its_equations(training):
     """Castling-ViT, section 3, written out for one query at a time: no matrix product, no shared code."""
-    config = PaCaViTConfig(**{**SMALL, "clusterless_attention": "castling"})
+    config = tiny_config("pacavit", **CASTLING)
     torch.manual_seed(0)
     module = PaCaViTCastlingAttention(config, 3).double().train(training)
     grid, heads, channels = (3, 4), 3, 48 // 3
@@ -241,7 +239,7 @@ def test_teachers_blur_is_binomial_with_zeros_around():
 
 
 def test_linear_probe_is_one_linear_map_of_all_stages():
-    model = build(PaCaViTForSemanticSegmentation, segmentation_head_type="linear")
+    model = build("ForSemanticSegmentation", segmentation_head_type="linear")
     outputs = model(torch.randn(2, 3, 97, 64), output_hidden_states=True)
     maps = outputs.hidden_states[1:]
     resized = [F.interpolate(m, size=maps[0].shape[-2:], mode="bilinear", align_corners=False) for m in maps]
@@ -263,70 +261,6 @@ def test_more_clusters_than_in_pretraining(tmp_path):
     assert [assignment.shape[1] for assignment in outputs.cluster_assignments] == clusters[:3]
 
 
-@pytest.mark.parametrize("variant", ["blockwise", "castling"])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(variant, reentrant):
-    gradients = []
-    for checkpointing in (False, True):
-        model = build(PaCaViTForSemanticSegmentation, segmentation_dropout_prob=0.0, **VARIANTS[variant])
-        model.double().train()
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        generator = torch.Generator().manual_seed(0)
-        pixel_values = torch.randn(2, 3, 64, 64, generator=generator, dtype=torch.float64)
-        model(pixel_values, labels=torch.randint(0, 5, (2, 64, 64), generator=generator)).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-7, atol=1e-9, msg=name)
-
-
-COMPILED = [
-    *((variant, PaCaViTForImageClassification) for variant in OTHERS),
-    *((variant, PaCaViTForSemanticSegmentation) for variant in VARIANTS),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("variant", "model_class"), COMPILED)
-def test_one_graph_compiles(variant, model_class):
-    torch.compiler.reset()
-    model = build(model_class, segmentation_dropout_prob=0.0, depths=[2, 1, 1, 1], **VARIANTS[variant])
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    pixel_values = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert_same_but_for_rounding(compiled(pixel_values).logits, model(pixel_values).logits)
-    labels = torch.randint(0, 5, (2, 64, 64)) if model_class is PaCaViTForSemanticSegmentation else torch.tensor([1, 2])
-    model.train()
-    compiled(pixel_values, labels=labels).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-class Logits(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values):
-        return self.model(pixel_values).logits
-
-
-@pytest.mark.parametrize(
-    ("variant", "model_class"),
-    [
-        ("castling", PaCaViTForImageClassification),
-        ("teacher", PaCaViTForSemanticSegmentation),
-    ],
-)
-def test_one_export_serves_every_size(variant, model_class):
-    model = Logits(build(model_class, depths=[2, 1, 1, 1], **VARIANTS[variant]))
-    sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    # A side of one patch in the last stage is specialised by torch.export: 33 pixels and more share a graph.
-    exported = torch.export.export(model, (torch.randn(2, 3, 40, 56),), dynamic_shapes=(sizes,)).module()
-    for size in ((40, 56), (64, 64), (128, 96), (33, 70), (97, 130)):
-        pixel_values = torch.randn(2, 3, *size)
-        assert_same_but_for_rounding(exported(pixel_values), model(pixel_values))
-
-
 def test_initial_weights_follow_the_reference():
     model = PaCaViTForSemanticSegmentation(PaCaViTConfig.from_preset("tiny_teacher", num_labels=150))
     head, stage = model.segmentation_head, model.pacavit.stages[0]
@@ -344,19 +278,13 @@ def test_initial_weights_follow_the_reference():
         assert weight.std().item() == pytest.approx(std, rel=0.1)
 
 
-@pytest.mark.parametrize("variant", ["conv", "teacher"])
-def test_layer_decay_reaches_every_parameter_in_order(variant):
-    model = build(**VARIANTS[variant])
+def test_layer_decay_counts_merging_and_teachers_with_the_next_layer():
+    model = build(**TEACHER)
     groups = param_groups_layer_decay(model, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
     scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
-    assert len(scale) == len(list(model.parameters()))
-    stages = model.pacavit.stages
-    layers = [layer.attention.q_proj.weight for stage in stages for layer in stage.layers]
-    ordered = [model.pacavit.embeddings.patch_embeddings.weight, *layers, model.classifier.weight]
-    assert [scale[id(parameter)] for parameter in ordered] == [0.5**depth for depth in range(7, -1, -1)]
-    assert scale[id(stages[1].downsampling.projection.weight)] == scale[id(layers[2])]
-    if model.pacavit.teacher is not None:
-        assert scale[id(model.pacavit.teacher.clusterings[1].clusters.weight)] == scale[id(layers[2])]
+    stages, teacher = model.pacavit.stages, model.pacavit.teacher
+    for weight in (stages[1].downsampling.projection.weight, teacher.clusterings[1].clusters.weight):
+        assert scale[id(weight)] == scale[id(stages[1].layers[0].attention.q_proj.weight)]
 
 
 def test_processors_of_a_config():
@@ -366,6 +294,129 @@ def test_processors_of_a_config():
     assert LocAtViTImageProcessor.from_model_config(PaCaViTConfig()).size.shortest_edge == 248
 
 
-def test_an_unknown_preset_is_one_sentence():
-    with pytest.raises(ValueError, match="There is no preset 'huge'"):
-        PaCaViTConfig.from_preset("huge")
+def test_strides_and_channels_of_every_stage():
+    backbone = build("Backbone", out_features=["stem", *ALL_STAGES])
+    sizes = [(25, 33), (25, 33), (13, 17), (7, 9), (4, 5)]
+    assert backbone.channels == [16, 16, 24, 40, 48]
+    maps = backbone(torch.randn(1, 3, 97, 130)).feature_maps
+    assert [tuple(m.shape[1:]) for m in maps] == [(c, *size) for c, size in zip(backbone.channels, sizes, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------ detectors
+HEIGHT, WIDTH = 96, 70
+ALL_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+@pytest.fixture(params=[{}, pytest.param(TEACHER, marks=pytest.mark.slow)], ids=["conv", "teacher"])
+def fields(request):
+    return request.param
+
+
+def detection_targets():
+    return [
+        {"class_labels": torch.tensor(ids), "boxes": torch.tensor(boxes)}
+        for ids, boxes in (([1, 3], [[0.5, 0.5, 0.4, 0.3], [0.2, 0.3, 0.2, 0.2]]), ([0], [[0.6, 0.4, 0.5, 0.5]]))
+    ]
+
+
+DETR = {
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "num_queries": 5,
+    "num_labels": 4,
+}
+
+
+@pytest.mark.framework
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "stages"),
+    [
+        (DetrForObjectDetection, DetrConfig, ["stage4"]),
+        (DeformableDetrForObjectDetection, DeformableDetrConfig, ["stage2", "stage3", "stage4"]),
+    ],
+    ids=["detr", "deformable_detr"],
+)
+def test_detr(fields, model_class, config_class, stages, tmp_path):
+    model = model_class(
+        config_class(backbone_config=tiny_config("pacavit", **fields, out_features=stages), **DETR)
+    ).train()
+    inputs = {
+        "pixel_values": torch.randn(2, 3, HEIGHT, WIDTH),
+        "pixel_mask": torch.ones(2, HEIGHT, WIDTH, dtype=torch.long),
+    }
+    assert_trains(model, model(**inputs, labels=detection_targets()).loss)
+    assert_reloads(model, tmp_path, inputs, "pred_boxes")
+
+
+class PyramidBackbone(nn.Module):
+    """The backbone that torchvision's detectors take: five maps of equal channels, by name."""
+
+    def __init__(self, fields, channels=16):
+        super().__init__()
+        self.backbone = build("Backbone", out_features=ALL_STAGES, **fields)
+        self.pyramid = FeaturePyramidNetwork(self.backbone.channels, channels, LastLevelMaxPool())
+        self.out_channels = channels
+
+    def forward(self, images):
+        return self.pyramid(OrderedDict(enumerate(self.backbone(images).feature_maps)))
+
+
+def mask_rcnn(fields):
+    """Mask R-CNN as in the paper, anchors of one size a level at strides 4 to 64; images are smaller, boxes fewer."""
+    levels = list(range(4))
+    return MaskRCNN(
+        PyramidBackbone(fields),
+        num_classes=4,
+        min_size=HEIGHT,
+        max_size=160,
+        rpn_anchor_generator=AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5),
+        box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=0),
+        mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=0),
+        rpn_post_nms_top_n_train=50,
+        rpn_post_nms_top_n_test=20,
+        box_detections_per_img=5,
+        # An untrained model scores nothing highly; detections are wanted to compare.
+        box_score_thresh=0.0,
+    )
+
+
+@pytest.mark.framework
+def test_mask_rcnn(fields, tmp_path):
+    model = mask_rcnn(fields).train()
+    images = [torch.rand(3, HEIGHT, WIDTH), torch.rand(3, 80, 120)]  # one batch, two sizes
+    targets = []
+    for image in images:
+        height, width = image.shape[1:]
+        masks = torch.zeros(2, height, width, dtype=torch.uint8)
+        boxes = torch.tensor([[5.0, 8.0, 40.0, 60.0], [30.0, 20.0, width - 4.0, height - 6.0]])
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = 1
+        targets.append({"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks})
+    losses = model(images, targets)
+    assert set(losses) == {
+        "loss_classifier",
+        "loss_box_reg",
+        "loss_mask",
+        "loss_objectness",
+        "loss_rpn_box_reg",
+    }
+    assert_trains(model, sum(losses.values()))
+
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    reloaded = mask_rcnn(fields)
+    reloaded.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    with torch.no_grad():
+        expected, observed = model.eval()(images), reloaded.eval()(images)
+    for ours, theirs in zip(expected, observed, strict=True):
+        assert len(ours["boxes"]) > 0
+        assert ours["labels"].equal(theirs["labels"])
+        for name in ("boxes", "scores", "masks"):
+            assert_same_but_for_rounding(ours[name], theirs[name])
