@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from locatvit_hf import LocAtViTConfig, LocAtViTImageProcessor
 from locatvit_hf.locat import LocAtGaussian
-from locatvit_hf.writing import one_line
+from locatvit_hf.utils.io import one_line
 
 from . import models
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 
-from locatvit_hf.writing import write_complete
+from locatvit_hf.utils.io import atomic_write
 
 from .measure import SIZES, growth_exponent, paired_ratios, quartiles
 
@@ -279,11 +279,10 @@ def plot(results: dict, path: Path) -> None:
 
 def write(results: dict, folder: Path) -> None:
     """results.json, results.md and results.png, each complete or as before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    writers = {
-        "results.json": lambda path: path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8"),
-        "results.md": lambda path: path.write_text(markdown(results), encoding="utf-8"),
+    contents = {
+        "results.json": json.dumps(results, indent=1) + "\n",
+        "results.md": markdown(results),
         "results.png": lambda path: plot(results, path),
     }
-    for name, writer in writers.items():
-        write_complete(folder / name, writer)
+    for name, content in contents.items():
+        atomic_write(folder / name, content)

@@ -5,7 +5,6 @@ image labels alone. Then both are frozen, and a small head learns to name every 
 exported, used by a process that has never heard of this project, and compared on a page.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -23,8 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from training.engine.checkpoints import atomic_folder
-from training.engine.run_folder import write_json
+from locatvit_hf.utils.io import atomic_directory, sha256, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "training" / "recipes"
@@ -75,7 +73,7 @@ def run_demo(output: Path, work: Path, num_scenes: tuple[int, int], pretrain_len
             from examples.digits.scenes import make_scenes
 
             datasets.disable_progress_bars()
-            with atomic_folder(scenes) as folder:
+            with atomic_directory(scenes) as folder:
                 make_scenes(*num_scenes).save_to_disk(str(folder))
 
     for stage, program, length in (
@@ -95,7 +93,7 @@ def run_demo(output: Path, work: Path, num_scenes: tuple[int, int], pretrain_len
         if run:
             _use_exports(work, scenes, runs)
 
-    with _stage("Drawing the page") as _, atomic_folder(output) as folder:
+    with _stage("Drawing the page") as _, atomic_directory(output) as folder:
         from examples.digits.html_report import write_page
 
         shutil.copytree(work / "models", folder / "models")
@@ -112,11 +110,11 @@ def _command(program: str, name: str, scenes: Path, runs: Path, length: str) -> 
 
 
 def _use_exports(work: Path, scenes: Path, runs: Path) -> None:
-    with atomic_folder(work / "models") as models:
+    with atomic_directory(work / "models") as models:
         for name in MODELS:
             shutil.copytree(runs / "pretrain" / name / "model", models / f"{name}-classification")
             shutil.copytree(runs / "segment" / name / "model", models / f"{name}-segmentation")
-    with atomic_folder(work / "predictions") as predictions:
+    with atomic_directory(work / "predictions") as predictions:
         program = [sys.executable, "-I", str(Path(__file__).with_name("remote_user.py"))]
         folders = [str(folder.resolve()) for folder in (work / "models", scenes / "validation", predictions)]
         _check(subprocess.run([*program, *folders], cwd=predictions, capture_output=True, text=True))
@@ -197,7 +195,7 @@ def _fingerprint() -> str:
         *RECIPES.glob("*/digits.yaml"),
         *(ROOT / "locatvit_hf").glob("*.py"),
     ]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+    return sha256(file.read_bytes() for file in sorted(files))
 
 
 if __name__ == "__main__":

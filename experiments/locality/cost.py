@@ -16,9 +16,9 @@ from torch import nn
 from benchmarks.measure import interleave, paired_ratios, quartiles
 from benchmarks.report import hardware
 from locatvit_hf.cli.console import one_sentence_errors
+from locatvit_hf.utils.io import write_json
 from training.engine.arguments import build_arguments, load_recipe
 from training.engine.optimization import create_optimizer
-from training.engine.run_folder import write_json
 from training.evaluation.results import versions
 from training.pretrain import PretrainArguments, build_model
 

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from locatvit_hf.cli.console import one_sentence_errors
 from locatvit_hf.hub.card import read_card, update_card
 from locatvit_hf.hub.repository import build_repository, verify_repository
-from training.engine.checkpoints import atomic_folder
-from training.engine.run_folder import write_json
+from locatvit_hf.utils.io import atomic_directory, write_json
 
 from .analysis import mean_iou
 from .runs import MODELS, RESULTS, ROOT, load_runs
@@ -68,7 +67,7 @@ def main(
         source = work / best.name / program / "model"
         if not source.is_dir():
             raise ValueError(f"{source} is missing: `{RUN}` trained {best.name} somewhere else.")
-        with atomic_folder(output / name) as folder:
+        with atomic_directory(output / name) as folder:
             build_repository(source, folder)
             halve_weights(folder / "model.safetensors")
             name_classes(folder / "config.json")

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks.report import commit, hardware
 from locatvit_hf.cli.console import one_sentence_errors
-from training.engine.run_folder import write_json
+from locatvit_hf.utils.io import write_json
 from training.evaluation.results import versions
 
 from .measure import measure_run

@@ -30,10 +30,10 @@ def look(
 
     from ..inference import Checkpoint
     from ..utils.images import read_image, readable_name
+    from ..utils.io import atomic_write, fitting_name
     from ..visualization import figures
     from ..visualization.activations import read_layers
     from ..visualization.html_report import build_report
-    from ..writing import fitting_name, write_complete
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -92,12 +92,12 @@ def look(
         if ours[index].assignment is not None:
             drawn["clusters"] = figures.clusters_figure(image, ours[index])
         for name, figure in drawn.items():
-            write_complete(
+            atomic_write(
                 output / fitting_name(stem, f"-{name}.png"), lambda path, figure=figure: figure.savefig(path, dpi=160)
             )
         page = build_report(readable_name(stem), image, layers, index, patches[0])
         report = output / fitting_name(stem, ".html")
-        write_complete(report, lambda path, page=page: path.write_text(page, encoding="utf-8"))
+        atomic_write(report, page)
         console.print(f"[bold]{escape(readable_name(report))}[/bold], and {len(drawn)} figures beside it.")
 
 

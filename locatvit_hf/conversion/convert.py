@@ -1,7 +1,6 @@
 """`locatvit convert`: a reference checkpoint becomes a folder that `AutoModel*.from_pretrained` loads."""
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from transformers.image_utils import PILImageResampling
 from .. import __version__
 from ..configuration_utils_locat import pair
 from ..hub.card import UNKNOWN, Card, Conversion, public_name, write_card
+from ..hub.repository import license_text
 from ..image_processing_locatvit import LocAtViTImageProcessor
-from ..writing import one_line
+from ..utils.io import atomic_directory, one_line, sha256
 from .arguments import changed_rates
 from .errors import ConversionError
-from .export import check_destination, complete_or_absent, licence_text
 from .families import Family, family_of
 from .keys import load_renamed
 from .sources import Reference, find, load_tensors, read_reference, read_state, shapes_of
@@ -72,15 +71,23 @@ def convert(
     tensors = account(stored, state)
     report(tensors)
     segments = type(model).__name__.endswith("ForSemanticSegmentation")
-    with complete_or_absent(folder, overwrite) as unfinished:
+    with atomic_directory(folder) as unfinished:
         build_processor(reference, config, segments).save_pretrained(unfinished)
         model.save_pretrained(unfinished)
-        (unfinished / "LICENSE").write_text(licence_text(), encoding="utf-8")
+        (unfinished / "LICENSE").write_text(license_text(), encoding="utf-8")
         difference = verify(model, unfinished)
         write_card(unfinished, describe(reference, folder.name, where, tensors, difference))
     report(f"Wrote {folder}; reloaded, it gives the same output.")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return Converted(folder, type(model).__name__, config, len(state), num_parameters)
+
+
+def check_destination(folder: Path, overwrite: bool) -> None:
+    """Raises ConversionError where `folder` exists and may not be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise ConversionError(f"{folder} exists and is not a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ConversionError(f"{folder} exists and is not empty; pass --overwrite to replace it.")
 
 
 def describe(reference: Reference, name: str, where: str, tensors: str, difference: float) -> Card:
@@ -102,7 +109,7 @@ def describe(reference: Reference, name: str, where: str, tensors: str, differen
             layout=reference.layout,
             part=where,
             file=reference.weights_file.name,
-            sha256=_sha256(reference.weights_file),
+            sha256=sha256(reference.weights_file),
             tensors=tensors,
             difference=difference,
             version=__version__,
@@ -218,14 +225,6 @@ def verify(model: PreTrainedModel, folder: Path) -> float:
     if not difference <= LARGEST_LOGIT_DIFFERENCE * max(1.0, ours.abs().max().item()):
         raise ConversionError(f"The written folder does not give the output of its source: it differs by {difference}.")
     return difference
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 __all__ = ["Converted", "build_model", "build_processor", "configure", "convert", "describe", "verify"]

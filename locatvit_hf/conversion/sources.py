@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..writing import one_line
+from ..utils.io import one_line
 from .errors import ConversionError
 from .kinds import check_kind
 from .pickles import code_in, protocol_of

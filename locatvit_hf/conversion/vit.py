@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..configuration_locatvit import LocAtViTConfig
 from ..layers_locat import resample_position_embeddings
-from ..writing import one_line
+from ..utils.io import one_line
 from . import locatvit, timm_vit
 from .arguments import changed_rates
 from .errors import ConversionError

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import __version__
-from ..conversion.export import licence_text
 from .card import PIPELINES, Card, Result, Training, write_card
+from .repository import license_text
 
 # What Trainer reports of an evaluation besides its metrics.
 NO_METRICS = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
@@ -48,7 +48,7 @@ class CardCallback(TrainerCallback):
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             model.config.architectures = [type(model).__name__]
             model.config.save_pretrained(folder)
-            (folder / "LICENSE").write_text(licence_text(), encoding="utf-8")
+            (folder / "LICENSE").write_text(license_text(), encoding="utf-8")
             write_card(folder, self._card(args, state, type(model).__name__))
 
     def _card(self, args: TrainingArguments, state: TrainerState, architecture: str) -> Card:

@@ -25,7 +25,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import locatvit_hf
 
-from ..writing import one_line, write_complete
+from ..utils.io import atomic_write, one_line
 from .families import DINO, FAMILIES, describe_family, limits_of_data
 
 CARD_FILE = "card.yaml"
@@ -267,13 +267,12 @@ def write_card(folder: Path, card: Card) -> None:
     """
     folder = Path(folder)
     text, results = render_card(_read_config(folder), card), render_results(card)
-    _write_text(folder / CARD_FILE, dump_card(card))
-    _write_text(folder / "README.md", text)
+    atomic_write(folder / CARD_FILE, dump_card(card))
+    atomic_write(folder / "README.md", text)
     for name in ("measured.yaml", "published.yaml"):
         path = folder / ".eval_results" / name
         if name in results:
-            path.parent.mkdir(exist_ok=True)
-            _write_text(path, results[name])
+            atomic_write(path, results[name])
         else:
             path.unlink(missing_ok=True)
 
@@ -670,10 +669,6 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
     return [_without_none(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_complete(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _templates() -> jinja2.Environment:

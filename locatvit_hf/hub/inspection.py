@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig
 import locatvit_hf
 
 from ..configuration_utils_locat import FamilyConfigMixin
+from ..utils.io import sha256
 from .card import CARD_FILE
-from .remote import HubError, ask, read_snapshot, sha256_of
+from .remote import HubError, ask, read_snapshot
 from .repository import (
     CHECKSUMS,
     IMPLEMENTATIONS,
@@ -106,7 +107,7 @@ class Folder:
         return self.folder / name
 
     def sha256(self, name: str) -> str | None:
-        return sha256_of(self.path(name))
+        return sha256(self.path(name))
 
     def header(self, name: str) -> dict[str, Any]:
         """The header of a safetensors file, of its tensors nothing. Raises ValueError where it is none."""
@@ -137,7 +138,7 @@ class Remote:
     def sha256(self, name: str) -> str | None:
         """The Hub knows it of a large file; what is small is downloaded for it."""
         file = self.snapshot.files[name]
-        return file.sha256 or (sha256_of(self.path(name)) if file.size <= LARGEST_TEXT else None)
+        return file.sha256 or (sha256(self.path(name)) if file.size <= LARGEST_TEXT else None)
 
     def header(self, name: str) -> dict[str, Any]:
         repository = self.snapshot.repository

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..writing import one_line
+from ..utils.io import one_line, sha256
 
 # Seconds between attempts where the Hub is down or busy.
 WAITS = (1, 2, 4, 8)
@@ -49,7 +49,7 @@ class RemoteFile:
         if file.stat().st_size != self.size:
             return False
         if self.sha256 is not None:
-            return sha256_of(file) == self.sha256
+            return sha256(file) == self.sha256
         content = file.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == self.git_hash
 
@@ -141,16 +141,7 @@ def _explanation(error: HfHubHTTPError) -> str:
     return f" ({message})" if message else ""
 
 
-def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file of any size."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 HOW = "run `hf auth login`, or set HF_TOKEN"
 LOGIN = f"You are not logged in to the Hub: {HOW}."
 
-__all__ = ["HubError", "NotThereError", "RemoteFile", "Snapshot", "ask", "read_snapshot", "require_token", "sha256_of"]
+__all__ = ["HubError", "NotThereError", "RemoteFile", "Snapshot", "ask", "read_snapshot", "require_token"]

@@ -1,6 +1,6 @@
 """A checkpoint folder becomes a repository: only what belongs there, and loaded once as its users will load it."""
 
-import json
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -22,12 +22,11 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 import locatvit_hf
 
 from ..configuration_utils_locat import FamilyConfigMixin
-from ..conversion.export import licence_text
 from ..image_processing_locatvit import LocAtViTImageProcessor
-from ..writing import one_line
+from ..utils.io import one_line, sha256, write_json
+from ..utils.io import read_json as read_any_json
 from .card import CARD_FILE, code_files, files_with_imports
 from .families import FAMILIES
-from .remote import sha256_of
 
 WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json", "CHECKSUMS.sha256"
 # Suffixes of files that are pickles: whoever loads one runs what it says.
@@ -52,9 +51,9 @@ class RepositoryError(ValueError):
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises RepositoryError."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RepositoryError(f"{file} is not valid JSON.") from error
+        content = read_any_json(file)
+    except ValueError as error:
+        raise RepositoryError(str(error)) from error
     if not isinstance(content, dict):
         raise RepositoryError(f"{file} is not a JSON object.")
     return content
@@ -159,10 +158,21 @@ def build_repository(folder: Path, destination: Path) -> PreTrainedConfig:
         content["auto_map"], code = complete_auto_map(config), code_files(config)
     for name in code:
         shutil.copyfile(Path(locatvit_hf.__file__).with_name(name), destination / name)
-    _write_json(destination / "config.json", content)
-    _write_json(destination / processor.name, settings)
-    (destination / "LICENSE").write_text(licence_text(), encoding="utf-8")
+    write_json(destination / "config.json", content)
+    write_json(destination / processor.name, settings)
+    (destination / "LICENSE").write_text(license_text(), encoding="utf-8")
     return config
+
+
+def license_text() -> str:
+    """The license of this package, from where it is installed or from its checkout."""
+    checkout = Path(__file__).resolve().parents[2] / "LICENSE"
+    if checkout.is_file():
+        return checkout.read_text(encoding="utf-8")
+    text = importlib.metadata.distribution("locatvit-hf").read_text("licenses/LICENSE")
+    if text is None:
+        raise RepositoryError("The installation of locatvit-hf lacks its license; install it again.")
+    return text
 
 
 def write_checksums(folder: Path) -> None:
@@ -170,7 +180,7 @@ def write_checksums(folder: Path) -> None:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in files]
     lines = [
-        f"{sha256_of(path)}  {name}\n"
+        f"{sha256(path)}  {name}\n"
         for path, name in zip(files, names, strict=True)
         if name.split("/")[0] not in WITHOUT_CHECKSUM
     ]
@@ -253,15 +263,12 @@ def _link(file: Path, destination: Path) -> None:
         shutil.copyfile(file, destination)
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 __all__ = [
     "RepositoryError",
     "build_config",
     "build_repository",
     "family_config",
+    "license_text",
     "model_class",
     "read_checksums",
     "verify_repository",

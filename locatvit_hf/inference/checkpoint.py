@@ -9,9 +9,9 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForSemanticSegmentation, PreTrainedModel
 
-from ..hub.remote import sha256_of
 from ..hub.repository import build_config, family_config, read_json, weight_files
 from ..image_processing_locatvit import LocAtViTImageProcessor
+from ..utils.io import sha256
 from .segmenter import InferenceArguments, Segmenter
 
 
@@ -146,7 +146,7 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """What tells this state of the checkpoint from any other: its commit on the Hub, or a digest of its weights."""
-        return self.commit or " ".join(sha256_of(file) for file in weight_files(Path(self.name)))
+        return self.commit or " ".join(sha256(file) for file in weight_files(Path(self.name)))
 
 
 __all__ = ["Checkpoint"]

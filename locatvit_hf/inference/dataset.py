@@ -10,8 +10,8 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 
 from ..utils.images import MAX_MEGAPIXELS, CorruptImageError, read_image
+from ..utils.io import atomic_write
 from ..utils.splits import failures_named, find_split, read_split
-from ..writing import write_complete
 from .outputs import OutputFolder
 from .segmenter import Segmenter
 
@@ -103,9 +103,9 @@ def segment_dataset(
             table = Dataset.from_dict(
                 {"index": list(rows), "label_map": [label_maps[row] for row in rows]}, features=FEATURES
             )
-            write_complete(piece, table.to_parquet)
+            atomic_write(piece, table.to_parquet)
         advance(len(rows))
-    write_complete(path, lambda target: _join(pieces, target))
+    atomic_write(path, lambda target: _join(pieces, target))
     shutil.rmtree(path.with_suffix(".pieces"), ignore_errors=True)
 
 

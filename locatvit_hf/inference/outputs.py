@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..utils.colors import background_class, class_colors, overlay_segmentation
-from ..writing import fitting_name, write_complete
+from ..utils.io import atomic_write, fitting_name
 
 SOURCE_STATE = "source"
 """The entry in which a label map says from which state of its image it was made."""
@@ -70,9 +70,9 @@ class OutputFolder:
         from ..visualization.segmentation import legend_figure  # loads matplotlib
 
         legend = legend_figure(id2label, self.colors)
-        write_complete(folder / "legend.png", lambda target: legend.savefig(target, dpi=160, bbox_inches="tight"))
+        atomic_write(folder / "legend.png", lambda target: legend.savefig(target, dpi=160, bbox_inches="tight"))
         text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
-        write_complete(path, lambda target: target.write_text(text, encoding="utf-8"))
+        atomic_write(path, text)
 
     def map_path(self, name: Path) -> Path:
         """Where the label map of an image goes, by the name of its `Source`."""
@@ -115,8 +115,8 @@ class OutputFolder:
         state = PngInfo()
         state.add_text(SOURCE_STATE, source.state())
         label_image, overlay = self.label_image(class_map), self.overlay(image, class_map)
-        write_complete(self.overlay_path(source.name), lambda path: overlay.save(path, quality=90))
-        write_complete(self.map_path(source.name), lambda path: label_image.save(path, pnginfo=state))
+        atomic_write(self.overlay_path(source.name), lambda path: overlay.save(path, quality=90))
+        atomic_write(self.map_path(source.name), lambda path: label_image.save(path, pnginfo=state))
 
     def label_image(self, class_map: np.ndarray) -> Image.Image:
         """Class ids as an image: 8 bits with the colors as its palette, or 16 bits of gray."""

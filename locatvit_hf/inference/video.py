@@ -8,7 +8,7 @@ import av
 from PIL import Image
 
 from ..utils.images import CorruptImageError
-from ..writing import write_complete
+from ..utils.io import atomic_write
 from .outputs import OutputFolder, Source
 from .segmenter import Segmenter
 
@@ -52,7 +52,7 @@ def segment_video(
     """
     if not source.path.stat().st_size:
         raise CorruptImageError(f"{source.path} is empty.")
-    write_complete(
+    atomic_write(
         output.video_path(source.name),
         lambda target: _write_overlays(segmenter, source, target, output, batch_size, frame_maps, advance),
     )
@@ -78,7 +78,7 @@ def _write_overlays(
                 for image, class_map in zip(batch, segmenter(batch), strict=True):
                     if frame_maps:
                         path_of_map = output.map_path(name / f"{number:06d}")
-                        write_complete(path_of_map, output.label_image(class_map).save)
+                        atomic_write(path_of_map, output.label_image(class_map).save)
                     overlay = output.overlay(image, class_map)
                     stream = stream or _add_stream(sink, film.streams.video[0].average_rate or 25, overlay.size)
                     overlay = overlay.crop((0, 0, stream.width, stream.height))

@@ -5,7 +5,7 @@ from pathlib import Path
 import gradio
 
 from .. import __version__
-from ..writing import write_complete
+from ..utils.io import atomic_write
 
 APP = """from locatvit_hf.serving import serve
 
@@ -53,7 +53,7 @@ def write_space(folder: Path, models: list[str]) -> None:
         ),
     }
     for name, text in files.items():
-        write_complete(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        atomic_write(folder / name, text)
 
 
 __all__ = ["write_space"]

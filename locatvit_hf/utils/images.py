@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..image_processing_locatvit import pil_to_rgb
-from ..writing import one_line
+from .io import one_line
 
 try:  # Pillow reads the photos of many telephones only with this package
     from pillow_heif import register_heif_opener

@@ -20,9 +20,8 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from ..writing import one_line
 from .images import HEIC_SUFFIXES, NamedImages, choose_images, left_out, list_files, readable_name, remarks_on_links
-from .io import read_lines, read_text
+from .io import one_line, read_lines, read_text
 from .layouts import find_classes, split_images, split_tables
 
 SHARDS = {

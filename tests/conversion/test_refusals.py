@@ -15,7 +15,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from locatvit_hf.conversion import convert as conversion
-from locatvit_hf.conversion.export import complete_or_absent
 from tests.conversion.layouts import run_settings, write_mixin, write_run, write_timm
 from tests.golden import load_case
 
@@ -380,16 +379,3 @@ def test_killed_in_the_middle(tmp_path, locatvit):
     assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(".out.*"))) == 2
     assert locatvit("convert", source, tmp_path / "out").exit_code == 0
     assert sorted(path.name for path in tmp_path.glob(".*")) == [".other.01234567.partial", ".out.notahexa.partial"]
-
-
-def test_leftovers_in_use_stay(tmp_path):
-    with complete_or_absent(tmp_path / "out") as first:
-        (first / "first").touch()
-        (first.with_suffix(".replaced")).mkdir()
-        with complete_or_absent(tmp_path / "out") as second:
-            (second / "second").touch()
-        assert (first / "first").exists() and first.with_suffix(".replaced").exists()
-        (tmp_path / "out" / "second").unlink()
-        (tmp_path / "out").rmdir()
-        first.with_suffix(".replaced").rmdir()
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["first"] and not list(tmp_path.glob(".*"))

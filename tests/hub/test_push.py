@@ -16,8 +16,9 @@ from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViT
 from locatvit_hf.cli import app
 from locatvit_hf.hub.card import Card, CardError, Training, dump_card, read_card
 from locatvit_hf.hub.push import assemble, compare
-from locatvit_hf.hub.remote import RemoteFile, Snapshot, sha256_of
+from locatvit_hf.hub.remote import RemoteFile, Snapshot
 from locatvit_hf.hub.repository import LARGEST_DIFFERENCE, RepositoryError, build_repository, verify_repository
+from locatvit_hf.utils.io import sha256
 
 TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CARD = Card(
@@ -183,7 +184,7 @@ def test_changes_are_told_apart_by_content_and_strangers_files_stay(tmp_path: Pa
     there = [
         RemoteFile("same.py", 1, blob, None),
         RemoteFile("other.json", 2, blob, None),
-        RemoteFile("model.safetensors", 5, "", sha256_of(tmp_path / "model.safetensors")),
+        RemoteFile("model.safetensors", 5, "", sha256(tmp_path / "model.safetensors")),
         *(RemoteFile(name, 1, blob, None) for name in ("old.py", "sub/old.py", "model.bin", "figure.png", "app.txt")),
         RemoteFile(".eval_results/old.yaml", 1, blob, None),
     ]

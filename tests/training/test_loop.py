@@ -19,7 +19,7 @@ from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import run, start
 from training.data import StepSampler, TrainingSamples, load_splits
 from training.engine.arguments import build_arguments
-from training.engine.checkpoints import atomic_folder, list_checkpoints
+from training.engine.checkpoints import list_checkpoints
 from training.pretrain import PretrainArguments
 from training.pretrain import main as pretrain
 from training.segment import SegmentArguments
@@ -360,18 +360,6 @@ def test_mistakes_end_the_program_without_traceback(pretrain_settings, tmp_path)
     assert finished.returncode == 1
     assert "Traceback" not in finished.stderr
     assert finished.stderr.splitlines()[-1] == "Unknown option 'batch_sizes'; did you mean 'batch_size'."
-
-
-def test_folders_are_complete_or_absent(tmp_path):
-    folder = tmp_path / "result"
-    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
-        (temporary / "half").write_text("")
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
-    for content in ("first", "second"):
-        with atomic_folder(folder) as temporary:
-            (temporary / "file").write_text(content)
-    assert (folder / "file").read_text() == "second" and list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.slow

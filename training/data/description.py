@@ -1,6 +1,5 @@
 """What tells one dataset from another: so that a run is continued with the data that it began with."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
@@ -8,6 +7,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+
+from locatvit_hf.utils.io import sha256
 
 from .dataset import IndexedReader
 from .images import name_of
@@ -148,8 +149,5 @@ def _content(value: Any) -> Any:
 
 
 def _digest(values: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for value in values:
-        content = value if isinstance(value, bytes) else json.dumps(value, default=str).encode()
-        digest.update(b"%d:" % len(content) + content)
-    return digest.hexdigest()[:16]
+    contents = (value if isinstance(value, bytes) else json.dumps(value, default=str).encode() for value in values)
+    return sha256(b"%d:" % len(content) + content for content in contents)[:16]

@@ -22,7 +22,7 @@ from locatvit_hf.utils.images import (
     open_image,
     orientation_of,
 )
-from locatvit_hf.writing import one_line
+from locatvit_hf.utils.io import one_line
 
 MIN_REDUCED = 2
 """Pillow calls 2 fast and 3 almost indistinguishable (`reducing_gap`); a crop is interpolated in any case."""

@@ -1,7 +1,7 @@
 """From the name of a dataset to its splits and the names of its classes."""
 
-import hashlib
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 
 from locatvit_hf.utils.images import NamedImages, left_out, list_images, stem_of
-from locatvit_hf.utils.io import read_json, read_lines
+from locatvit_hf.utils.io import read_json, read_lines, sha256
 from locatvit_hf.utils.layouts import split_word
 from locatvit_hf.utils.splits import MissingSplitError, failures_named, find_split, image_entry, read_split
 from training.engine.arguments import console
@@ -176,7 +176,10 @@ def _check_hash(arguments: DataArguments, *splits: Split) -> None:
 
 def hash_rows(*splits: datasets.Dataset) -> str:
     """SHA-256 of all rows in their order, images as the bytes of their files."""
-    digest = hashlib.sha256()
+    return sha256(_pieces(splits))
+
+
+def _pieces(splits: Iterable[datasets.Dataset]) -> Iterator[bytes]:
     for split in splits:
         images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
         for name in images:
@@ -186,8 +189,7 @@ def hash_rows(*splits: datasets.Dataset) -> str:
                 if name in images:
                     value = value["bytes"] or Path(value["path"]).read_bytes()
                 content = value if isinstance(value, bytes) else str(value).encode()
-                digest.update(b"%d:" % len(content) + content)
-    return digest.hexdigest()
+                yield b"%d:" % len(content) + content
 
 
 def _holds_text(feature: Any) -> bool:

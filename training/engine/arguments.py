@@ -28,8 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from locatvit_hf.utils.io import read_text
-from locatvit_hf.writing import one_line
+from locatvit_hf.utils.io import one_line, read_text
 from training.engine import trainer_names
 
 Arguments = TypeVar("Arguments")

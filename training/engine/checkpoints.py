@@ -1,9 +1,8 @@
 """Checkpoints that are either complete or absent, and interruptions that save first."""
 
-import contextlib
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -11,28 +10,6 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 STEP_DIGITS = 8
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to fill; it takes that name when the block ends well and vanishes when not.
-
-    A folder that stands at `path` stays until the new one is complete.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = path.with_name(f".partial-{path.name}"), path.with_name(f".{path.name}.old")
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            path.rename(replaced)
-        temporary.rename(path)
-    finally:
-        for leftover in (temporary, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_checkpoint(

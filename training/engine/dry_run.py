@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 from transformers import BaseImageProcessor
 
-from locatvit_hf.writing import write_complete
+from locatvit_hf.utils.io import atomic_write
 from training.engine.arguments import console
 from training.engine.placement import Placement
 from training.engine.plotting import draw_batch
@@ -78,7 +78,7 @@ def describe_dry_run(
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     image = draw_batch(batch, processor.image_mean, processor.image_std, names)
     if accelerator.is_main_process:
-        write_complete(path, image.save)
+        atomic_write(path, image.save)
         _show(report, model, arguments, schedule, accelerator.num_processes)
     return report
 

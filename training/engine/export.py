@@ -9,13 +9,12 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 import locatvit_hf
-from locatvit_hf.conversion.export import licence_text
 from locatvit_hf.hub import card
 from locatvit_hf.hub.push import create_repository, upload
-from locatvit_hf.hub.repository import write_checksums
+from locatvit_hf.hub.repository import license_text, write_checksums
+from locatvit_hf.utils.io import atomic_directory, write_json
 from training.engine.arguments import runtime_options
-from training.engine.checkpoints import atomic_folder
-from training.engine.run_folder import RESULTS, write_json
+from training.engine.run_folder import RESULTS
 from training.engine.settings import RunArguments
 
 
@@ -37,9 +36,9 @@ def save_model(
         OSError: Where it cannot be written, for example on a full disk; an earlier folder stays then.
     """
     try:
-        with atomic_folder(folder) as temporary:
+        with atomic_directory(folder) as temporary:
             save(model, processor, temporary)
-            (temporary / "LICENSE").write_text(licence_text(), encoding="utf-8")
+            (temporary / "LICENSE").write_text(license_text(), encoding="utf-8")
     except Exception as error:  # safetensors reports a full disk as an error of its own
         raise OSError(f"Cannot write the model {folder}: {error}") from None
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from locatvit_hf.writing import write_complete
+from locatvit_hf.utils.io import atomic_write
 from training.engine.checkpoints import list_checkpoints
 from training.engine.finite import are_finite, first_not_finite, tensors_in
 from training.engine.placement import Placement
@@ -97,7 +97,7 @@ class FiniteGuard:
         content = {"update": step, "batches": batches, "losses": losses}
         folder.mkdir(parents=True, exist_ok=True)
         name = f"update_{step}_process_{self.accelerator.process_index}.pt"
-        write_complete(folder / name, lambda path: torch.save(content, path))
+        atomic_write(folder / name, lambda path: torch.save(content, path))
         return folder
 
     def _way_back(self) -> str:

@@ -1,16 +1,13 @@
 """The folder of a run: its settings, which decide whether it may be continued, and its files."""
 
 import dataclasses
-import json
-import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate import Accelerator
 
-from locatvit_hf.writing import write_complete
+from locatvit_hf.utils.io import atomic_write
 from training.engine.arguments import runtime_options
 from training.engine.checkpoints import list_checkpoints
 from training.engine.settings import RunArguments
@@ -50,7 +47,7 @@ def open_run_folder(accelerator: Accelerator, arguments: RunArguments) -> Path:
             (output / INTERRUPTED).unlink(missing_ok=True)
             if not arguments.dry_run:
                 settings = stored_settings(arguments)
-                write_complete(output / SETTINGS, lambda path: path.write_text(settings, encoding="utf-8"))
+                atomic_write(output / SETTINGS, settings)
     except OSError as error:
         raise ValueError(f"Cannot write to the output folder {output}: {error.strerror}.") from None
     accelerator.wait_for_everyone()
@@ -71,17 +68,3 @@ def _refuse_another_run(output: Path, arguments: RunArguments) -> None:
                 f"{file.parent} holds a run with other settings ({', '.join(changed)}): choose another --output_dir, "
                 "or --overwrite it."
             )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write atomically; numbers that JSON does not know (nan) become null."""
-    text = json.dumps(_without_nan(content), indent=2) + "\n"
-    write_complete(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _without_nan(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,7 +1,6 @@
 """Curves, example predictions and what a LocAt model has learned about distances, sent to experiment trackers."""
 
 import dataclasses
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from locatvit_hf.locat import Gaussian, LocAtGaussian
+from locatvit_hf.utils.io import sha256
 from training.engine.settings import RunArguments
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -46,7 +46,7 @@ class Trackers:
             return
         settings, folder = dataclasses.asdict(arguments), output.resolve()
         # Runs in folders of one name are different runs.
-        run = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+        run = f"{folder.name}-{sha256(str(folder).encode())[:8]}"
         options = {
             "tensorboard": {"purge_step": step + 1},
             "trackio": {"name": run, "resume": "allow"},

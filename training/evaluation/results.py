@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import platform
 import sys
@@ -18,11 +17,11 @@ from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
 from torch import nn
 
+from locatvit_hf.utils.io import sha256, write_json
 from training.data import load_splits
 from training.data.loading import Split
 from training.engine.arguments import console, option
 from training.engine.distributed import create_processes
-from training.engine.run_folder import write_json
 from training.engine.settings import DataArguments
 
 LIBRARIES = ("locatvit-hf", "torch", "torchvision", "transformers", "datasets", "timm", "faiss-cpu", "faiss-gpu")
@@ -173,12 +172,14 @@ def write_result(
 
 def model_hash(model: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and values of all tensors: of the weights, however they were stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    return sha256(_pieces(model.state_dict()))
+
+
+def _pieces(state: dict[str, torch.Tensor]) -> Iterator[bytes]:
+    for name, tensor in sorted(state.items()):
         tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+        yield tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def versions() -> dict[str, str]:
