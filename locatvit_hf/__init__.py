@@ -5,16 +5,9 @@ Importing the package registers its models with the Auto classes; this file neve
 
 from pathlib import Path
 
+import transformers
 from torch import nn
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForSemanticSegmentation,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from .configuration_locatjumbo import LocAtJumboConfig
 from .configuration_locatswin import LocAtSwinConfig
@@ -49,31 +42,20 @@ from .modeling_pacavit import (
     PaCaViTModel,
     PaCaViTPreTrainedModel,
 )
+from .utils.registry import FAMILIES
 
 __version__ = "0.1.0"
 
-for config_class, model_classes in (
-    (
-        LocAtViTConfig,
-        (LocAtViTModel, LocAtViTForImageClassification, LocAtViTForSemanticSegmentation, LocAtViTBackbone),
-    ),
-    (
-        LocAtSwinConfig,
-        (LocAtSwinModel, LocAtSwinForImageClassification, LocAtSwinForSemanticSegmentation, LocAtSwinBackbone),
-    ),
-    (
-        LocAtJumboConfig,
-        (LocAtJumboModel, LocAtJumboForImageClassification, LocAtJumboForSemanticSegmentation, LocAtJumboBackbone),
-    ),
-    (PaCaViTConfig, (PaCaViTModel, PaCaViTForImageClassification, PaCaViTForSemanticSegmentation, PaCaViTBackbone)),
-):
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+for model_type, family in FAMILIES.items():
+    models = family.models
+    AutoConfig.register(model_type, family.config_class, exist_ok=True)
     AutoImageProcessor.register(
-        config_class, image_processor_classes={"torchvision": LocAtViTImageProcessor}, exist_ok=True
+        family.config_class, image_processor_classes={"torchvision": LocAtViTImageProcessor}, exist_ok=True
     )
-    auto_classes = (AutoModel, AutoModelForImageClassification, AutoModelForSemanticSegmentation, AutoBackbone)
-    for auto_class, model_class in zip(auto_classes, model_classes, strict=True):
-        auto_class.register(config_class, model_class, exist_ok=True)
+    for auto_class, model_class in models.items():
+        getattr(transformers, auto_class).register(family.config_class, model_class, exist_ok=True)
+    # Classes of a family that no line above imports.
+    globals().update({found.__name__: found for found in (family.config_class, *models.values())})
 
 
 def _from_vit(cls: type[PreTrainedModel], checkpoint: str | Path | nn.Module, **config_overrides) -> PreTrainedModel:

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
-from locatvit_hf.conversion.families import FAMILIES, Family
+from locatvit_hf.conversion.converters import CONVERTERS, Converter
 from locatvit_hf.conversion.keys import KeyTable, rename, source_shapes
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
@@ -70,14 +70,14 @@ class GoldenCase:
         return {name[6:]: tensor for name, tensor in self.tensors.items() if name.startswith("state.")}
 
     @property
-    def family(self) -> Family:
+    def converter(self) -> Converter:
         """How the converter treats the case."""
-        return family_of(self.architecture)
+        return converter_of(self.architecture)
 
     @property
     def config(self) -> PreTrainedConfig:
         """The configuration as the converter builds it. `vit_baseline` sets gaug and prr to false in its arguments."""
-        return self.family.build_config(self.architecture, self.arguments)
+        return self.converter.build_config(self.architecture, self.arguments)
 
     def input(self, index: int) -> torch.Tensor:
         return self.tensors[f"{index}.input"]
@@ -97,9 +97,9 @@ class GoldenCase:
         return difference if norm < 1e-6 else difference / norm
 
 
-def family_of(architecture: str) -> Family:
-    """The family of a name in the golden files."""
-    return next(family for family in FAMILIES if family.recognise(architecture, {}))
+def converter_of(architecture: str) -> Converter:
+    """The converter of a name in the golden files."""
+    return next(converter for converter in CONVERTERS if converter.recognize(architecture, {}))
 
 
 def load_case(name: str) -> GoldenCase:

@@ -3,28 +3,13 @@
 import torch
 import torch.nn.functional as F
 
-from locatvit_hf import (
-    LocAtJumboConfig,
-    LocAtJumboForImageClassification,
-    LocAtSwinConfig,
-    LocAtSwinForImageClassification,
-    LocAtViTConfig,
-    LocAtViTForImageClassification,
-    PaCaViTConfig,
-    PaCaViTForImageClassification,
-)
+from locatvit_hf.utils.registry import FAMILIES
 
 from .cells import Family
 from .contenders import Contenders
 from .device import Processor
 from .speed import no_fallback
 
-FAMILIES = {
-    "locatvit": (LocAtViTConfig, LocAtViTForImageClassification),
-    "locatjumbo": (LocAtJumboConfig, LocAtJumboForImageClassification),
-    "locatswin": (LocAtSwinConfig, LocAtSwinForImageClassification),
-    "pacavit": (PaCaViTConfig, PaCaViTForImageClassification),
-}
 STEPS = 3
 # Of two first losses from the same weights, relative: each is near ln(classes) and comes from logits of a few bits.
 AGREE = {"bfloat16": 2e-2, "float16": 4e-3}
@@ -50,9 +35,9 @@ def train(cell: Family, without: tuple[str, ...], device: Processor, tell) -> di
 def steps(cell: Family, attention: str, device: Processor) -> dict:
     """The record of one attention function."""
     torch.manual_seed(0)
-    config_class, model_class = FAMILIES[cell.family]
-    config = config_class.from_preset("tiny", num_labels=1000, **{"drop_path_rate": 0.0, **cell.overrides})
-    model = model_class(config)
+    family = FAMILIES[cell.family]
+    config = family.config_class.from_preset("tiny", num_labels=1000, **{"drop_path_rate": 0.0, **cell.overrides})
+    model = family.models["AutoModelForImageClassification"](config)
     model.config._attn_implementation = attention
     model = model.to(device.name).train()
     pixels = torch.randn(cell.batch, 3, cell.image_size, cell.image_size).to(device.name)

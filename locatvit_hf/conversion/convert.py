@@ -20,8 +20,8 @@ from ..hub.repository import license_text
 from ..image_processing_locatvit import LocAtViTImageProcessor
 from ..utils.io import atomic_directory, one_line, sha256
 from .arguments import changed_rates
+from .converters import Converter, converter_of
 from .errors import ConversionError
-from .families import Family, family_of
 from .keys import load_renamed
 from .sources import Reference, find, load_tensors, read_reference, read_state, shapes_of
 
@@ -58,16 +58,16 @@ def convert(
     """
     check_destination(folder, overwrite)
     reference = read_reference(find(source, revision), source)
-    family = family_of(reference)
-    report(f"Found {reference.architecture or family.name} ({reference.layout}).")
-    config = configure(family, reference)
+    converter = converter_of(reference)
+    report(f"Found {reference.architecture or converter.family.config_class.model_type} ({reference.layout}).")
+    config = configure(converter, reference)
     for sentence in losses(reference, config):
         report(sentence)
     state, where = read_state(reference, ema)
     report(f"Took {where} of {reference.weights_file.name}: {len(state)} tensors.")
-    stored, state = state, family.prepare_state(state)
+    stored, state = state, converter.prepare_state(state)
     check_class_count(state, config)
-    model = (family.build_model or partial(build_model, family))(config, state)
+    model = (converter.build_model or partial(build_model, converter))(config, state)
     tensors = account(stored, state)
     report(tensors)
     segments = type(model).__name__.endswith("ForSemanticSegmentation")
@@ -117,14 +117,14 @@ def describe(reference: Reference, name: str, where: str, tensors: str, differen
     )
 
 
-def configure(family: Family, reference: Reference, **fields: Any) -> PreTrainedConfig:
+def configure(converter: Converter, reference: Reference, **fields: Any) -> PreTrainedConfig:
     """The configuration of a checkpoint, with its own mean, std and crop. `fields` win over what it says."""
     arguments = reference.arguments
-    if family.infer_arguments is not None:
+    if converter.infer_arguments is not None:
         shapes = reference.shapes
         shapes = shapes_of(load_tensors(reference.weights_file)) if shapes is None else shapes
-        arguments = family.infer_arguments(shapes, arguments)
-    preprocessing = {**family.default_preprocessing(reference.architecture), **reference.preprocessing}
+        arguments = converter.infer_arguments(shapes, arguments)
+    preprocessing = {**converter.default_preprocessing(reference.architecture), **reference.preprocessing}
     fields = {
         "image_mean": list(preprocessing["mean"]),
         "image_std": list(preprocessing["std"]),
@@ -132,7 +132,7 @@ def configure(family: Family, reference: Reference, **fields: Any) -> PreTrained
         **fields,
     }
     try:
-        config = family.build_config(reference.architecture, arguments, **fields)
+        config = converter.build_config(reference.architecture, arguments, **fields)
     except StrictDataclassError as error:
         raise ConversionError(f"{one_line(error.__cause__ or error)}.") from error
     if reference.label_names and len(reference.label_names) == config.num_labels and "id2label" not in fields:
@@ -180,13 +180,15 @@ def check_class_count(state: dict[str, torch.Tensor], config: PreTrainedConfig) 
         )
 
 
-def build_model(family: Family, config: PreTrainedConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+def build_model(converter: Converter, config: PreTrainedConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:
     """Our model in float32 with the weights of the reference, in evaluation mode; the encoder if it has no head."""
     with torch.device("meta"):
-        model = family.classifier(config) if config.num_labels else family.encoder(config)
+        model = converter.classifier(config) if config.num_labels else converter.encoder(config)
     # The table is written for the classifier, whose encoder sits below the base model's name.
     prefix = "" if config.num_labels else f"{model.base_model_prefix}."
-    table = {name: tuple(ours.removeprefix(prefix) for ours in row) for name, row in family.key_table(config).items()}
+    table = {
+        name: tuple(ours.removeprefix(prefix) for ours in row) for name, row in converter.key_table(config).items()
+    }
     return load_renamed(model, state, table)
 
 

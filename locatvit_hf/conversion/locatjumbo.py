@@ -33,7 +33,7 @@ ONLY_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def recognise(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
+def recognize(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is of this family."""
     return bool(NAME.fullmatch(architecture or ""))
 
@@ -117,4 +117,4 @@ def key_table(config: LocAtJumboConfig) -> KeyTable:
     )
 
 
-__all__ = ["build_config", "default_preprocessing", "key_table", "prepare_state", "recognise"]
+__all__ = ["build_config", "default_preprocessing", "key_table", "prepare_state", "recognize"]

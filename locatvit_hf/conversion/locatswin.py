@@ -30,7 +30,7 @@ ONLY_VALUES: dict[str, tuple[Any, ...]] = {
 BUFFERS = (".relative_position_index", ".attn_mask")
 
 
-def recognise(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
+def recognize(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is of this family."""
     return bool(LOCAT_NAME.fullmatch(architecture or "") or BASELINE_NAME.fullmatch(architecture or ""))
 
@@ -110,4 +110,4 @@ def key_table(config: LocAtSwinConfig) -> KeyTable:
     )
 
 
-__all__ = ["build_config", "default_preprocessing", "key_table", "prepare_state", "recognise"]
+__all__ = ["build_config", "default_preprocessing", "key_table", "prepare_state", "recognize"]

@@ -63,7 +63,7 @@ ONLY_VALUES: dict[str, tuple[Any, ...]] = {
 ELSEWHERE = ("no_pos_emb", "pos_embed", "no_embed_class", "mlp_ratio", "global_pool", "fc_norm")
 
 
-def recognise(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
+def recognize(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is of this family. The reference's own `save_pretrained` stores no name, only arguments."""
     if architecture is None:
         return {"embed_dim", "depth", "num_heads"} <= arguments.keys() and not arguments.keys() & {"J", "depths"}
@@ -230,4 +230,4 @@ def key_table(config: LocAtViTConfig) -> KeyTable:
     )
 
 
-__all__ = ["build_config", "config_fields", "default_arguments", "default_preprocessing", "key_table", "recognise"]
+__all__ = ["build_config", "config_fields", "default_arguments", "default_preprocessing", "key_table", "recognize"]

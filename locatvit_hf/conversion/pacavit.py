@@ -31,12 +31,12 @@ DETECTOR = ("neck.", "rpn_head.", "roi_head.")
 ADE20K_IMAGE_SIZE = 512
 
 
-def recognise(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
-    """Whether a training run is of this family. The releases name no architecture, see `recognise_shapes`."""
+def recognize(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
+    """Whether a training run is of this family. The releases name no architecture, see `recognize_shapes`."""
     return bool(NAME.fullmatch(architecture or ""))
 
 
-def recognise_shapes(shapes: Shapes) -> bool:
+def recognize_shapes(shapes: Shapes) -> bool:
     """Whether the tensors of a checkpoint, under any prefix, are of PaCa-ViT."""
     first = re.compile(r"(module\.)?(backbone\.)?stage1\.0\.mlp\.dwconv\.dwconv\.weight")
     return any(first.fullmatch(name) for name in shapes)
@@ -266,8 +266,8 @@ __all__ = [
     "infer_arguments",
     "key_table",
     "prepare_state",
-    "recognise",
-    "recognise_shapes",
+    "recognize",
+    "recognize_shapes",
     "reference_name",
     "task",
 ]

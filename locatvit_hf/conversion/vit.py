@@ -368,7 +368,7 @@ def _of_checkpoint(path: Path, description: str) -> PlainViT:
         raise ConversionError(f"{description} holds the arguments of a LocAtViT; convert it with `locatvit convert`.")
     # The distilled DeiT has a second token and a second head; their mean is no linear head on the class token.
     name = (reference.architecture or "").replace("_distilled", "")
-    if not locatvit.recognise(name, reference.arguments) or name.startswith("locatvit"):
+    if not locatvit.recognize(name, reference.arguments) or name.startswith("locatvit"):
         advice = "; convert it with `locatvit convert`" if name.startswith("locatvit") else ""
         raise ConversionError(f"The architecture {reference.architecture} is no plain ViT of timm{advice}.")
     arguments = dict(reference.arguments)

@@ -20,13 +20,14 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, UperNetConfig
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers import AutoConfig, PreTrainedConfig, UperNetConfig
 
 import locatvit_hf
 
 from ..utils.io import atomic_write, one_line
-from .families import DINO, FAMILIES, describe_family, limits_of_data
+from ..utils.papers import DINO
+from ..utils.registry import FAMILIES
+from .description import describe_family, limits_of_data
 
 CARD_FILE = "card.yaml"
 MINIMUM_TRANSFORMERS = "5.14"
@@ -237,7 +238,7 @@ def render_card(config: PreTrainedConfig, card: Card) -> str:
             options=yaml.safe_dump(card.training.options, sort_keys=False) if card.training else "",
             facts=facts,
             limits=limits_of_data(card.datasets),
-            files=code_files(inner),
+            files=FAMILIES[inner.model_type].code_files,
             papers=papers,
             unknown=UNKNOWN,
             minimum_transformers=MINIMUM_TRANSFORMERS,
@@ -321,7 +322,7 @@ def read_source(path: Path) -> tuple[PreTrainedConfig, Card]:
     if family not in FAMILIES:
         raise CardError(f"{path.name}: the family {family} is none of {', '.join(FAMILIES)}.")
     fields = {"num_labels": 1000, **(content.pop("model", None) or {})}
-    config = CONFIG_MAPPING[family].from_preset(preset, **fields)
+    config = FAMILIES[family].config_class.from_preset(preset, **fields)
     if architecture.startswith("UperNet"):
         config.out_indices = list(range(1, len(config.depths) + 1))
         config = UperNetConfig(
@@ -445,21 +446,6 @@ def public_name(name: str) -> str:
     """A data set or model as a reader may see it: of a path of this machine only the last part."""
     path = Path(name).expanduser()
     return path.resolve().name if path.exists() else name
-
-
-def code_files(config: PreTrainedConfig) -> list[str]:
-    """The Python files that a checkpoint of this family carries, in the order of their names."""
-    modules = {reference.partition(".")[0] for reference in _inner_config(config).auto_map.values()}
-    return files_with_imports(modules | {"image_processing_locatvit"})
-
-
-def files_with_imports(modules: set[str]) -> list[str]:
-    """The files of these modules of remote code and of all that they import, in the order of their names."""
-    package = Path(locatvit_hf.__file__).parent
-    found = {package / f"{module}.py" for module in modules}
-    for file in list(found):
-        found.update(Path(imported) for imported in get_relative_import_files(file))
-    return sorted(file.name for file in found)
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
@@ -693,11 +679,9 @@ __all__ = [
     "Result",
     "Training",
     "check_card",
-    "code_files",
     "count_parameters",
     "dump_card",
     "family_of",
-    "files_with_imports",
     "load_card",
     "public_name",
     "read_card",

@@ -18,6 +18,7 @@ import locatvit_hf
 
 from ..configuration_utils_locat import FamilyConfigMixin
 from ..utils.io import sha256
+from ..utils.registry import FAMILIES, PACKAGE
 from .card import CARD_FILE
 from .remote import HubError, ask, read_snapshot
 from .repository import (
@@ -29,7 +30,6 @@ from .repository import (
     WEIGHTS,
     RepositoryError,
     build_config,
-    complete_auto_map,
     family_config,
     model_class,
     read_checksums,
@@ -195,7 +195,7 @@ def _describe_model(found: Inspection, config: PreTrainedConfig, name: str) -> N
 
 def _check_maps(found: Inspection, source: Folder | Remote, content: dict[str, Any], config: PreTrainedConfig) -> None:
     """What `trust_remote_code=True` would import: classes by another name than ours are an alarm."""
-    expected = complete_auto_map(config) if isinstance(config, FamilyConfigMixin) else {}
+    expected = FAMILIES[config.model_type].auto_map if isinstance(config, FamilyConfigMixin) else {}
     maps = {CONFIG: (content, expected)}
     if PROCESSOR in source.sizes:
         maps[PROCESSOR] = (read_json(source.path(PROCESSOR)), PROCESSOR_MAP)
@@ -297,7 +297,7 @@ def _judge(found: Inspection, source: Folder | Remote, name: str, size: int) -> 
 
 def _judge_code(found: Inspection, source: Folder | Remote, name: str, size: int) -> tuple[str, str]:
     release = f"locatvit-hf {found.release}"
-    installed = Path(locatvit_hf.__file__).with_name(name)
+    installed = PACKAGE / name
     if "/" in name or name == "__init__.py" or not installed.is_file():
         found.alarms.append(f"{name} is code that is not of this package.")
         return "UNKNOWN CODE", "alarm"

@@ -25,8 +25,8 @@ from ..configuration_utils_locat import FamilyConfigMixin
 from ..image_processing_locatvit import LocAtViTImageProcessor
 from ..utils.io import one_line, sha256, write_json
 from ..utils.io import read_json as read_any_json
-from .card import CARD_FILE, code_files, files_with_imports
-from .families import FAMILIES
+from ..utils.registry import FAMILIES, PACKAGE, files_with_imports
+from .card import CARD_FILE
 
 WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json", "CHECKSUMS.sha256"
 # Suffixes of files that are pickles: whoever loads one runs what it says.
@@ -96,11 +96,6 @@ def model_class(config: PreTrainedConfig, name: str) -> type[transformers.PreTra
     return found
 
 
-def complete_auto_map(config: FamilyConfigMixin) -> dict[str, str]:
-    """Every Auto class of a family, and the class that it loads."""
-    return type(config)().auto_map
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, their headers read. Raises RepositoryError, also for pickles."""
     if (folder / WEIGHTS).is_file():
@@ -153,11 +148,12 @@ def build_repository(folder: Path, destination: Path) -> PreTrainedConfig:
     settings = read_json(processor)
     settings["auto_map"] = PROCESSOR_MAP
     # All that can travel with a model of transformers around our backbone.
-    code = files_with_imports({"image_processing_locatvit"})
+    code = files_with_imports("image_processing_locatvit")
     if isinstance(config, FamilyConfigMixin):
-        content["auto_map"], code = complete_auto_map(config), code_files(config)
+        family = FAMILIES[config.model_type]
+        content["auto_map"], code = family.auto_map, family.code_files
     for name in code:
-        shutil.copyfile(Path(locatvit_hf.__file__).with_name(name), destination / name)
+        shutil.copyfile(PACKAGE / name, destination / name)
     write_json(destination / "config.json", content)
     write_json(destination / processor.name, settings)
     (destination / "LICENSE").write_text(license_text(), encoding="utf-8")
@@ -203,7 +199,9 @@ def verify_repository(folder: Path) -> float:
     ours, alone = family_config(config), isinstance(config, FamilyConfigMixin)
     name = model_class(config, str(folder)).__name__
     if alone:
-        auto_names = {path.partition(".")[2]: auto_name for auto_name, path in complete_auto_map(config).items()}
+        auto_names = {
+            path.partition(".")[2]: auto_name for auto_name, path in FAMILIES[config.model_type].auto_map.items()
+        }
         # AutoBackbone takes no folders.
         name = auto_names[name].replace("AutoBackbone", "AutoModel")
     model, loading = getattr(transformers, name).from_pretrained(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor, LocAtViTModel
 from locatvit_hf.conversion import locatvit as family
 from locatvit_hf.conversion.convert import configure
-from locatvit_hf.conversion.families import FAMILIES, family_of
+from locatvit_hf.conversion.converters import CONVERTERS, converter_of
 from locatvit_hf.conversion.sources import load_tensors, read_reference
 from tests.conversion.layouts import run_settings, write_mixin, write_run, write_timm
 from tests.golden import load_case
@@ -42,7 +42,7 @@ def test_table_names_every_tensor_once(architecture, arguments, num_keys):
 
 def test_families_do_not_overlap():
     for architecture in ("locatvit_tiny", "vit_base_patch16_224", "vit_base_patch16_rope_mixed_224"):
-        assert sum(row.recognise(architecture, {}) for row in FAMILIES) == 1
+        assert sum(row.recognize(architecture, {}) for row in CONVERTERS) == 1
 
 
 def test_coarse_training_follows_the_native_grid():
@@ -250,7 +250,7 @@ def test_dropout_rates_of_the_source_are_kept(name, default, rates, expected, tm
         sources.append(write_run(case, tmp_path / "options", **{**settings, "model_kwargs": arguments, **options}))
     for source in sources:
         reference = read_reference(source)
-        config = configure(family_of(reference), reference)
+        config = configure(converter_of(reference), reference)
         found = config.drop_path_rate, config.hidden_dropout_prob, config.attention_probs_dropout_prob
         assert found == tuple(default if rate is None else rate for rate in expected), source
 

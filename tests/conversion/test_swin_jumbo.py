@@ -36,11 +36,11 @@ def write_rule_case(folder, architecture):
     folder.mkdir()
     config = {"architecture": architecture, "num_classes": 1000}
     (folder / "config.json").write_text(json.dumps(config))
-    family = golden.family_of(architecture)
-    ours = family.build_config(architecture, {})
+    converter = golden.converter_of(architecture)
+    ours = converter.build_config(architecture, {})
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in family.classifier(ours).state_dict().items()}
-    weights = golden.rule_weights(family.key_table(ours), shapes)
+        shapes = {name: tensor.shape for name, tensor in converter.classifier(ours).state_dict().items()}
+    weights = golden.rule_weights(converter.key_table(ours), shapes)
     save_file({name: tensor.float() for name, tensor in weights.items()}, folder / "model.safetensors")
     return folder
 
@@ -144,7 +144,7 @@ def test_names_become_configurations():
     assert jumbo.num_jumbo_tokens == 4 and not jumbo.use_gaussian and not jumbo.normalizes_patches
     assert locatjumbo.build_config("locatjumbo_tiny", {"img_size": 512}).coarse_training
     for module, architecture in ((locatswin, "swin_s3_tiny_224"), (locatswin, "swinv2_tiny_window8_256")):
-        assert not module.recognise(architecture, {})
+        assert not module.recognize(architecture, {})
     with pytest.raises(ConversionError, match="unknown size 'huge'"):
         locatswin.build_config("locatswin_huge", {})
     with pytest.raises(ConversionError, match="global_pool='max', which LocAt-Swin does not have"):
@@ -166,7 +166,7 @@ def test_plain_swin_is_timms(size):
     for name, parameter in theirs.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
     config = locatswin.build_config("swin_tiny_patch4_window7_224", {**arguments, "num_classes": 5})
-    ours = golden.family_of("swin_tiny_patch4_window7_224").classifier(config).eval()
+    ours = golden.converter_of("swin_tiny_patch4_window7_224").classifier(config).eval()
     buffers = {"layers.0.blocks.1.attn_mask": torch.zeros(1)}  # as older versions of timm stored
     state = locatswin.prepare_state({**theirs.state_dict(), **buffers})
     golden.load_weights(ours, locatswin.key_table(config), state)

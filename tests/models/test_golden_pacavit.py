@@ -160,7 +160,7 @@ def test_classifiers_have_the_names_shapes_and_arithmetic_of_the_reference(name)
 def test_variants_are_inferred_from_names_and_shapes(name):
     shapes = SHAPES["classification"][f"pacavit_{name}"]
     shapes = {f"module.{key}": shape for key, shape in shapes.items()}
-    assert pacavit.recognise_shapes(shapes)
+    assert pacavit.recognize_shapes(shapes)
     config = pacavit.build_config(None, pacavit.infer_arguments(shapes, {}))
     assert config.to_dict() == PaCaViTConfig.from_preset(CLASSIFIERS[name][0], num_labels=1000).to_dict()
 

@@ -17,8 +17,8 @@ def case(request):
 def build(case, implementation):
     config = case.config
     config.drop_path_rate = 0.0
-    model = case.family.classifier._from_config(config, attn_implementation=implementation).eval()
-    golden.load_weights(model, case.family.key_table(case.config), case.family.prepare_state(case.state))
+    model = case.converter.classifier._from_config(config, attn_implementation=implementation).eval()
+    golden.load_weights(model, case.converter.key_table(case.config), case.converter.prepare_state(case.state))
     return model
 
 
@@ -73,7 +73,7 @@ def test_gradients_in_training_mode(case, implementation):
     assert case.error("train.logits", logits) < TOLERANCE
     (logits * case.tensors["train.weight"]).sum().backward()
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
-    table = case.family.key_table(case.config)
+    table = case.converter.key_table(case.config)
     assert sorted(name for names in table.values() for name in names) == sorted(ours)
     for source, names in table.items():
         # The reference names the gradient of the shared MLP after the first of its 13 aliases.
@@ -84,13 +84,13 @@ def test_gradients_in_training_mode(case, implementation):
 
 @pytest.mark.parametrize("case", golden.load_models(("locatswin", "locatjumbo")), ids=lambda case: case["model"])
 def test_whole_models_in_float64(case):
-    family = golden.family_of(case["model"])
-    config = family.build_config(case["model"], case["kwargs"])
+    converter = golden.converter_of(case["model"])
+    config = converter.build_config(case["model"], case["kwargs"])
     with torch.device("meta"):
-        model = family.classifier(config)
+        model = converter.classifier(config)
     model = model.to_empty(device="cpu").double().eval()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    table = family.key_table(config)
+    table = converter.key_table(config)
     golden.load_weights(model, table, golden.rule_weights(table, shapes))
     assert sum(parameter.numel() for parameter in model.parameters()) == case["params"]
 

@@ -20,8 +20,8 @@ from transformers import (
 from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor, LocAtViTModel
 from locatvit_hf.configuration_utils_locat import FamilyConfigMixin
 from locatvit_hf.conversion.vit import open_vit
-from locatvit_hf.hub.families import FAMILIES
 from locatvit_hf.layers_locat import resample_position_embeddings
+from locatvit_hf.utils.registry import FAMILIES
 from training.engine.arguments import console, describe
 
 # What `from_vit` makes of a plain ViT.
