@@ -7,11 +7,8 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import __version__
-from .card import PIPELINES, Card, Result, Training, write_card
+from .card import PIPELINES, Card, Result, Training, metrics_of, write_card
 from .repository import license_text
-
-# What Trainer reports of an evaluation besides its metrics.
-NO_METRICS = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
 
 
 class CardCallback(TrainerCallback):
@@ -78,11 +75,10 @@ class CardCallback(TrainerCallback):
                     dataset=self.dataset,
                     split=self.split,
                     metric=name,
-                    value=round(value, 5),
+                    value=value,
                     protocol=f"by Trainer, at update {last['step']}",
                 )
-                for name, value in metrics.items()
-                if name not in NO_METRICS and isinstance(value, int | float)
+                for name, value in metrics_of(metrics).items()
             ],
         }
         return Card(**fields | self.facts)

@@ -19,21 +19,16 @@ import locatvit_hf
 from ..configuration_utils_locat import FamilyConfigMixin
 from ..utils.io import sha256
 from ..utils.registry import FAMILIES, PACKAGE
-from .card import CARD_FILE
+from .card.fields import CARD_FILE
+from .config import IMPLEMENTATIONS, RepositoryError, build_config, family_config, model_class, read_object
 from .remote import HubError, ask, read_snapshot
 from .repository import (
     CHECKSUMS,
-    IMPLEMENTATIONS,
     INDEX,
     PICKLES,
     PROCESSOR_MAP,
     WEIGHTS,
-    RepositoryError,
-    build_config,
-    family_config,
-    model_class,
     read_checksums,
-    read_json,
 )
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -162,7 +157,7 @@ def inspect(name: str, revision: str | None = None, report: Callable[[str], None
     source = Folder(folder) if folder.exists() else Remote(name, revision, report)
     if CONFIG not in source.sizes:
         raise RepositoryError(f"{name} is no checkpoint: it has no {CONFIG}.")
-    content = read_json(source.path(CONFIG))
+    content = read_object(source.path(CONFIG))
     found = Inspection(name, locatvit_hf.__version__, commit=source.commit)
     config = build_config(content, name)
     _describe_model(found, config, name)
@@ -198,7 +193,7 @@ def _check_maps(found: Inspection, source: Folder | Remote, content: dict[str, A
     expected = FAMILIES[config.model_type].auto_map if isinstance(config, FamilyConfigMixin) else {}
     maps = {CONFIG: (content, expected)}
     if PROCESSOR in source.sizes:
-        maps[PROCESSOR] = (read_json(source.path(PROCESSOR)), PROCESSOR_MAP)
+        maps[PROCESSOR] = (read_object(source.path(PROCESSOR)), PROCESSOR_MAP)
     for file, (settings, known) in maps.items():
         auto_map = settings.get("auto_map") or {}
         for auto_class, target in auto_map.items() if isinstance(auto_map, dict) else [("auto_map", auto_map)]:

@@ -6,27 +6,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
-
-import locatvit_hf
+from transformers import AutoImageProcessor, PreTrainedConfig
 
 from ..configuration_utils_locat import FamilyConfigMixin
 from ..image_processing_locatvit import LocAtViTImageProcessor
-from ..utils.io import one_line, sha256, write_json
-from ..utils.io import read_json as read_any_json
+from ..utils.io import sha256, write_json
 from ..utils.registry import FAMILIES, PACKAGE, files_with_imports
-from .card import CARD_FILE
+from .card.fields import CARD_FILE
+from .config import RepositoryError, family_config, model_class, read_config, read_object, without_code
 
 WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json", "CHECKSUMS.sha256"
 # Suffixes of files that are pickles: whoever loads one runs what it says.
@@ -35,8 +30,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 TRAINING_STATE = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 # What makes a detector of the encoder beside it, see locatvit_hf/detection/.
 DETECTOR = ("detector.json", "detector.safetensors")
-# Settings that can name a kernel on the Hub, which building a model would then fetch and run.
-IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_locatvit.LocAtViTImageProcessor"}
 # What the card says changes without the model: it has no checksum.
 WITHOUT_CHECKSUM = ("README.md", CARD_FILE, ".eval_results", CHECKSUMS)
@@ -44,64 +37,12 @@ WITHOUT_CHECKSUM = ("README.md", CARD_FILE, ".eval_results", CHECKSUMS)
 LARGEST_DIFFERENCE = 1e-5
 
 
-class RepositoryError(ValueError):
-    """A folder that cannot be published: one sentence that says what is wrong with it."""
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises RepositoryError."""
-    try:
-        content = read_any_json(file)
-    except ValueError as error:
-        raise RepositoryError(str(error)) from error
-    if not isinstance(content, dict):
-        raise RepositoryError(f"{file} is not a JSON object.")
-    return content
-
-
-def build_config(content: Mapping[str, Any], name: str) -> PreTrainedConfig:
-    """The configuration that a config.json describes, of the installed classes. Raises RepositoryError.
-
-    name: of the checkpoint, for the message.
-    """
-    backbone = content.get("backbone_config")
-    kinds = [part.get("model_type") for part in (content, backbone) if isinstance(part, Mapping)]
-    if not any(isinstance(kind, str) and kind in FAMILIES for kind in kinds):
-        raise RepositoryError(f"{name} is a {kinds[0]}, not one of {', '.join(FAMILIES)}.")
-    try:
-        return AutoConfig.for_model(**_without_code(content))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = one_line(error.__cause__ or error)
-        raise RepositoryError(f"The config.json of {name} is not valid: {reason}.") from error
-
-
-def _without_code(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what names code."""
-    kept = {name: value for name, value in content.items() if name not in ("auto_map", *IMPLEMENTATIONS)}
-    return {name: _without_code(value) if name == "backbone_config" else value for name, value in kept.items()}
-
-
-def family_config(config: PreTrainedConfig) -> FamilyConfigMixin:
-    """The part of a configuration that is ours: of a whole model, or of the backbone inside one of transformers."""
-    return config if isinstance(config, FamilyConfigMixin) else config.backbone_config
-
-
-def model_class(config: PreTrainedConfig, name: str) -> type[transformers.PreTrainedModel]:
-    """The installed class of a checkpoint. Raises RepositoryError where its config.json names none that exists."""
-    architecture = (config.architectures or ["none"])[0]
-    found = getattr(locatvit_hf, architecture, None) or getattr(transformers, architecture, None)
-    fits = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    if not fits or not isinstance(config, found.config_class or ()):
-        raise RepositoryError(f"The config.json of {name} names no model class for its settings, but {architecture}.")
-    return found
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, their headers read. Raises RepositoryError, also for pickles."""
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).is_file():
-        names = read_json(folder / INDEX).get("weight_map")
+        names = read_object(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise RepositoryError(f"{folder / INDEX} does not say which tensor is in which file.")
         files = [folder / name for name in sorted(set(names.values()))]
@@ -128,10 +69,7 @@ def build_repository(folder: Path, destination: Path) -> PreTrainedConfig:
 
     Returns the configuration. Raises RepositoryError where `folder` is no complete checkpoint of this package.
     """
-    if not (folder / "config.json").is_file():
-        raise RepositoryError(f"{folder} is no checkpoint: it is not a folder with a config.json.")
-    content = _without_code(read_json(folder / "config.json"))
-    config = build_config(content, str(folder))
+    config, content = read_config(folder), without_code(read_object(folder / "config.json"))
     architecture = model_class(config, str(folder)).__name__
     detector = [folder / name for name in DETECTOR if (folder / name).is_file()]
     for file in (*weight_files(folder), *detector):
@@ -145,7 +83,7 @@ def build_repository(folder: Path, destination: Path) -> PreTrainedConfig:
         fresh = LocAtViTImageProcessor.from_model_config(family_config(config), segmentation=segments)
         fresh.save_pretrained(destination)
         processor = destination / processor.name
-    settings = read_json(processor)
+    settings = read_object(processor)
     settings["auto_map"] = PROCESSOR_MAP
     # All that can travel with a model of transformers around our backbone.
     code = files_with_imports("image_processing_locatvit")
@@ -195,7 +133,7 @@ def verify_repository(folder: Path) -> float:
 
     Raises RepositoryError where it does not load, lacks weights, or differs.
     """
-    config = build_config(read_json(folder / "config.json"), str(folder))
+    config = read_config(folder)
     ours, alone = family_config(config), isinstance(config, FamilyConfigMixin)
     name = model_class(config, str(folder)).__name__
     if alone:
@@ -262,12 +200,8 @@ def _link(file: Path, destination: Path) -> None:
 
 
 __all__ = [
-    "RepositoryError",
-    "build_config",
     "build_repository",
-    "family_config",
     "license_text",
-    "model_class",
     "read_checksums",
     "verify_repository",
     "weight_files",

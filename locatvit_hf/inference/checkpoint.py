@@ -9,7 +9,8 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForSemanticSegmentation, PreTrainedModel
 
-from ..hub.repository import build_config, family_config, read_json, weight_files
+from ..hub.config import build_config, family_config, read_object
+from ..hub.repository import weight_files
 from ..image_processing_locatvit import LocAtViTImageProcessor
 from ..utils.io import sha256
 from .segmenter import InferenceArguments, Segmenter
@@ -45,7 +46,7 @@ class Checkpoint:
             raise ValueError(f"{name} is not a checkpoint: {where}.")
         if self._folder is None:
             self.commit = self._revision = file.parent.name  # the cache has a folder for each commit
-        self.config = build_config(read_json(file), name)
+        self.config = build_config(read_object(file), name)
         self.family_config = family_config(self.config)
         if sorted(self.config.id2label) != list(range(self.config.num_labels)):
             raise ValueError(f"The config.json of {name} does not name its classes by the ids 0, 1, 2, ….")
@@ -115,7 +116,7 @@ class Checkpoint:
         """The image processor that is stored with the model; where there is none, that of its configuration."""
         file = self.find_file("preprocessor_config.json")
         if file is not None:
-            return LocAtViTImageProcessor.from_dict(read_json(file))
+            return LocAtViTImageProcessor.from_dict(read_object(file))
         return self.create_processor(self.segments)
 
     def create_processor(self, segmentation: bool = False) -> LocAtViTImageProcessor:

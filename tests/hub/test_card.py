@@ -34,7 +34,6 @@ from locatvit_hf.hub.card import (
     Published,
     Result,
     Training,
-    count_parameters,
     load_card,
     read_card,
     read_source,
@@ -43,6 +42,7 @@ from locatvit_hf.hub.card import (
     results_from,
     write_card,
 )
+from locatvit_hf.hub.config import count_parameters
 from locatvit_hf.image_processing_locatvit import LocAtViTImageProcessor
 from tests.training.test_recipes import PARAMETERS
 from training.engine.arguments import load_recipe
@@ -332,12 +332,13 @@ def test_results_are_read_from_what_the_programs_write():
         "task": "knn",
         "dataset": "ILSVRC/imagenet-1k",
         "split": "validation",
-        "metrics": {"accuracy": 0.5, "loss": 1.0, "top_5_accuracy": float("nan"), "per_class": [1]},
+        "metrics": {"accuracy": 0.5, "loss": 1.0, "top_5_accuracy": float("nan"), "per_class": [1], "dice": 0.25},
         "num_images": 50_000,
         "versions": {"locatvit-hf": "0.1.0", "torch": "2.15", "timm": "1"},
         "date": "2026-11-25T12:00:00+00:00",
     }
-    (row,) = results_from(evaluation)
+    row, other = results_from(evaluation)
+    assert (other.metric, other.value) == ("dice", 0.25)  # a metric of any name
     assert (row.task, row.metric, row.value, row.protocol) == (
         "image-classification",
         "accuracy",

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViTImageProcessor, PaCaViTConfig
 from locatvit_hf.cli import app
 from locatvit_hf.hub.card import Card, CardError, Training, dump_card, read_card
+from locatvit_hf.hub.config import RepositoryError
 from locatvit_hf.hub.push import assemble, compare
 from locatvit_hf.hub.remote import RemoteFile, Snapshot
-from locatvit_hf.hub.repository import LARGEST_DIFFERENCE, RepositoryError, build_repository, verify_repository
+from locatvit_hf.hub.repository import LARGEST_DIFFERENCE, build_repository, verify_repository
 from locatvit_hf.utils.io import sha256
 
 TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -10,6 +10,7 @@ from transformers import BaseImageProcessor
 
 import locatvit_hf
 from locatvit_hf.hub import card
+from locatvit_hf.hub.config import family_of
 from locatvit_hf.hub.push import create_repository, upload
 from locatvit_hf.hub.repository import license_text, write_checksums
 from locatvit_hf.utils.io import atomic_directory, write_json
@@ -49,7 +50,7 @@ def write_card(folder: Path, arguments: RunArguments, results: dict[str, Any]) -
     Args:
         results: Of the run, as in `all_results.json`.
     """
-    family = card.family_of(folder)
+    family = family_of(folder)
     if family is None:
         return
     dataset, start = getattr(arguments, "dataset", None), getattr(arguments, "pretrained", None)

@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..utils.papers import LOCAT, REGISTERS, ROPE, Paper
-from ..utils.registry import FAMILIES
+from ...utils.papers import LOCAT, REGISTERS, ROPE, Paper
+from ...utils.registry import FAMILIES
 
 # Words in the name of the training data -> what to know about a model that learned from it.
 DATA = {

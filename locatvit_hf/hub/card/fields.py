@@ -1,0 +1,226 @@
+"""What a card says that config.json does not: its fields, and what is wrong with a card."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub.dataclasses import type_validator
+
+CARD_FILE = "card.yaml"
+UNKNOWN = "unknown"
+"""Where nobody says: the card says so in a sentence. A field that was forgotten is refused instead."""
+
+# What people leave where a fact belongs.
+PLACEHOLDERS = ("", "todo", "tbd", "fixme", "...", "[more information needed]")
+# Type of a field -> what it is in words, and how it is written.
+TYPES = {
+    **dict.fromkeys((str, str | None), ("text", "it in quotes")),
+    list[str]: ("a list of texts", 'it as ["first", "second"]'),
+    float: ("a number", "it without quotes and units, as 0.5"),
+    int: ("a whole number", "it without quotes and units, as 100"),
+    dict[str, Any]: ("fields with their values", "one field a line, indented"),
+}
+
+
+class CardError(ValueError):
+    """A card cannot be written or read; the message names the field and what to do."""
+
+
+@dataclass(kw_only=True)
+class Result:
+    """A number that was measured with these weights.
+
+    task: as the Hub calls it. dataset: a Hub name, or what people call it. metric: its name among `training/metrics`.
+    value: a share between 0 and 1, as the metric gives it. protocol: how it was measured, a phrase.
+    date: ISO 8601. code: versions that it was measured with.
+    """
+
+    task: str
+    dataset: str
+    split: str
+    metric: str
+    value: float
+    protocol: str
+    date: str | None = None
+    code: str | None = None
+
+
+@dataclass(kw_only=True)
+class Published:
+    """A number that a publication gives for this architecture, in percent, as printed there.
+
+    source: the table. url: where that is. protocol: how it was measured, as far as the source says.
+    """
+
+    task: str
+    dataset: str
+    split: str
+    metric: str
+    percent: float
+    protocol: str
+    source: str
+    url: str
+
+
+@dataclass(kw_only=True)
+class Training:
+    """How the weights were trained here.
+
+    program: of `training/`. version: of this package. start: the weights it began with, None for random ones.
+    updates: of the whole run. step: the update whose weights these are. batch_size: images of all processes.
+    options: of the program, where they differ from its defaults.
+    """
+
+    program: str
+    version: str
+    updates: int
+    step: int
+    batch_size: int
+    processes: int
+    start: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Conversion:
+    """Where converted weights come from.
+
+    source: folder or Hub name. layout: of its files, in words. part: which of its weights were taken.
+    file, sha256: that held them. tensors: what became of them, a sentence. version: of this package.
+    difference: the largest between the outputs of the converted model in memory and of the folder, loaded again.
+    """
+
+    source: str
+    layout: str
+    part: str
+    file: str
+    sha256: str
+    tensors: str
+    difference: float
+    version: str
+
+
+@dataclass(kw_only=True)
+class Card:
+    """What a card says that config.json does not.
+
+    title: of the model. repository: what the snippets load, a Hub name ("owner/name") or the name of a folder.
+    revision: tag or commit that the snippets pin; a Hub name needs one.
+    datasets: what the weights learned from, Hub names where there are such, or "unknown".
+    weights_license: as the Hub abbreviates it ("mit"), or "unknown"; that of the code is MIT.
+    base_model: Hub name of what the weights were trained further from. upstream: address of the original.
+    recipe: the file in `training/recipes/` of the published experiment. remarks: sentences for this card alone.
+    training or conversion: where the weights come from; at least one.
+    """
+
+    title: str | None = None
+    repository: str | None = None
+    revision: str | None = None
+    datasets: list[str] = field(default_factory=list)
+    weights_license: str | None = None
+    base_model: str | None = None
+    upstream: str | None = None
+    recipe: str | None = None
+    remarks: str | None = None
+    results: list[Result] = field(default_factory=list)
+    published: list[Published] = field(default_factory=list)
+    training: Training | None = None
+    conversion: Conversion | None = None
+
+    def filled_from(self, source: "Card") -> "Card":
+        """This card with what `source` says, which wins wherever it says anything.
+
+        Except of weights that were trained here: what they learned from, and under which licence they are, is up to
+        whoever trained them.
+        """
+        said = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if getattr(source, f.name)}
+        if self.conversion is None:
+            said = {name: value for name, value in said.items() if name not in ("datasets", "weights_license")}
+        return dataclasses.replace(self, **said)
+
+
+def check_card(card: Card) -> None:
+    """Raises CardError naming the first field that is unfilled."""
+    for name in ("title", "repository", "datasets", "weights_license"):
+        if not getattr(card, name):
+            raise _unfilled(name)
+    if "/" in card.repository and not card.revision:
+        raise _unfilled("revision")
+    if card.training is None and card.conversion is None:
+        raise CardError("The card is incomplete: neither training nor conversion says where the weights come from.")
+    facts = dataclasses.asdict(card)
+    if card.training is not None:
+        del facts["training"]["options"]  # an option may be empty
+    _check_filled(facts, "")
+
+
+def build_card(content: dict[str, Any], where: str) -> Card:
+    """The card with these fields. where: their file. Raises CardError that names a field which is wrong."""
+    parts = {"training": Training, "conversion": Conversion}
+    rows = {"results": Result, "published": Published}
+    built = dict(content)
+    for name, part in parts.items():
+        if built.get(name) is not None:
+            built[name] = _build(part, built[name], f"{where}: {name}")
+    for name, row in rows.items():
+        listed = built.get(name) or []
+        if not isinstance(listed, list):
+            raise CardError(f"{where}: {name} must be a list, one entry a number.")
+        built[name] = [_build(row, entry, f"{where}: {name} {index}") for index, entry in enumerate(listed, 1)]
+    return _build(Card, built, where)
+
+
+def _build(cls: type, content: Any, where: str) -> Any:
+    if not isinstance(content, dict):
+        raise CardError(f"{where} must be a list of fields with their values.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := set(content) - set(fields):
+        raise CardError(f"{where} has no field {min(unknown, key=str)!r}; it has {', '.join(fields)}.")
+    for name, f in fields.items():
+        optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        if not optional and content.get(name) is None:
+            raise CardError(f"{where} is incomplete: the field {name} is unfilled.")
+    said = {name: value for name, value in content.items() if value is not None}
+    for name, value in said.items():
+        check_type(fields[name].type, value, f"{where}: the field {name}")
+    return cls(**said)
+
+
+def check_type(kind: Any, value: Any, where: str) -> None:
+    """Raises CardError, with the expected type and what to do, for a value that YAML reads as another one."""
+    try:
+        type_validator(where, value, float | int if kind is float else kind)
+    except TypeError:
+        expected, remedy = TYPES[kind]
+        raise CardError(f"{where} must be {expected}, not {value!r}; write {remedy}.") from None
+
+
+def _check_filled(value: Any, name: str) -> None:
+    """Raises CardError for a placeholder anywhere below `value`."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _check_filled(entry, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for index, entry in enumerate(value, 1):
+            _check_filled(entry, f"{name} {index}")
+    elif isinstance(value, str) and value.strip().lower() in PLACEHOLDERS:
+        raise _unfilled(name)
+
+
+def _unfilled(name: str) -> CardError:
+    return CardError(f"The card is incomplete: the field {name} is unfilled; write it into {CARD_FILE}.")
+
+
+__all__ = [
+    "CARD_FILE",
+    "UNKNOWN",
+    "Card",
+    "CardError",
+    "Conversion",
+    "Published",
+    "Result",
+    "Training",
+    "build_card",
+    "check_card",
+    "check_type",
+]
