@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
 from locatvit_hf.conversion.converters import CONVERTERS, Converter
-from locatvit_hf.conversion.keys import KeyTable, rename, source_shapes
+from locatvit_hf.conversion.key_mapping import KeyTable, rename, source_shapes
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 VIT_CHECKPOINTS = ("locatvit", "locatvit_reg4", "locatvit_nopos", "locatvit_grid32", "vit_baseline", "locatrope")

@@ -6,12 +6,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .errors import ConversionError
-from .kinds import check_kind
+from .validation import check_type
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 # Argument -> field, where the value is the same.
-SAME_VALUE = {
+RENAMED = {
     "img_size": "image_size",
     "patch_size": "patch_size",
     "in_chans": "num_channels",
@@ -31,14 +31,14 @@ RATES = {
 # Dropout of parts that our models do not drop on their own.
 OTHER_RATES = ("pos_drop_rate", "patch_drop_rate", "drop_block_rate")
 # Arguments that do not change what a trained model computes: ours takes every image size.
-WITHOUT_EFFECT = {
+IGNORED_ARGS = {
     *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "store_metrics", "pretrained", "weight_init"),
     *("fix_init", "init_std", "head_init_scale", "device", "dtype"),
     *RATES,
     *OTHER_RATES,
 }
 # Kind of the value, where it has one in all families.
-KINDS = {
+ARGUMENT_TYPES = {
     **dict.fromkeys(("img_size", "patch_size"), "a whole number or two of them"),
     **dict.fromkeys(("in_chans", "num_classes", "embed_dim", "depth", "J", "window_size"), "a whole number"),
     **dict.fromkeys(("reg_tokens", "num_reg_tokens"), "a whole number"),
@@ -55,9 +55,9 @@ ACTIVATIONS |= {"relu": "relu", "silu": "silu", "swish": "silu"}
 
 def translate(
     arguments: Mapping[str, Any],
-    same_value: Mapping[str, str],
-    only_values: Mapping[str, tuple[Any, ...]],
-    elsewhere: Collection[str],
+    renamed: Mapping[str, str],
+    supported_values: Mapping[str, tuple[Any, ...]],
+    handled: Collection[str],
     model: str,
 ) -> dict[str, Any]:
     """The fields whose value is that of an argument.
@@ -67,22 +67,22 @@ def translate(
     elsewhere: arguments that the family reads itself. model: our model in words.
     Raises ConversionError for an argument that is unknown or asks for what our models do not have.
     """
-    same_value = {**SAME_VALUE, **same_value}
+    renamed = {**RENAMED, **renamed}
     fields = {}
     for name, value in arguments.items():
-        if name in KINDS:
-            check_kind("The model was built with", name, value, KINDS[name])
-        if name in same_value:
-            fields[same_value[name]] = list(value) if isinstance(value, tuple) else value
-        elif name in only_values:
+        if name in ARGUMENT_TYPES:
+            check_type("The model was built with", name, value, ARGUMENT_TYPES[name])
+        if name in renamed:
+            fields[renamed[name]] = list(value) if isinstance(value, tuple) else value
+        elif name in supported_values:
             value = tuple(value) if isinstance(value, list) else value
-            if not any(value == allowed for allowed in only_values[name]):
+            if not any(value == allowed for allowed in supported_values[name]):
                 raise ConversionError(f"The model was built with {name}={value!r}, which {model} does not have.")
         elif name == "act_layer":
             if not isinstance(value, str | None) or value not in ACTIVATIONS:
                 raise ConversionError(f"The model was built with the unknown activation act_layer={value!r}.")
             fields["hidden_act"] = ACTIVATIONS[value]
-        elif name not in WITHOUT_EFFECT and name not in elsewhere:
+        elif name not in IGNORED_ARGS and name not in handled:
             raise ConversionError(f"The model was built with the unknown argument {name}={value!r}.")
     return {**fields, **dropout_fields(arguments)}
 
@@ -101,7 +101,7 @@ def dropout_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {}
     for name, field in RATES.items():
-        check_kind("The model was built with", name, arguments.get(name), KINDS[name])
+        check_type("The model was built with", name, arguments.get(name), ARGUMENT_TYPES[name])
         if arguments.get(name) is not None:
             fields.setdefault(field, arguments[name])  # proj_drop_rate stands before drop_rate
     return fields

@@ -22,8 +22,8 @@ from ..utils.io import atomic_directory, one_line, sha256
 from .arguments import changed_rates
 from .converters import Converter, converter_of
 from .errors import ConversionError
-from .keys import load_renamed
-from .sources import Reference, find, load_tensors, read_reference, read_state, shapes_of
+from .key_mapping import load_renamed
+from .readers import SourceCheckpoint, find, read_checkpoint, read_state
 
 # Of the largest logit. Rounding alone is below it: float32 sums in another order where weights lie in a mapped file.
 LARGEST_LOGIT_DIFFERENCE = 1e-5
@@ -57,26 +57,26 @@ def convert(
     Raises ConversionError, or ValueError of the configuration, in one sentence.
     """
     check_destination(folder, overwrite)
-    reference = read_reference(find(source, revision), source)
-    converter = converter_of(reference)
-    report(f"Found {reference.architecture or converter.family.config_class.model_type} ({reference.layout}).")
-    config = configure(converter, reference)
-    for sentence in losses(reference, config):
+    checkpoint = read_checkpoint(find(source, revision), source)
+    converter = converter_of(checkpoint)
+    report(f"Found {checkpoint.architecture or converter.family.config_class.model_type} ({checkpoint.layout}).")
+    config = configure(converter, checkpoint)
+    for sentence in losses(checkpoint, config):
         report(sentence)
-    state, where = read_state(reference, ema)
-    report(f"Took {where} of {reference.weights_file.name}: {len(state)} tensors.")
+    state, where = read_state(checkpoint, ema)
+    report(f"Took {where} of {checkpoint.weights_file.name}: {len(state)} tensors.")
     stored, state = state, converter.prepare_state(state)
     check_class_count(state, config)
     model = (converter.build_model or partial(build_model, converter))(config, state)
-    tensors = account(stored, state)
+    tensors = summarize_unused_tensors(stored, state)
     report(tensors)
     segments = type(model).__name__.endswith("ForSemanticSegmentation")
     with atomic_directory(folder) as unfinished:
-        build_processor(reference, config, segments).save_pretrained(unfinished)
+        build_processor(checkpoint, config, segments).save_pretrained(unfinished)
         model.save_pretrained(unfinished)
         (unfinished / "LICENSE").write_text(license_text(), encoding="utf-8")
         difference = verify(model, unfinished)
-        write_card(unfinished, describe(reference, folder.name, where, tensors, difference))
+        write_card(unfinished, describe(checkpoint, folder.name, where, tensors, difference))
     report(f"Wrote {folder}; reloaded, it gives the same output.")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return Converted(folder, type(model).__name__, config, len(state), num_parameters)
@@ -90,26 +90,26 @@ def check_destination(folder: Path, overwrite: bool) -> None:
         raise ConversionError(f"{folder} exists and is not empty; pass --overwrite to replace it.")
 
 
-def describe(reference: Reference, name: str, where: str, tensors: str, difference: float) -> Card:
-    """The card of a converted checkpoint: what `reference` says, and nothing that it does not.
+def describe(checkpoint: SourceCheckpoint, name: str, where: str, tensors: str, difference: float) -> Card:
+    """The card of a converted checkpoint: what `checkpoint` says, and nothing that it does not.
 
     name: of the folder. where: which of its weights were taken. tensors: what became of them, a sentence.
     difference: the largest that `verify` found.
     """
-    source = public_name(reference.source.removeprefix("hf-hub:").removeprefix("hf_hub:"))
-    local = Path(reference.source).expanduser().exists()
+    source = public_name(checkpoint.source.removeprefix("hf-hub:").removeprefix("hf_hub:"))
+    local = Path(checkpoint.source).expanduser().exists()
     return Card(
-        title=reference.architecture or name,
+        title=checkpoint.architecture or name,
         repository=name,
         datasets=[UNKNOWN],
         weights_license=UNKNOWN,
         base_model=None if local else source,
         conversion=Conversion(
             source=source,
-            layout=reference.layout,
+            layout=checkpoint.layout,
             part=where,
-            file=reference.weights_file.name,
-            sha256=sha256(reference.weights_file),
+            file=checkpoint.weights_file.name,
+            sha256=sha256(checkpoint.weights_file),
             tensors=tensors,
             difference=difference,
             version=__version__,
@@ -117,14 +117,12 @@ def describe(reference: Reference, name: str, where: str, tensors: str, differen
     )
 
 
-def configure(converter: Converter, reference: Reference, **fields: Any) -> PreTrainedConfig:
+def configure(converter: Converter, checkpoint: SourceCheckpoint, **fields: Any) -> PreTrainedConfig:
     """The configuration of a checkpoint, with its own mean, std and crop. `fields` win over what it says."""
-    arguments = reference.arguments
+    arguments = checkpoint.arguments
     if converter.infer_arguments is not None:
-        shapes = reference.shapes
-        shapes = shapes_of(load_tensors(reference.weights_file)) if shapes is None else shapes
-        arguments = converter.infer_arguments(shapes, arguments)
-    preprocessing = {**converter.default_preprocessing(reference.architecture), **reference.preprocessing}
+        arguments = converter.infer_arguments(checkpoint.shapes, arguments)
+    preprocessing = {**converter.default_preprocessing(checkpoint.architecture), **checkpoint.preprocessing}
     fields = {
         "image_mean": list(preprocessing["mean"]),
         "image_std": list(preprocessing["std"]),
@@ -132,36 +130,36 @@ def configure(converter: Converter, reference: Reference, **fields: Any) -> PreT
         **fields,
     }
     try:
-        config = converter.build_config(reference.architecture, arguments, **fields)
+        config = converter.build_config(checkpoint.architecture, arguments, **fields)
     except StrictDataclassError as error:
         raise ConversionError(f"{one_line(error.__cause__ or error)}.") from error
-    if reference.label_names and len(reference.label_names) == config.num_labels and "id2label" not in fields:
-        config.id2label = dict(enumerate(map(str, reference.label_names)))
+    if checkpoint.label_names and len(checkpoint.label_names) == config.num_labels and "id2label" not in fields:
+        config.id2label = dict(enumerate(map(str, checkpoint.label_names)))
         config.label2id = {label: index for index, label in config.id2label.items()}
     return config
 
 
-def losses(reference: Reference, config: PreTrainedConfig) -> list[str]:
+def losses(checkpoint: SourceCheckpoint, config: PreTrainedConfig) -> list[str]:
     """Tell what a checkpoint says of itself that the converted one does not keep as it is.
 
     Args:
-        reference: The checkpoint.
+        checkpoint: The checkpoint.
         config: Of the converted one.
 
     Returns:
         A sentence for each kind.
     """
-    found = [*reference.remarks, *changed_rates(reference.arguments)]
-    names = reference.label_names
+    found = [*checkpoint.remarks, *changed_rates(checkpoint.arguments)]
+    names = checkpoint.label_names
     if names and len(names) != config.num_labels:
         found.append(f"Left out the names of {len(names)} classes: the model has {config.num_labels}.")
-    if reference.preprocessing.get("crop_mode") not in (None, *CROP_MODES):
-        mode = reference.preprocessing["crop_mode"]
+    if checkpoint.preprocessing.get("crop_mode") not in (None, *CROP_MODES):
+        mode = checkpoint.preprocessing["crop_mode"]
         found.append(f"Left out crop_mode={mode!r}: the image processor crops the center.")
     return found
 
 
-def account(stored: dict[str, torch.Tensor], prepared: dict[str, torch.Tensor]) -> str:
+def summarize_unused_tensors(stored: dict[str, torch.Tensor], prepared: dict[str, torch.Tensor]) -> str:
     """What became of the tensors of a checkpoint whose prepared ones all have a place, as a sentence."""
     kept = {id(tensor) for tensor in prepared.values()}
     left_out = [name for name, tensor in stored.items() if id(tensor) not in kept]
@@ -192,19 +190,19 @@ def build_model(converter: Converter, config: PreTrainedConfig, state: dict[str,
     return load_renamed(model, state, table)
 
 
-def build_processor(reference: Reference, config: PreTrainedConfig, segmentation: bool = False):
+def build_processor(checkpoint: SourceCheckpoint, config: PreTrainedConfig, segmentation: bool = False):
     """The image processor of a checkpoint: of the configuration, and of what only the checkpoint's evaluation says."""
     arguments: dict[str, Any] = {"segmentation": segmentation}
     # mmsegmentation, which segmentation checkpoints come from, resizes bilinearly.
-    interpolation = reference.preprocessing.get("interpolation", "bilinear" if segmentation else "bicubic")
+    interpolation = checkpoint.preprocessing.get("interpolation", "bilinear" if segmentation else "bicubic")
     if interpolation != "bicubic":
         arguments["resample"] = PILImageResampling[interpolation.upper()]
-    size = reference.preprocessing.get("size")
+    size = checkpoint.preprocessing.get("size")
     if size is not None and list(size) != list(pair(config.image_size)):
         # Evaluated at another size than it was built for.
         config = copy.deepcopy(config)
         config.image_size = list(size)
-    if reference.preprocessing.get("crop_mode") == "squash" and not segmentation:
+    if checkpoint.preprocessing.get("crop_mode") == "squash" and not segmentation:
         height, width = (math.floor(side / config.crop_pct) for side in pair(config.image_size))
         arguments["size"] = {"height": height, "width": width}
     return LocAtViTImageProcessor.from_model_config(config, **arguments)

@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..utils.registry import FAMILIES, Family
 from .errors import ConversionError
-from .keys import KeyTable
-from .sources import Reference, Shapes, unnamed
+from .key_mapping import KeyTable
+from .readers import Shapes, SourceCheckpoint, unnamed
 
 
 class Converter(NamedTuple):
@@ -59,21 +59,21 @@ def _converter(family: Family) -> Converter:
 CONVERTERS = tuple(_converter(family) for family in FAMILIES.values() if family.converter is not None)
 
 
-def converter_of(reference: Reference) -> Converter:
+def converter_of(checkpoint: SourceCheckpoint) -> Converter:
     """The converter of a checkpoint. Raises ConversionError for another architecture."""
-    if reference.shapes is not None:
+    if not checkpoint.is_named:
         for converter in CONVERTERS:
-            if converter.recognize_shapes is not None and converter.recognize_shapes(reference.shapes):
+            if converter.recognize_shapes is not None and converter.recognize_shapes(checkpoint.shapes):
                 return converter
-        raise ConversionError(unnamed(reference))
+        raise ConversionError(unnamed(checkpoint))
     for converter in CONVERTERS:
-        if converter.recognize(reference.architecture, reference.arguments):
+        if converter.recognize(checkpoint.architecture, checkpoint.arguments):
             return converter
-    if reference.architecture is None:
+    if checkpoint.architecture is None:
         raise ConversionError(
-            f"config.json of {reference.source} names no architecture and holds no arguments of a ViT."
+            f"config.json of {checkpoint.source} names no architecture and holds no arguments of a ViT."
         )
-    raise ConversionError(f"The architecture {reference.architecture} cannot be converted; it is not one of ours.")
+    raise ConversionError(f"The architecture {checkpoint.architecture} cannot be converted; it is not one of ours.")
 
 
 __all__ = ["CONVERTERS", "Converter", "converter_of"]

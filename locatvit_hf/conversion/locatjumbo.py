@@ -12,19 +12,19 @@ import torch
 from ..configuration_locatjumbo import LocAtJumboConfig
 from .arguments import preset_of, translate
 from .errors import ConversionError
-from .keys import KeyTable, expand, without
+from .key_mapping import KeyTable, expand, without
 
 NAME = re.compile(r"(?P<locat>locat)?jumbo_(?P<size>[a-z]+)")
 ALIAS = re.compile(r"blocks\.\d+\.(jumbo_mlp\..+)")
 
-SAME_VALUE = {
+RENAMED = {
     "embed_dim": "hidden_size",
     "depth": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "J": "num_jumbo_tokens",
     "init_values": "layer_scale_init_value",
 }
-ONLY_VALUES: dict[str, tuple[Any, ...]] = {
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "global_pool": (None, "", "token"),
     "mlp_ratio": (4, 4.0),
     "class_token": (True,),
@@ -56,7 +56,7 @@ def build_config(architecture: str, arguments: Mapping[str, Any], **fields: Any)
         found["use_patch_layernorm"] = True  # also with gaug=False and prr=False
     else:
         found.update(use_gaussian=False, use_refinement=False)
-    found.update(translate(arguments, SAME_VALUE, ONLY_VALUES, (), "LocAt-Jumbo"))
+    found.update(translate(arguments, RENAMED, SUPPORTED_VALUES, (), "LocAt-Jumbo"))
     config = LocAtJumboConfig(**{**found, **fields})
     # The reference decides this by the height of the native grid alone.
     config.coarse_training = config.use_gaussian and config.native_grid[0] >= 32

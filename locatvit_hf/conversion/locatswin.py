@@ -11,16 +11,16 @@ import torch
 
 from ..configuration_locatswin import LocAtSwinConfig
 from .arguments import IMAGENET_MEAN, IMAGENET_STD, preset_of, translate
-from .keys import KeyTable, expand, without
+from .key_mapping import KeyTable, expand, without
 
 # `locatswin_tiny`; `swin_base_patch4_window7_224`.
 LOCAT_NAME = re.compile(r"locatswin_(?P<size>[a-z]+)")
 BASELINE_NAME = re.compile(r"swin_(?P<size>[a-z]+)_patch(?P<patch>\d+)_window(?P<window>\d+)_(?P<image>\d+)")
 
-SAME_VALUE = {
+RENAMED = {
     name: name for name in ("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio")
 }  # the reference's names are ours
-ONLY_VALUES: dict[str, tuple[Any, ...]] = {
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "global_pool": (None, "", "avg"),
     "head_dim": (None,),
     "always_partition": (False,),
@@ -54,7 +54,7 @@ def build_config(architecture: str, arguments: Mapping[str, Any], **fields: Any)
         found.update(use_gaussian=False, use_refinement=False)
         for field, part in (("patch_size", "patch"), ("window_size", "window"), ("image_size", "image")):
             found[field] = int(baseline[part])
-    found.update(translate(arguments, SAME_VALUE, ONLY_VALUES, (), "LocAt-Swin"))
+    found.update(translate(arguments, RENAMED, SUPPORTED_VALUES, (), "LocAt-Swin"))
     return LocAtSwinConfig(**{**found, **fields})
 
 

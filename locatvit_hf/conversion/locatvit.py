@@ -12,7 +12,7 @@ from ..configuration_locatvit import LocAtViTConfig
 from . import timm_vit
 from .arguments import IMAGENET_MEAN, IMAGENET_STD, preset_of, translate
 from .errors import ConversionError
-from .keys import KeyTable, expand, without
+from .key_mapping import KeyTable, expand, without
 
 # `locatvit_tiny`, `locatvit_base_rope_mixed`.
 LOCAT_NAME = re.compile(r"locatvit_(?P<size>[a-z]+)(?P<rope>_rope_mixed)?")
@@ -26,7 +26,7 @@ BASELINE_NAME = re.compile(
 TIMM_NAME = re.compile(r"(vit|deit|deit3|flexivit)_\w+")
 
 # Argument of the reference (and of timm) -> field of ours, where the value is the same; more stand in `arguments`.
-SAME_VALUE = {
+RENAMED = {
     "embed_dim": "hidden_size",
     "depth": "num_hidden_layers",
     "num_heads": "num_attention_heads",
@@ -38,7 +38,7 @@ SAME_VALUE = {
     "layer_norm_eps": "layer_norm_eps",
 }
 # Arguments that change the function in ways that we do not have: only these values are taken.
-ONLY_VALUES: dict[str, tuple[Any, ...]] = {
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "qk_norm": (False,),
     "scale_attn_norm": (False,),
     "scale_mlp_norm": (False,),
@@ -60,7 +60,7 @@ ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "use_post_norm": (False,),
 }
 # Arguments that several fields depend on, or that mean different things; see `config_fields`.
-ELSEWHERE = ("no_pos_emb", "pos_embed", "no_embed_class", "mlp_ratio", "global_pool", "fc_norm")
+HANDLED = ("no_pos_emb", "pos_embed", "no_embed_class", "mlp_ratio", "global_pool", "fc_norm")
 
 
 def recognize(architecture: str | None, arguments: Mapping[str, Any]) -> bool:
@@ -140,7 +140,7 @@ def config_fields(architecture: str | None, arguments: Mapping[str, Any]) -> dic
     if rope:
         arguments.setdefault("init_values", 1e-5)
         fields["position_embedding_type"] = "rope_mixed"
-    fields.update(translate(arguments, SAME_VALUE, ONLY_VALUES, ELSEWHERE, "LocAtViT"))
+    fields.update(translate(arguments, RENAMED, SUPPORTED_VALUES, HANDLED, "LocAtViT"))
     if not rope and any(arguments.get(name) in (True, "", "none") for name in ("no_pos_emb", "pos_embed")):
         fields["position_embedding_type"] = "none"
     if "no_embed_class" in arguments:

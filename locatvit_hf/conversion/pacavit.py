@@ -17,8 +17,8 @@ from ..configuration_pacavit import PaCaViTConfig
 from ..modeling_pacavit import PaCaViTForImageClassification, PaCaViTForSemanticSegmentation, PaCaViTModel
 from .arguments import dropout_fields
 from .errors import ConversionError
-from .keys import KeyTable, load_renamed
-from .kinds import check_kind
+from .key_mapping import KeyTable, load_renamed
+from .validation import check_type
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -104,7 +104,7 @@ def infer_arguments(shapes: Shapes, arguments: Mapping[str, Any]) -> dict[str, A
             raise ConversionError(f"The tensors of the checkpoint are for {found} {what}, but its run says {given}.")
     size = arguments.get("image_size") or arguments.get("img_size")
     if size is not None:
-        check_kind("The model was built with", "image_size", size, "a whole number or two of them")
+        check_type("The model was built with", "image_size", size, "a whole number or two of them")
         fields["image_size"] = size
     return {**fields, **dropout_fields(arguments)}
 

@@ -26,8 +26,8 @@ from ..utils.io import one_line
 from . import locatvit, timm_vit
 from .arguments import changed_rates
 from .errors import ConversionError
-from .keys import KeyTable, expand, rename, restrict
-from .sources import TIMM_WRAPPER, find, read_reference, read_state, unnamed
+from .key_mapping import KeyTable, expand, rename, restrict
+from .readers import TIMM_WRAPPER, find, read_checkpoint, read_state, unnamed
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +45,7 @@ CLASSIFIERS = (
     "Dinov2WithRegistersForImageClassification",
 )
 # Each version of transformers spells these models its own way: rewritten to one spelling, top to bottom.
-SPELLINGS = (
+KEY_RENAMES = (
     (r"^(vit|deit|dinov2|dinov2_with_registers)\.", ""),
     (r"^encoder\.layers?\.", "layers."),
     (r"\.attention\.attention\.", ".attention."),
@@ -60,10 +60,10 @@ SPELLINGS = (
     (r"^embeddings\.distillation_token$", "embeddings.register_tokens"),
 )
 # Tensors that have no place in ours, and are left behind knowingly: masked pretraining and pooling layers.
-LEFT_BEHIND = re.compile(r"embeddings\.mask_token|pooler\..*|decoder\..*")
+IGNORED_KEYS = re.compile(r"embeddings\.mask_token|pooler\..*|decoder\..*")
 HEAD_NAMES = ("classifier.weight", "classifier.bias")
 # Fields that the weights were trained with: another value loads, or lacks tensors, and computes something else.
-TRAINED_WITH = ("hidden_act", "layer_norm_eps", "num_attention_heads", "num_register_tokens", "use_class_token")
+IMMUTABLE_FIELDS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "num_register_tokens", "use_class_token")
 
 
 @dataclasses.dataclass
@@ -73,7 +73,8 @@ class PlainViT:
     description: for messages. fields: of `LocAtViTConfig` for the same function. state: its tensors, head left out.
     key_table: configuration -> its names -> ours. resample: (configuration, (height, width) of the new native grid) ->
     its position embeddings there, as the source itself would compute them.
-    head: weight and bias of a linear head on what our classifier reads, or None. headless: why, for a sentence.
+    head: weight and bias of a linear head on what our classifier reads, or None. missing_head_reason: why
+    there is none, for a sentence.
     """
 
     description: str
@@ -83,7 +84,7 @@ class PlainViT:
     position_name: str
     resample: Callable[[LocAtViTConfig, tuple[int, int]], torch.Tensor]
     head: dict[str, torch.Tensor] | None = None
-    headless: str = "has no classifier"
+    missing_head_reason: str = "has no classifier"
 
 
 def from_vit(cls, checkpoint: str | Path | nn.Module, **config_overrides) -> PreTrainedModel:
@@ -116,7 +117,7 @@ def from_vit(cls, checkpoint: str | Path | nn.Module, **config_overrides) -> Pre
         config = LocAtViTConfig(**{**fields, **config_overrides})
     except StrictDataclassError as error:
         raise ConversionError(f"{one_line(error.__cause__ or error)}.") from error
-    for name in TRAINED_WITH:
+    for name in IMMUTABLE_FIELDS:
         trained, asked = getattr(native, name), getattr(config, name)
         if asked != trained:
             raise ConversionError(f"{source.description} was trained with {name}={trained!r}; {asked!r} is no start.")
@@ -151,7 +152,7 @@ def _load(model: PreTrainedModel, source: PlainViT, config: LocAtViTConfig, stat
             for name in HEAD_NAMES:
                 parameters[name].copy_(source.head[name])
             return
-        reason = source.headless
+        reason = source.missing_head_reason
         if source.head is not None:
             classes = f"of {len(source.head['classifier.bias'])} classes"
             reason = f"has a classifier {classes if reads_the_same else 'of another pooling'}"
@@ -195,7 +196,7 @@ def open_vit(checkpoint: str | Path | nn.Module) -> PlainViT:
 
 
 def _transformers_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a folder of transformers; None for what `read_reference` judges, timm's models among it."""
+    """config.json of a folder of transformers; None for what `read_checkpoint` judges, timm's models among it."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
@@ -229,15 +230,15 @@ def _load_transformers(folder: Path, config: Mapping[str, Any], source: str) -> 
     except Exception as error:  # whatever a damaged file led to
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConversionError(f"{source} cannot be loaded by transformers: {lines[0]}") from error
-    missing = sorted(name for name in info["missing_keys"] if not LEFT_BEHIND.fullmatch(spell(name)))
+    missing = sorted(name for name in info["missing_keys"] if not IGNORED_KEYS.fullmatch(normalize_key(name)))
     if missing:
         raise ConversionError(f"The checkpoint lacks {missing[0]}.")
     return model
 
 
-def spell(name: str) -> str:
+def normalize_key(name: str) -> str:
     """A tensor's name in transformers, any version's, as `transformers_key_table` writes it."""
-    for pattern, replacement in SPELLINGS:
+    for pattern, replacement in KEY_RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -266,14 +267,14 @@ def _of_transformers(model: PreTrainedModel, preprocessing: Mapping[str, Any], d
     for name in ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"):
         fields[name] = getattr(theirs, name)
 
-    state = {spell(name): tensor.detach() for name, tensor in model.state_dict().items()}
-    state = {name: tensor for name, tensor in state.items() if not LEFT_BEHIND.fullmatch(name)}
+    state = {normalize_key(name): tensor.detach() for name, tensor in model.state_dict().items()}
+    state = {name: tensor for name, tensor in state.items() if not IGNORED_KEYS.fullmatch(name)}
     heads = [name for name in state if re.fullmatch(r"\w*classifier\.(weight|bias)", name)]
     head = {name: state.pop(name) for name in heads}
-    headless = "has no classifier"
+    missing_head_reason = "has no classifier"
     if "classifier.weight" not in head or head["classifier.weight"].shape[1] != theirs.hidden_size:
         # DINOv2 also reads the mean of the patches, DeiT's teacher variant averages two heads.
-        headless = "has a classifier of another form" if head else headless
+        missing_head_reason = "has a classifier of another form" if head else missing_head_reason
         head = None
     base = getattr(model, model.base_model_prefix, model)
     own_prefix = 1 if dinov2 else 1 + registers
@@ -308,12 +309,12 @@ def _of_transformers(model: PreTrainedModel, preprocessing: Mapping[str, Any], d
         position_name="embeddings.position_embeddings",
         resample=resample,
         head=head,
-        headless=headless,
+        missing_head_reason=missing_head_reason,
     )
 
 
 def transformers_key_table(config: LocAtViTConfig) -> KeyTable:
-    """Names of ViT, DeiT and DINOv2 in transformers, spelled as `SPELLINGS` leaves them -> ours."""
+    """Names of ViT, DeiT and DINOv2 in transformers, spelled as `KEY_RENAMES` leaves them -> ours."""
     ours = "locatvit.layers.{i}"
     modules: dict[str, str | tuple[str, ...]] = {
         "=embeddings.cls_token": "locatvit.embeddings.cls_token",
@@ -361,28 +362,28 @@ def _side(size: Any) -> int | list[int]:
 
 def _of_checkpoint(path: Path, description: str) -> PlainViT:
     """A plain ViT of timm, or of a training run of the reference's program."""
-    reference = read_reference(path, description)
-    if reference.shapes is not None:
-        raise ConversionError(unnamed(reference))
-    if reference.architecture is None:
+    checkpoint = read_checkpoint(path, description)
+    if not checkpoint.is_named:
+        raise ConversionError(unnamed(checkpoint))
+    if checkpoint.architecture is None:
         raise ConversionError(f"{description} holds the arguments of a LocAtViT; convert it with `locatvit convert`.")
     # The distilled DeiT has a second token and a second head; their mean is no linear head on the class token.
-    name = (reference.architecture or "").replace("_distilled", "")
-    if not locatvit.recognize(name, reference.arguments) or name.startswith("locatvit"):
+    name = (checkpoint.architecture or "").replace("_distilled", "")
+    if not locatvit.recognize(name, checkpoint.arguments) or name.startswith("locatvit"):
         advice = "; convert it with `locatvit convert`" if name.startswith("locatvit") else ""
-        raise ConversionError(f"The architecture {reference.architecture} is no plain ViT of timm{advice}.")
-    arguments = dict(reference.arguments)
-    if name != reference.architecture:
+        raise ConversionError(f"The architecture {checkpoint.architecture} is no plain ViT of timm{advice}.")
+    arguments = dict(checkpoint.arguments)
+    if name != checkpoint.architecture:
         arguments["reg_tokens"] = 1
     fields = locatvit.config_fields(name, arguments)
-    preprocessing = {**locatvit.default_preprocessing(name), **reference.preprocessing}
+    preprocessing = {**locatvit.default_preprocessing(name), **checkpoint.preprocessing}
     fields["image_mean"], fields["image_std"] = list(preprocessing["mean"]), list(preprocessing["std"])
     fields["crop_pct"] = preprocessing["crop_pct"]
-    labels = reference.label_names
+    labels = checkpoint.label_names
     if labels and len(labels) == fields["num_labels"]:
         fields["id2label"] = dict(enumerate(map(str, labels)))
         fields["label2id"] = {label: index for index, label in fields["id2label"].items()}
-    state, _ = read_state(reference)
+    state, _ = read_state(checkpoint)
     for sentence in changed_rates(arguments):
         logger.warning(f"{description}: {sentence}")
     return _of_timm(fields, state, description)
@@ -425,8 +426,8 @@ def _of_timm(fields: dict[str, Any], state: dict[str, torch.Tensor], description
         position_name="pos_embed",
         resample=resample,
         head=head,
-        headless="has a classifier of another form" if heads else "has no classifier",
+        missing_head_reason="has a classifier of another form" if heads else "has no classifier",
     )
 
 
-__all__ = ["PlainViT", "from_vit", "open_vit", "spell", "transformers_key_table"]
+__all__ = ["PlainViT", "from_vit", "open_vit", "normalize_key", "transformers_key_table"]

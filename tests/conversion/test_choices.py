@@ -14,7 +14,7 @@ from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor, 
 from locatvit_hf.conversion import locatvit as family
 from locatvit_hf.conversion.convert import configure
 from locatvit_hf.conversion.converters import CONVERTERS, converter_of
-from locatvit_hf.conversion.sources import load_tensors, read_reference
+from locatvit_hf.conversion.readers import load_tensors, read_checkpoint
 from tests.conversion.layouts import run_settings, write_mixin, write_run, write_timm
 from tests.golden import load_case
 
@@ -249,7 +249,7 @@ def test_dropout_rates_of_the_source_are_kept(name, default, rates, expected, tm
         options = {name.removesuffix("_rate"): rate for name, rate in rates.items()}
         sources.append(write_run(case, tmp_path / "options", **{**settings, "model_kwargs": arguments, **options}))
     for source in sources:
-        reference = read_reference(source)
+        reference = read_checkpoint(source)
         config = configure(converter_of(reference), reference)
         found = config.drop_path_rate, config.hidden_dropout_prob, config.attention_probs_dropout_prob
         assert found == tuple(default if rate is None else rate for rate in expected), source

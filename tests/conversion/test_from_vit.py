@@ -38,7 +38,7 @@ from locatvit_hf import (
     LocAtViTModel,
 )
 from locatvit_hf.conversion import timm_vit
-from locatvit_hf.conversion.vit import spell
+from locatvit_hf.conversion.vit import normalize_key
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 TIMM_SIZES = {"depth": 3, "img_size": 64, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
@@ -124,8 +124,8 @@ def test_files_and_models_are_spelled_alike(tmp_path, name):
     model_class, config, _ = SOURCES[name]
     model = model_class(config)
     model.save_pretrained(tmp_path)
-    in_memory = {spell(name) for name in model.state_dict()}
-    assert {spell(name) for name in load_file(tmp_path / "model.safetensors")} == in_memory
+    in_memory = {normalize_key(name) for name in model.state_dict()}
+    assert {normalize_key(name) for name in load_file(tmp_path / "model.safetensors")} == in_memory
 
 
 @pytest.mark.parametrize("where", ["folder", "memory"])

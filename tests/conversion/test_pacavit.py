@@ -72,6 +72,13 @@ def convert(tmp_path, locatvit):
     return run
 
 
+def test_weights_alone_are_read_once(convert, monkeypatch):
+    read = []
+    monkeypatch.setattr(torch, "load", lambda *args, load=torch.load, **kwargs: read.append(1) or load(*args, **kwargs))
+    convert(reference_state(PaCaViTForImageClassification(config())))
+    assert len(read) == 1
+
+
 def assert_equal_outputs(expected, observed, size=(64, 50)):
     pixel_values = torch.randn(2, 3, *size)
     with torch.no_grad():

@@ -17,7 +17,7 @@ HARMLESS = re.compile(
 )
 
 
-def code_in(file: Path, harmless: Collection[str]) -> str | None:
+def find_code(file: Path, harmless: Collection[str]) -> str | None:
     """The first function or class that a pickle asks for and that is no data; None where there is none.
 
     harmless: dotted names that are data besides tensors. A damaged file is read up to the damage.
@@ -75,4 +75,4 @@ def _globals_of(stream: IO[bytes]) -> Iterator[str]:
                 strings = [*strings[-1:], top] if top else strings
 
 
-__all__ = ["code_in", "protocol_of"]
+__all__ = ["find_code", "protocol_of"]

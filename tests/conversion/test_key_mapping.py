@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from locatvit_hf.conversion.keys import expand, rename, restrict, source_shapes
+from locatvit_hf.conversion.key_mapping import expand, rename, restrict, source_shapes
 
 TABLE = expand({"=token": "ours.token", "blocks.{i}.qkv": tuple(f"ours.{{i}}.{name}" for name in "qkv")}, 2)
 SHAPES = {"ours.token": torch.Size([1, 4])} | {

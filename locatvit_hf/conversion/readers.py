@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from ..utils.io import one_line
 from .errors import ConversionError
-from .kinds import check_kind
-from .pickles import code_in, protocol_of
+from .safe_pickle import find_code, protocol_of
+from .validation import check_type
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 RUN_SUFFIXES = (".pth.tar", ".pth", ".pt")
@@ -88,7 +88,7 @@ WEIGHT_KEYS, EMA_KEY = ("state_dict", "model"), "state_dict_ema"
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-KINDS_OF_PREPROCESSING = {
+PREPROCESSING_TYPES = {
     "mean": "a list of numbers",
     "std": "a list of numbers",
     "crop_pct": "a number",
@@ -116,9 +116,9 @@ LABEL_NAMES = ("label_names", "labels")
 TIMM_WRAPPER = "timm_wrapper"
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What a checkpoint says about itself, before its tensors are read.
+@dataclass
+class SourceCheckpoint:
+    """A checkpoint of other code: what it says about itself, and its tensors, which are read once, when asked for.
 
     source: as the user wrote it. layout: in words. weights_file: where the tensors are.
     architecture: the reference's (or timm's) name, None where the layout stores only arguments.
@@ -126,8 +126,9 @@ class Reference:
     preprocessing: any of "mean", "std", "crop_pct", "crop_mode", "interpolation" and "size" ([height, width] in
         pixels).
     label_names: names of the classes in order, or None.
-    shapes: of the tensors, where they are all there is; None where something names the model.
+    is_named: whether something besides the shapes of its tensors says which model it is.
     remarks: sentences about what it says of itself more than once.
+    loaded: what the weights file holds, where it was read already; see `content`.
     """
 
     source: str
@@ -137,8 +138,23 @@ class Reference:
     arguments: dict[str, Any]
     preprocessing: dict[str, Any] = field(default_factory=dict)
     label_names: list[str] | None = None
-    shapes: Shapes | None = None
+    is_named: bool = True
     remarks: list[str] = field(default_factory=list)
+    loaded: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the weights file holds. Raises ConversionError where it is damaged or holds something that is not data."""
+        if self.loaded is None:
+            self.loaded = load_tensors(self.weights_file)
+        return self.loaded
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name without prefixes around the whole model -> shape of each tensor."""
+        wrapped = [self.content[key] for key in (*WEIGHT_KEYS, EMA_KEY) if isinstance(self.content.get(key), Mapping)]
+        tensors = without_wrappers(wrapped[0] if wrapped else self.content).items()
+        return {name: tuple(tensor.shape) for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
 
 
 def find(source: str, revision: str | None = None) -> Path:
@@ -161,7 +177,7 @@ def find(source: str, revision: str | None = None) -> Path:
     return folder
 
 
-def read_reference(path: Path, source: str | None = None) -> Reference:
+def read_checkpoint(path: Path, source: str | None = None) -> SourceCheckpoint:
     """Reads the configuration beside the weights at `path`, a file or a folder.
 
     Raises ConversionError where no known layout is found.
@@ -186,7 +202,7 @@ def read_reference(path: Path, source: str | None = None) -> Reference:
     return _read_run(chosen[0], source)
 
 
-def _read_configured(folder: Path, weights: Path, source: str) -> Reference:
+def _read_configured(folder: Path, weights: Path, source: str) -> SourceCheckpoint:
     """config.json beside the weights: of timm (with "architecture"), or the init arguments of the reference's model."""
     file = folder / "config.json"
     try:
@@ -202,14 +218,14 @@ def _read_configured(folder: Path, weights: Path, source: str) -> Reference:
         )
         raise ConversionError(f"{source} is a transformers checkpoint of model_type {kind!r}: {advice}.")
     # timm's first repositories have the entries of `pretrained_cfg` beside those around it.
-    _check_kinds(file, config, {"model_args": "a mapping", "pretrained_cfg": "a mapping"})
+    _check_types(file, config, {"model_args": "a mapping", "pretrained_cfg": "a mapping"})
     cfg, arguments = config.get("pretrained_cfg") or config, dict(config.get("model_args") or {})
     architecture = config.get("architecture") or cfg.get("architecture")
     if architecture is None:
-        return Reference(source, "init arguments in config.json", weights, None, config)
+        return SourceCheckpoint(source, "init arguments in config.json", weights, None, config)
     for entries in (config, cfg):
         kinds = {"architecture": "text", "num_classes": "a whole number", "global_pool": "text"}
-        _check_kinds(file, entries, {**kinds, **dict.fromkeys(LABEL_NAMES, "a list or a mapping")})
+        _check_types(file, entries, {**kinds, **dict.fromkeys(LABEL_NAMES, "a list or a mapping")})
     if config.get("global_pool") is not None:
         arguments.setdefault("global_pool", config["global_pool"])
     num_classes = config.get("num_classes", cfg.get("num_classes"))
@@ -222,7 +238,7 @@ def _read_configured(folder: Path, weights: Path, source: str) -> Reference:
         if cfg.get("fixed_input_size", True):
             arguments.setdefault("img_size", list(size[1:]))
     given = (entries[name] for entries in (config, cfg) for name in LABEL_NAMES if entries.get(name))
-    return Reference(
+    return SourceCheckpoint(
         source,
         "timm's config.json",
         weights,
@@ -233,9 +249,9 @@ def _read_configured(folder: Path, weights: Path, source: str) -> Reference:
     )
 
 
-def _read_run(weights: Path, source: str) -> Reference:
+def _read_run(weights: Path, source: str) -> SourceCheckpoint:
     """A checkpoint of a training program with its settings, in args.yaml beside it or in itself; or weights alone."""
-    file, where = weights.parent / "args.yaml", f"training run, {weights.name}"
+    file, where, content = weights.parent / "args.yaml", f"training run, {weights.name}", None
     if file.is_file():
         settings = read_settings(file)
     else:
@@ -243,11 +259,11 @@ def _read_run(weights: Path, source: str) -> Reference:
         stored = content.get("args")
         settings = stored.settings if isinstance(stored, StoredSettings) else {}
         if not settings.get("model"):
-            return Reference(source, "weights alone", weights, None, {}, shapes=shapes_of(content))
+            return SourceCheckpoint(source, "weights alone", weights, None, {}, is_named=False, loaded=content)
         file = weights
     kinds = dict.fromkeys(("num_classes", "in_chans"), "a whole number")
     kinds |= dict.fromkeys(("drop", "drop_path", "drop_block"), "a number")
-    _check_kinds(file, settings, {"model": "text", "model_kwargs": "a mapping", "gp": "text", **kinds})
+    _check_types(file, settings, {"model": "text", "model_kwargs": "a mapping", "gp": "text", **kinds})
     arguments = dict(settings.get("model_kwargs") or {})
     # `img_size` of the training program sets the loader, not the model: only these and `model_kwargs` reach the model.
     remarks = []
@@ -261,7 +277,9 @@ def _read_run(weights: Path, source: str) -> Reference:
         remarks.append(f"Took the rate in model_kwargs: {file.name} gives {given}.")
     architecture = _without_tag(settings["model"])
     preprocessing = _preprocessing(file, settings)
-    return Reference(source, where, weights, architecture, arguments, preprocessing, remarks=remarks)
+    return SourceCheckpoint(
+        source, where, weights, architecture, arguments, preprocessing, remarks=remarks, loaded=content
+    )
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -285,30 +303,16 @@ def read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def shapes_of(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights in a checkpoint.
-
-    Args:
-        content: What `load_tensors` read.
-
-    Returns:
-        Name without prefixes around the whole model -> shape.
-    """
-    wrapped = [content[key] for key in (*WEIGHT_KEYS, EMA_KEY) if isinstance(content.get(key), Mapping)]
-    tensors = without_wrappers(wrapped[0] if wrapped else content).items()
-    return {name: tuple(tensor.shape) for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
-
-
-def unnamed(reference: Reference) -> str:
+def unnamed(checkpoint: SourceCheckpoint) -> str:
     """Say what to write beside weights whose model nothing names.
 
     Args:
-        reference: Of weights alone, with their shapes.
+        checkpoint: Of weights alone.
 
     Returns:
         The sentence, with the number of classes where the head shows it.
     """
-    file, shapes = reference.weights_file, reference.shapes or {}
+    file, shapes = checkpoint.weights_file, checkpoint.shapes
     head = next((shapes[name] for name in ("head.weight", "head.fc.weight") if name in shapes), None)
     classes = f" and `num_classes: {head[0]}`" if head else ""
     return (
@@ -323,11 +327,11 @@ def _without_tag(architecture: str) -> str:
     return str(architecture).split("/")[-1].split(".")[0]
 
 
-def _check_kinds(file: Path, settings: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
+def _check_types(file: Path, settings: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
     """Raises ConversionError for the first setting that is given and not of its kind."""
     for name, kind in kinds.items():
         if settings.get(name) not in (None, ""):
-            check_kind(f"{file} gives", name, settings[name], kind)
+            check_type(f"{file} gives", name, settings[name], kind)
 
 
 def _in_order(file: Path, names: Any) -> list[str] | None:
@@ -343,7 +347,7 @@ def _in_order(file: Path, names: Any) -> list[str] | None:
 
 def _preprocessing(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `settings`, read from `file`, say about the images. Raises ConversionError for a value of a wrong kind."""
-    _check_kinds(file, settings, KINDS_OF_PREPROCESSING)
+    _check_types(file, settings, PREPROCESSING_TYPES)
     found = {name: settings.get(name) for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
     size, side = settings.get("input_size"), settings.get("img_size")
     if size or side:
@@ -356,14 +360,14 @@ def _preprocessing(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value not in (None, "", [])}
 
 
-def read_state(reference: Reference, ema: bool = False) -> tuple[dict[str, torch.Tensor], str]:
+def read_state(checkpoint: SourceCheckpoint, ema: bool = False) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors of a checkpoint, and in words where in the file they were.
 
     ema: take the moving average of a training run. Raises ConversionError where the file has none, is damaged, or holds
     something that is not data.
     """
-    file = reference.weights_file
-    content = load_tensors(file)
+    file = checkpoint.weights_file
+    content = checkpoint.content
     available = [key for key in (*WEIGHT_KEYS, EMA_KEY) if isinstance(content.get(key), Mapping)]
     wanted = [key for key in available if (key == EMA_KEY) == ema]
     if wanted:
@@ -410,7 +414,7 @@ def load_tensors(file: Path) -> dict[str, Any]:
 
 def _why_refused(file: Path, error: Exception) -> str:
     """One sentence of ours for what torch said about a pickle."""
-    code, protocol = code_in(file, (NAMESPACE, *INERT_GLOBALS)), protocol_of(file)
+    code, protocol = find_code(file, (NAMESPACE, *INERT_GLOBALS)), protocol_of(file)
     if code is not None:
         return f"{file.name} is refused: its pickle asks for {code}, which is code and not data."
     if "unrecognized function" in str(error):
@@ -428,4 +432,4 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines and " " in lines[0] else type(error).__name__
 
 
-__all__ = ["Inert", "Reference", "find", "load_tensors", "read_reference", "read_state", "shapes_of", "unnamed"]
+__all__ = ["Inert", "SourceCheckpoint", "find", "load_tensors", "read_checkpoint", "read_state", "unnamed"]

@@ -23,7 +23,7 @@ def _is_list_of(is_item: Callable[[Any], bool]) -> Callable[[Any], bool]:
 _is_whole_list = _is_list_of(_is_whole)
 
 # In words, as it stands in the message -> whether a value is of this kind.
-KINDS: dict[str, Callable[[Any], bool]] = {
+TYPES: dict[str, Callable[[Any], bool]] = {
     "a whole number": _is_whole,
     "a number": _is_number,
     "a number or null": lambda value: value is None or _is_number(value),
@@ -40,10 +40,10 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def check_kind(where: str, name: str, value: Any, kind: str) -> None:
-    """Raises ConversionError where `value` is not `kind`, a key of `KINDS`. where: the subject of the sentence."""
-    if not KINDS[kind](value):
+def check_type(where: str, name: str, value: Any, kind: str) -> None:
+    """Raises ConversionError where `value` is not `kind`, a key of `TYPES`. where: the subject of the sentence."""
+    if not TYPES[kind](value):
         raise ConversionError(f"{where} {name}={value!r}, which is not {kind}.")
 
 
-__all__ = ["check_kind"]
+__all__ = ["check_type"]
