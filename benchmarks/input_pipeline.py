@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from timm.data import create_dataset, create_loader
 
-from locatvit_hf.cli.console import one_sentence_errors
+from locatvit_hf.cli.console import friendly_errors
 from training.data import TrainingSamples, create_training_loader, load_splits
 from training.engine.arguments import build_arguments
 from training.pretrain import PretrainArguments
@@ -42,7 +42,7 @@ SIZES = ((375, 500), (500, 375), (333, 500), (500, 500), (480, 640))
 
 
 @app.command()
-@one_sentence_errors
+@friendly_errors
 def main(
     dataset: Annotated[Path | None, typer.Option(help="Folder train/CLASS/*.jpg; by default one is generated.")] = None,
     images: Annotated[int, typer.Option(help="Number of generated files.")] = 512,

@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from locatvit_hf.cli.console import one_sentence_errors
+from locatvit_hf.cli.console import friendly_errors
 
 from . import measure, report
 
@@ -24,7 +24,7 @@ console.width = max(console.width, 140)  # the tables are wide; a pipe would get
 
 
 @app.command()
-@one_sentence_errors
+@friendly_errors
 def main(
     suite: Annotated[str, typer.Option(help="cpu, gpu, or growth (of time and memory with the pixels).")] = "cpu",
     sizes: Annotated[str, typer.Option(help="Image sides to measure, as 224,512; default all.")] = "",

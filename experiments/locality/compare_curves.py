@@ -14,7 +14,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from locatvit_hf.cli.console import one_sentence_errors
+from locatvit_hf.cli.console import friendly_errors
 
 from .runs import RESULTS, Run, load_runs
 
@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-@one_sentence_errors
+@friendly_errors
 def main(
     name: Annotated[str, typer.Argument(help="Of the stored run: vit-0.")],
     again: Annotated[Path, typer.Argument(help="Output folder of training.pretrain or training.segment.")],

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.measure import interleave, paired_ratios, quartiles
 from benchmarks.report import hardware
-from locatvit_hf.cli.console import one_sentence_errors
+from locatvit_hf.cli.console import friendly_errors
 from locatvit_hf.utils.io import write_json
 from training.engine.arguments import build_arguments, load_recipe
 from training.engine.optimization import create_optimizer
@@ -28,7 +28,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-@one_sentence_errors
+@friendly_errors
 def main(
     budget: Annotated[float, typer.Option(help="Seconds of measurement.")] = 300,
     output: Annotated[Path, typer.Option(help="JSON file of the result.")] = COST,

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from locatvit_hf.cli.console import one_sentence_errors
+from locatvit_hf.cli.console import friendly_errors
 from locatvit_hf.hub.card import read_card, update_card
 from locatvit_hf.hub.repository import build_repository, verify_repository
 from locatvit_hf.utils.io import atomic_directory, write_json
@@ -52,7 +52,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-@one_sentence_errors
+@friendly_errors
 def main(
     results: Annotated[Path, typer.Option(help="Folder with one JSON a run.")] = RESULTS,
     work: Annotated[Path, typer.Option(help="Folder of the runs' checkpoints and models.")] = Path("runs/evidence"),

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from locatvit_hf.cli.console import one_sentence_errors
+from locatvit_hf.cli.console import friendly_errors
 
 from .analysis import BLOCK, COMPARISONS, MEASURES, NUM_RESAMPLES, class_iou, compare
 from .compare_curves import FARTHEST, PROGRAMS, curve_spread
@@ -39,7 +39,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-@one_sentence_errors
+@friendly_errors
 def main(
     results: Annotated[Path, typer.Option(help="Folder with one JSON a run.")] = RESULTS,
     output: Annotated[Path, typer.Option(help="Folder of the document.")] = ROOT / "docs",

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.report import commit, hardware
-from locatvit_hf.cli.console import one_sentence_errors
+from locatvit_hf.cli.console import friendly_errors
 from locatvit_hf.utils.io import write_json
 from training.evaluation.results import versions
 
@@ -34,7 +34,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 @app.command()
-@one_sentence_errors
+@friendly_errors
 def main(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}; without, all that are planned.")] = "",
     seed: Annotated[int, typer.Option(help="Of the run; only with --model.")] = 0,

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from .console import console, one_sentence_errors
+from .console import console, friendly_errors
 
 
-@one_sentence_errors
+@friendly_errors
 def card(
     folder: Annotated[Path, typer.Argument(help="The checkpoint: a folder with config.json and card.yaml.")],
     source: Annotated[

@@ -17,13 +17,13 @@ console = Console(highlight=False, soft_wrap=True)
 error_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def readable(value: object) -> Text:
+def escape_terminal(value: object) -> Text:
     """Text of a stranger for the terminal: what would steer it, or be invisible, is written out."""
     shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(value))
     return Text("".join(shown))
 
 
-def one_sentence_errors(verb: Callable) -> Callable:
+def friendly_errors(verb: Callable) -> Callable:
     """Prints what a verb raises because of its input in red and exits with 1; a bug keeps its traceback."""
 
     @functools.wraps(verb)
@@ -31,10 +31,10 @@ def one_sentence_errors(verb: Callable) -> Callable:
         try:
             return verb(*args, **kwargs)
         except (ValueError, OSError) as error:
-            error_console.print(readable(" ".join(str(error).split())), style="red")
+            error_console.print(escape_terminal(" ".join(str(error).split())), style="red")
             raise typer.Exit(1) from error
 
     return wrapped
 
 
-__all__ = ["MAX_MEGAPIXELS", "MaxMegapixels", "console", "error_console", "one_sentence_errors", "readable"]
+__all__ = ["MAX_MEGAPIXELS", "MaxMegapixels", "console", "error_console", "friendly_errors", "escape_terminal"]

@@ -7,10 +7,10 @@ import typer
 from transformers.utils import logging
 
 from ..conversion.convert import convert as run
-from .console import console, one_sentence_errors
+from .console import console, friendly_errors
 
 
-@one_sentence_errors
+@friendly_errors
 def convert(
     source: Annotated[
         str,

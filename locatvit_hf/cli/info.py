@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from .console import console, error_console, one_sentence_errors, readable
+from .console import console, error_console, escape_terminal, friendly_errors
 
 
-@one_sentence_errors
+@friendly_errors
 def info(
     checkpoint: Annotated[str, typer.Argument(help="A folder or a Hub id.", show_default=False)],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
@@ -22,7 +22,7 @@ def info(
     from ..hub.inspection import inspect
 
     logging.set_verbosity_error()
-    found = inspect(checkpoint, revision, lambda line: error_console.print(readable(line), style="yellow"))
+    found = inspect(checkpoint, revision, lambda line: error_console.print(escape_terminal(line), style="yellow"))
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:
@@ -39,7 +39,7 @@ def _print_model(found) -> None:
     from rich.table import Table
 
     table = Table(
-        title=readable(found.name), title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False
+        title=escape_terminal(found.name), title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False
     )
     dtypes = ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items())
     rows = {
@@ -53,7 +53,7 @@ def _print_model(found) -> None:
     }
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, readable(value))
+            table.add_row(name, escape_terminal(value))
     console.print(table, soft_wrap=False)
 
 
@@ -68,7 +68,9 @@ def _print_files(found) -> None:
     table.add_column("what it is", overflow="fold")
     styles = {"fine": "", "note": "yellow", "alarm": "bold red"}
     for file in found.files:
-        table.add_row(readable(file.path), decimal(file.size), readable(file.verdict), style=styles[file.level])
+        table.add_row(
+            escape_terminal(file.path), decimal(file.size), escape_terminal(file.verdict), style=styles[file.level]
+        )
     console.print(table, soft_wrap=False)
 
 
@@ -76,22 +78,22 @@ def _print_diffs(found) -> None:
     styles = {"+": "green", "-": "red", "@": "cyan"}
     for diff in found.diffs.values():
         for line in diff.split("\n"):
-            console.print(readable(line), style=styles.get(line[:1], ""))
+            console.print(escape_terminal(line), style=styles.get(line[:1], ""))
         console.print()
 
 
 def _print_advice(found) -> None:
     for note in found.notes:
-        console.print(readable(note), style="yellow")
+        console.print(escape_terminal(note), style="yellow")
     if found.alarms:
         console.print("[bold white on red] Do not run this code before you have read it. [/]")
         for alarm in found.alarms:
-            console.print(readable(f"- {alarm}"), style="bold red")
+            console.print(escape_terminal(f"- {alarm}"), style="bold red")
     else:
         console.print(f"[green]All its code is that of locatvit-hf {found.release}.[/green]")
     if found.commit:
         console.print(
-            readable(f'To load exactly this:\n  revision="{found.commit}",\n  code_revision="{found.commit}",')
+            escape_terminal(f'To load exactly this:\n  revision="{found.commit}",\n  code_revision="{found.commit}",')
         )
 
 

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .console import MAX_MEGAPIXELS, MaxMegapixels, console, one_sentence_errors
+from .console import MAX_MEGAPIXELS, MaxMegapixels, console, friendly_errors
 
 
-@one_sentence_errors
+@friendly_errors
 def look(
     images: Annotated[list[Path], typer.Argument(help="Images of any size.", show_default=False)],
     model: Annotated[str, typer.Option(help="The checkpoint that looks: a folder or a Hub id.")] = ...,

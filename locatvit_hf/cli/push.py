@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from .console import console, error_console, one_sentence_errors, readable
+from .console import console, error_console, escape_terminal, friendly_errors
 
 
-@one_sentence_errors
+@friendly_errors
 def push(
     folder: Annotated[Path, typer.Argument(help="The checkpoint: a folder with config.json.", show_default=False)],
     repository: Annotated[str, typer.Argument(help="Its name on the Hub, as in me/my-model.", show_default=False)],
@@ -30,8 +30,8 @@ def push(
 
     from transformers.utils import logging
 
+    from ..hub.hub_api import HubError, require_token
     from ..hub.push import assemble, check_target, find_snapshot, upload
-    from ..hub.remote import HubError, require_token
     from ..hub.repository import verify_repository
 
     logging.set_verbosity_error()
@@ -99,7 +99,7 @@ def _print_changes(built: Path, snapshot, repository: str) -> None:
 
 
 def _report(line: str) -> None:
-    error_console.print(readable(line), style="yellow")
+    error_console.print(escape_terminal(line), style="yellow")
 
 
 __all__ = ["push"]

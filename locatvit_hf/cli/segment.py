@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .console import MAX_MEGAPIXELS, MaxMegapixels, console, error_console, one_sentence_errors, readable
+from .console import MAX_MEGAPIXELS, MaxMegapixels, console, error_console, escape_terminal, friendly_errors
 
 
-@one_sentence_errors
+@friendly_errors
 def segment(
     inputs: Annotated[
         list[Path] | None,
@@ -71,7 +71,7 @@ def segment(
 
 
 def _remark(sentence: str) -> None:
-    error_console.print(readable(sentence), style="yellow")
+    error_console.print(escape_terminal(sentence), style="yellow")
 
 
 def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bool, max_megapixels: float) -> None:
@@ -90,7 +90,7 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
             options = {"advance": lambda: progress.advance(task), "max_megapixels": max_megapixels}
             for error in segment_files(segmenter, waiting_images, output, batch_size, **options):
                 corrupt += 1
-                progress.console.print(readable(f"Skipped: {error}"), style="yellow")
+                progress.console.print(escape_terminal(f"Skipped: {error}"), style="yellow")
         for source in waiting_videos:
             task = progress.add_task(source.path.name, total=count_frames(source.path))
             try:
@@ -104,7 +104,7 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
                 )
             except CorruptImageError as error:
                 corrupt += 1
-                progress.console.print(readable(f"Skipped: {error}"), style="yellow")
+                progress.console.print(escape_terminal(f"Skipped: {error}"), style="yellow")
     waiting = len(waiting_images) + len(waiting_videos)
     _summarize(waiting - corrupt, len(sources) - waiting, corrupt, output.folder)
 
@@ -141,7 +141,7 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
         task = progress.add_task("rows", total=share)
         options = {"advance": lambda number: progress.advance(task, number), "max_megapixels": max_megapixels}
         for error in segment_dataset(segmenter, rows, column, output, batch_size, *place, **options):
-            progress.console.print(readable(f"Skipped: {error}"), style="yellow")
+            progress.console.print(escape_terminal(f"Skipped: {error}"), style="yellow")
     state.wait_for_everyone()
     if state.is_main_process:
         empty = sum(count_empty(shard_path(output, process, place[1])) for process in range(place[1]))

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .console import console, one_sentence_errors
+from .console import console, friendly_errors
 
 
-@one_sentence_errors
+@friendly_errors
 def serve(
     model: Annotated[
         list[str], typer.Option(help="A checkpoint: a folder or a Hub id. Twice, and they stand side by side.")

@@ -144,7 +144,7 @@ class SourceCheckpoint:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What the weights file holds. Raises ConversionError where it is damaged or holds something that is not data."""
+        """What the weights file holds. Raises ConversionError where it is damaged or holds more than data."""
         if self.loaded is None:
             self.loaded = load_tensors(self.weights_file)
         return self.loaded

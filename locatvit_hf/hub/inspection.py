@@ -21,7 +21,7 @@ from ..utils.io import sha256
 from ..utils.registry import FAMILIES, PACKAGE
 from .card.fields import CARD_FILE
 from .config import IMPLEMENTATIONS, RepositoryError, build_config, family_config, model_class, read_object
-from .remote import HubError, ask, read_snapshot
+from .hub_api import HubError, read_snapshot, with_retries
 from .repository import (
     CHECKSUMS,
     INDEX,
@@ -125,7 +125,7 @@ class Remote:
     def path(self, name: str) -> Path:
         repository = self.snapshot.repository
         return Path(
-            ask(
+            with_retries(
                 lambda: huggingface_hub.hf_hub_download(repository, name, revision=self.commit), repository, self.report
             )
         )
@@ -137,7 +137,7 @@ class Remote:
 
     def header(self, name: str) -> dict[str, Any]:
         repository = self.snapshot.repository
-        found = ask(
+        found = with_retries(
             lambda: huggingface_hub.HfApi().parse_safetensors_file_metadata(repository, name, revision=self.commit),
             repository,
             self.report,

@@ -11,7 +11,7 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from .card import read_card, write_card
-from .remote import HubError, NotThereError, Snapshot, ask, read_snapshot, require_token
+from .hub_api import HubError, NotThereError, Snapshot, read_snapshot, require_token, with_retries
 from .repository import CHECKSUMS, INDEX, PICKLES, build_repository, write_checksums
 
 # Files of an earlier upload that would contradict the new ones; whatever else is there, such as pictures, stays.
@@ -62,7 +62,9 @@ def compare(folder: Path, snapshot: Snapshot | None) -> Changes:
 def count_lines(folder: Path, snapshot: Snapshot, name: str, report: Callable[[str], None]) -> tuple[int, int] | None:
     """(lines added, lines removed) of a changed file; None where it is no text. Raises HubError."""
     repository = snapshot.repository
-    there = ask(lambda: huggingface_hub.hf_hub_download(repository, name, revision=snapshot.commit), repository, report)
+    there = with_retries(
+        lambda: huggingface_hub.hf_hub_download(repository, name, revision=snapshot.commit), repository, report
+    )
     try:
         before, after = (path.read_text(encoding="utf-8").splitlines() for path in (Path(there), folder / name))
     except UnicodeDecodeError:
@@ -95,7 +97,9 @@ def upload(
     if snapshot is None:
         create_repository(repository, private, report)
     if revision is not None:
-        ask(lambda: huggingface_hub.create_branch(repository, branch=revision, exist_ok=True), repository, report)
+        with_retries(
+            lambda: huggingface_hub.create_branch(repository, branch=revision, exist_ok=True), repository, report
+        )
 
     def commit() -> Upload:
         # Read again each time: an earlier attempt may have arrived although its answer was lost.
@@ -116,10 +120,12 @@ def upload(
         )
         return Upload(info.oid, info.pr_url or info.commit_url, changes)
 
-    done = ask(commit, repository, report)
+    done = with_retries(commit, repository, report)
     if tag is not None and tagged is None:
         try:
-            ask(lambda: huggingface_hub.create_tag(repository, tag=tag, revision=done.commit), repository, report)
+            with_retries(
+                lambda: huggingface_hub.create_tag(repository, tag=tag, revision=done.commit), repository, report
+            )
         except HubError as error:
             raise HubError(f"{repository} has the files, but not the tag; repeat the command: {error}") from error
     return done
@@ -156,7 +162,9 @@ def create_repository(
 ) -> None:
     """Makes an empty repository where there is none. Raises HubError where it may not be written."""
     require_token()
-    ask(lambda: huggingface_hub.create_repo(repository, private=private or None, exist_ok=True), repository, report)
+    with_retries(
+        lambda: huggingface_hub.create_repo(repository, private=private or None, exist_ok=True), repository, report
+    )
 
 
 def find_snapshot(repository: str, revision: str | None, report: Callable[[str], None]) -> Snapshot | None:
@@ -172,7 +180,7 @@ def find_snapshot(repository: str, revision: str | None, report: Callable[[str],
 def _commit_of_tag(repository: str, tag: str | None, report: Callable[[str], None]) -> str | None:
     if tag is None:
         return None
-    refs = ask(lambda: huggingface_hub.list_repo_refs(repository), repository, report)
+    refs = with_retries(lambda: huggingface_hub.list_repo_refs(repository), repository, report)
     return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
 
 

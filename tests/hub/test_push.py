@@ -16,8 +16,8 @@ from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViT
 from locatvit_hf.cli import app
 from locatvit_hf.hub.card import Card, CardError, Training, dump_card, read_card
 from locatvit_hf.hub.config import RepositoryError
+from locatvit_hf.hub.hub_api import RemoteFile, Snapshot
 from locatvit_hf.hub.push import assemble, compare
-from locatvit_hf.hub.remote import RemoteFile, Snapshot
 from locatvit_hf.hub.repository import LARGEST_DIFFERENCE, build_repository, verify_repository
 from locatvit_hf.utils.io import sha256
 

@@ -134,16 +134,16 @@ def test_info_names_what_was_changed_on_the_hub_and_runs_nothing(seen: dict[str,
 TROUBLE = """
 import json, os, sys
 from pathlib import Path
-from locatvit_hf.hub import remote
+from locatvit_hf.hub import hub_api
 from locatvit_hf.hub.inspection import inspect
 from locatvit_hf.hub.push import upload
 
 folder, answer, *steps = sys.argv[1:]
-remote.WAITS = (0.01, 0.01, 0.01)
+hub_api.RETRY_DELAYS = (0.01, 0.01, 0.01)
 seen = {}
 for step in steps:
     name, repository, token, failures = step.split("|")
-    remote.huggingface_hub.utils.get_session().put(os.environ["HF_ENDPOINT"] + "/loopback/failures", content=failures)
+    hub_api.huggingface_hub.utils.get_session().put(os.environ["HF_ENDPOINT"] + "/loopback/failures", content=failures)
     os.environ.pop("HF_TOKEN", None)
     if token:
         os.environ["HF_TOKEN"] = token
@@ -152,11 +152,11 @@ for step in steps:
         act = inspect if name.startswith("info") else lambda name, report: upload(Path(folder), name, report=report)
         found = act(repository, report=lines.append)
         seen[name] = {"commit": found.commit, "lines": lines}
-    except remote.HubError as error:
+    except hub_api.HubError as error:
         seen[name] = {"error": str(error), "lines": lines}
     try:
-        seen[name]["files"] = sorted(remote.read_snapshot(repository, None, lines.append).files)
-    except remote.HubError as error:
+        seen[name]["files"] = sorted(hub_api.read_snapshot(repository, None, lines.append).files)
+    except hub_api.HubError as error:
         seen[name]["files"] = str(error)
 Path(answer).write_text(json.dumps(seen))
 """

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from ..utils.io import one_line, sha256
 
 # Seconds between attempts where the Hub is down or busy.
-WAITS = (1, 2, 4, 8)
+RETRY_DELAYS = (1, 2, 4, 8)
 # Any failure of the HTTP library below huggingface_hub, which is not the same one in all its versions.
 HTTP_ERROR = HfHubHTTPError.__mro__[1]
 
@@ -65,8 +65,8 @@ class Snapshot:
 
 
 def read_snapshot(repository: str, revision: str | None, report: Callable[[str], None]) -> Snapshot:
-    """What a repository holds at a branch, tag or commit. Raises HubError; see `ask` for `report`."""
-    info = ask(
+    """What a repository holds at a branch, tag or commit. Raises HubError; see `with_retries` for `report`."""
+    info = with_retries(
         lambda: huggingface_hub.model_info(repository, revision=revision, files_metadata=True), repository, report
     )
     files = [
@@ -76,12 +76,12 @@ def read_snapshot(repository: str, revision: str | None, report: Callable[[str],
     return Snapshot(repository, info.sha, bool(info.private), {file.path: file for file in files})
 
 
-def ask(function: Callable[[], Result], repository: str, report: Callable[[str], None]) -> Result:
+def with_retries(function: Callable[[], Result], repository: str, report: Callable[[str], None]) -> Result:
     """Calls a function of huggingface_hub, again after a while where the Hub is down, cut off or busy.
 
     report: called with a line before each wait. Raises HubError: a sentence for whatever stays refused.
     """
-    for wait in (*WAITS, None):
+    for wait in (*RETRY_DELAYS, None):
         try:
             return function()
         except (HTTP_ERROR, LocalTokenNotFoundError, HFValidationError, OfflineModeIsEnabled, RuntimeError) as error:
@@ -144,4 +144,4 @@ def _explanation(error: HfHubHTTPError) -> str:
 HOW = "run `hf auth login`, or set HF_TOKEN"
 LOGIN = f"You are not logged in to the Hub: {HOW}."
 
-__all__ = ["HubError", "NotThereError", "RemoteFile", "Snapshot", "ask", "read_snapshot", "require_token"]
+__all__ = ["HubError", "NotThereError", "RemoteFile", "Snapshot", "with_retries", "read_snapshot", "require_token"]
