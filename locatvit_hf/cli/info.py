@@ -38,10 +38,17 @@ def _print_model(found) -> None:
     from rich import box
     from rich.table import Table
 
+    from ..hub.inspection import GPU_KERNEL
+
     table = Table(
         title=escape_terminal(found.name), title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False
     )
     dtypes = ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items())
+    files, lines = found.code()
+    files_read, lines_read = found.code(but=[GPU_KERNEL])
+    code = f"{files} files, {lines:,} lines"
+    if files_read < files:
+        code += f"; without the GPU kernel {files_read} files, {lines_read:,} lines"
     rows = {
         "model": f"{found.architecture} ({found.family})",
         "image, patch": f"{found.image_size}, {found.patch_size or '-'} pixels",
@@ -49,6 +56,7 @@ def _print_model(found) -> None:
         "parameters": f"{found.parameters:,}",
         "dtypes": dtypes or "-",
         "GMACs": f"{found.gmacs:.3f}",
+        "code": code,
         "commit": found.commit,
     }
     for name, value in rows.items():
@@ -65,12 +73,13 @@ def _print_files(found) -> None:
     table = Table(box=box.SIMPLE)
     table.add_column("file", overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("lines", justify="right", no_wrap=True)
     table.add_column("what it is", overflow="fold")
     styles = {"fine": "", "note": "yellow", "alarm": "bold red"}
     for file in found.files:
-        table.add_row(
-            escape_terminal(file.path), decimal(file.size), escape_terminal(file.verdict), style=styles[file.level]
-        )
+        lines = f"{file.lines:,}" if file.lines else ""
+        cells = (escape_terminal(file.path), decimal(file.size), lines, escape_terminal(file.verdict))
+        table.add_row(*cells, style=styles[file.level])
     console.print(table, soft_wrap=False)
 
 

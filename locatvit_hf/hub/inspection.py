@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -46,11 +46,13 @@ FOREIGN = ("custom_pipelines", *IMPLEMENTATIONS)
 # Larger files than these are not text that a person would read.
 LARGEST_TEXT = 4 << 20
 LARGEST_HEADER = 100 << 20
+GPU_KERNEL = "triton_locat.py"
+"""What it computes runs on a GPU with Triton alone."""
 
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A file: its size in bytes, its SHA-256 where known, and what it is, in a few words.
+    """A file: its size in bytes, its SHA-256 where known, what it is, in a few words, and its lines where it is code.
 
     level: "fine", "note" for a file that is not expected, or "alarm" where running or loading it may do something else
     than what this package does.
@@ -61,6 +63,7 @@ class CheckpointFile:
     sha256: str | None
     verdict: str
     level: str = "fine"
+    lines: int = 0
 
 
 @dataclass
@@ -83,6 +86,11 @@ class Inspection:
     diffs: dict[str, str] = field(default_factory=dict)
     alarms: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def code(self, but: Collection[str] = ()) -> tuple[int, int]:
+        """How many files of code it carries, and how many lines they are together. but: files that do not count."""
+        lines = [file.lines for file in self.files if file.path.endswith(".py") and file.path not in but]
+        return len(lines), sum(lines)
 
 
 class Folder:
@@ -262,7 +270,9 @@ def _compare_files(found: Inspection, source: Folder | Remote) -> None:
         elif verdict == "weights" and recorded:
             verdict, level = f"weights that {CHECKSUMS} DOES NOT RECORD", "alarm"
             found.alarms.append(f"{name} is not among the files that {CHECKSUMS} records.")
-        found.files.append(CheckpointFile(name, size, digest, verdict, level))
+        is_code = name.endswith(".py") and size <= LARGEST_TEXT
+        lines = len(source.path(name).read_bytes().splitlines()) if is_code else 0
+        found.files.append(CheckpointFile(name, size, digest, verdict, level, lines))
     gone = sorted(set(recorded) - set(source.sizes))
     found.alarms += [f"{name} is recorded in {CHECKSUMS} and is not there." for name in gone]
 
@@ -309,4 +319,4 @@ def _judge_code(found: Inspection, source: Folder | Remote, name: str, size: int
     return f"CHANGED against {release}", "alarm"
 
 
-__all__ = ["CheckpointFile", "Inspection", "inspect"]
+__all__ = ["GPU_KERNEL", "CheckpointFile", "Inspection", "inspect"]

@@ -53,6 +53,14 @@ def test_a_published_folder_is_as_it_should_be(folder: Path) -> None:
         f"identical to locatvit-hf {__version__}"
     }
     assert verdicts(found)["model.safetensors"] == "weights, as recorded"
+    lines = {path.name: len(path.read_text().splitlines()) for path in folder.glob("*.py")}
+    assert found.code() == (len(lines), sum(lines.values()))
+    printed = " ".join(CliRunner().invoke(app, ["info", str(folder)]).output.split())
+    kernel = lines.pop("triton_locat.py")
+    assert (
+        f"{sum(lines.values()) + kernel:,} lines; without the GPU kernel {len(lines)} files, {sum(lines.values()):,}"
+        in printed
+    )
     assert subprocess.run(["sha256sum", "--check", "--quiet", "CHECKSUMS.sha256"], cwd=folder).returncode == 0
 
 
