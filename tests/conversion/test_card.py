@@ -57,6 +57,6 @@ def test_what_the_source_does_not_say_is_unknown(card_of, tmp_path):
     front, text = card_of("locatvit")
     card = read_card(tmp_path / "out")
     assert card.datasets == [UNKNOWN] and card.training is None and "datasets" not in front
-    assert front["license"] == "unknown" and "No licence of the weights is known" in text
+    assert front["license"] == "unknown" and "No license of the weights is known" in text
     weights = (tmp_path / "run" / "model_best.pth.tar").read_bytes()
     assert card.conversion.sha256 == hashlib.sha256(weights).hexdigest()

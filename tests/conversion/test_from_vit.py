@@ -70,7 +70,7 @@ TIMM_SOURCES = {
 
 
 def with_trained_like_weights(model: nn.Module, scale: float = 1.5) -> nn.Module:
-    """Weights far from their initialisation: large projections, norms and scales around one, biases away from zero."""
+    """Weights far from their initialization: large projections, norms and scales around one, biases away from zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

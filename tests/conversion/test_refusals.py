@@ -316,7 +316,7 @@ def test_sources_that_are_nothing(tmp_path, out, refuses):
     assert "no weights" in refuses("convert", tmp_path / "empty", out)
     (tmp_path / "empty" / "config.json").write_text("{")
     (tmp_path / "empty" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    assert "not valid JSON" in refuses("convert", tmp_path / "empty", out)
+    assert "is not JSON" in refuses("convert", tmp_path / "empty", out)
 
 
 def test_existing_destination_is_left_alone(tmp_path, refuses):

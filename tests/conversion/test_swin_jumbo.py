@@ -113,7 +113,7 @@ def test_an_alias_that_is_alone_is_the_mlp_and_one_that_differs_is_refused():
 
 
 def test_a_jumbo_without_both_ideas_keeps_the_norm_of_its_patches(tmp_path, locatvit):
-    """The reference's `locatjumbo_*` normalises its patches whatever is switched off, its `jumbo_*` never."""
+    """The reference's `locatjumbo_*` normalizes its patches whatever is switched off, its `jumbo_*` never."""
     case = golden.load_case("locatjumbo")
     case.arguments.update(gaug=False, prr=False)
     state = {name: tensor for name, tensor in case.state.items() if ".gaug." not in name}
@@ -151,8 +151,8 @@ def test_names_become_configurations():
         locatswin.build_config("locatswin_tiny", {"global_pool": "max"})
     with pytest.raises(ConversionError, match="depths=2, which is not a list of whole numbers"):
         locatswin.build_config("locatswin_tiny", {"depths": 2})
-    with pytest.raises(ConversionError, match="unknown argument colour='red'"):
-        locatjumbo.build_config("jumbo_tiny", {"colour": "red"})
+    with pytest.raises(ConversionError, match="unknown argument color='red'"):
+        locatjumbo.build_config("jumbo_tiny", {"color": "red"})
 
 
 @pytest.mark.parametrize("size", [(64, 64), (56, 96), (120, 72)])

@@ -85,7 +85,7 @@ PAPER = Published(
     split="validation",
     metric="accuracy",
     percent=73.94,
-    protocol="one centre crop",
+    protocol="one center crop",
     source="main results",
     url="https://arxiv.org/abs/2603.04892",
 )
@@ -308,7 +308,7 @@ def test_measured_and_published_numbers_are_told_apart():
     assert (published.source_name, published.source_url) == ("main results", PAPER.url)
     before, after = card.text.split("Published by the authors of these weights")
     assert "| 73.81 % | classification, 50,000 images |" in before and "73.94" not in before
-    assert "| 73.94 % | one centre crop | [main results](https://arxiv.org/abs/2603.04892) |" in after
+    assert "| 73.94 % | one center crop | [main results](https://arxiv.org/abs/2603.04892) |" in after
     assert "largest difference of its logits from those of the converted model was 2.5e-07" in card.text
 
     entries = {
@@ -412,15 +412,15 @@ def test_what_weights_learned_is_up_to_whoever_trained_them():
     assert (converted.datasets, converted.weights_license) == (["ILSVRC/imagenet-1k"], "mit")
 
 
-def test_the_text_names_code_licences_and_the_oldest_transformers(checkpoints):
+def test_the_text_names_code_licenses_and_the_oldest_transformers(checkpoints):
     text = (checkpoints / "segmenter" / "README.md").read_text()
     carried = {path.name for path in (checkpoints / "segmenter").glob("*.py")}
     assert set(re.findall(r"`(\w+\.py)`", text.split("## Custom code")[1])) == carried
-    assert "code is under the MIT licence" in text and "weights are under the licence `mit`" in text
+    assert "code is under the MIT license" in text and "weights are under the license `mit`" in text
     assert "is not supported for image-segmentation" in text
     (floor,) = re.findall(r'"transformers>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     assert floor == MINIMUM_TRANSFORMERS and f"need transformers {floor} or newer" in text
-    order = ["Use it", "Results", "Model and training", "Intended use", "Custom code", "Licence", "Citation"]
+    order = ["Use it", "Results", "Model and training", "Intended use", "Custom code", "License", "Citation"]
     assert [text.index(f"## {title}") for title in order] == sorted(text.index(f"## {title}") for title in order)
 
 

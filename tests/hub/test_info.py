@@ -207,7 +207,7 @@ def test_weights_of_another_size_are_noted(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("{", "is not valid JSON."),
+        ("{", "is not JSON"),
         ("[]", "is not a JSON object."),
         ('{"model_type": "vit"}', "is a vit, not one of locatvit, locatswin, locatjumbo, pacavit."),
         ('{"model_type": "locatvit", "hidden_size": "wide"}', "is not valid: "),

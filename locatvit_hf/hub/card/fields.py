@@ -130,7 +130,7 @@ class Card:
     def filled_from(self, source: "Card") -> "Card":
         """This card with what `source` says, which wins wherever it says anything.
 
-        Except of weights that were trained here: what they learned from, and under which licence they are, is up to
+        Except of weights that were trained here: what they learned from, and under which license they are, is up to
         whoever trained them.
         """
         said = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if getattr(source, f.name)}

@@ -47,7 +47,7 @@ def render_card(config: PreTrainedConfig, card: Card) -> str:
         "Patch size": getattr(inner, "patch_size", "-"),
         **({} if pipeline == "image-feature-extraction" else {"Classes": config.num_labels}),
         **facts,
-        "Normalisation": f"mean {list(inner.image_mean)}, std {list(inner.image_std)}",
+        "Normalization": f"mean {list(inner.image_mean)}, std {list(inner.image_std)}",
     }
     text = (
         _templates()
