@@ -3,30 +3,26 @@
 The Gaussian starts switched down and the refinement off, so that training departs from the source.
 """
 
-import contextlib
 import copy
-import dataclasses
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration_locatvit import LocAtViTConfig
 from ..layers_locat import resample_position_embeddings
-from ..utils.io import one_line, read_json
-from . import locatvit, timm_vit
+from ..utils.io import one_line
+from . import locatvit, timm_vit, transformers_vit
 from .arguments import changed_rates
 from .errors import ConversionError
-from .key_mapping import KeyTable, expand, rename, restrict
-from .readers import TIMM_WRAPPER, find, read_checkpoint, read_state, unnamed
+from .key_mapping import rename, restrict
+from .plain_vit import PlainViT
+from .readers import find, read_checkpoint, read_state, unnamed
 
 logger = logging.get_logger(__name__)
 
@@ -34,56 +30,9 @@ logger = logging.get_logger(__name__)
 # its gradient.
 INITIAL_AMPLITUDE = 5e-5
 
-TRANSFORMERS_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
-# Classes whose head is read; any other checkpoint of these types gives its encoder.
-CLASSIFIERS = (
-    "ViTForImageClassification",
-    "DeiTForImageClassification",
-    "DeiTForImageClassificationWithTeacher",
-    "Dinov2ForImageClassification",
-    "Dinov2WithRegistersForImageClassification",
-)
-# Each version of transformers spells these models its own way: rewritten to one spelling, top to bottom.
-KEY_RENAMES = (
-    (r"^(vit|deit|dinov2|dinov2_with_registers)\.", ""),
-    (r"^encoder\.layers?\.", "layers."),
-    (r"\.attention\.attention\.", ".attention."),
-    (r"\.attention\.query\.", ".attention.q_proj."),
-    (r"\.attention\.key\.", ".attention.k_proj."),
-    (r"\.attention\.value\.", ".attention.v_proj."),
-    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"^(layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"^embeddings\.distillation_token$", "embeddings.register_tokens"),
-)
-# Tensors that have no place in ours, and are left behind knowingly: masked pretraining and pooling layers.
-IGNORED_KEYS = re.compile(r"embeddings\.mask_token|pooler\..*|decoder\..*")
 HEAD_NAMES = ("classifier.weight", "classifier.bias")
 # Fields that the weights were trained with: another value loads, or lacks tensors, and computes something else.
 IMMUTABLE_FIELDS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "num_register_tokens", "use_class_token")
-
-
-@dataclasses.dataclass
-class PlainViT:
-    """A plain ViT, whatever library it is of.
-
-    description: for messages. fields: of `LocAtViTConfig` for the same function. state: its tensors, head left out.
-    key_table: configuration -> its names -> ours. resample: (configuration, (height, width) of the new native grid) ->
-    its position embeddings there, as the source itself would compute them.
-    head: weight and bias of a linear head on what our classifier reads, or None. missing_head_reason: why
-    there is none, for a sentence.
-    """
-
-    description: str
-    fields: dict[str, Any]
-    state: dict[str, torch.Tensor]
-    key_table: Callable[[LocAtViTConfig], KeyTable]
-    position_name: str
-    resample: Callable[[LocAtViTConfig, tuple[int, int]], torch.Tensor]
-    head: dict[str, torch.Tensor] | None = None
-    missing_head_reason: str = "has no classifier"
 
 
 def from_vit(cls, checkpoint: str | Path | nn.Module, **config_overrides) -> PreTrainedModel:
@@ -177,186 +126,14 @@ def open_vit(checkpoint: str | Path | nn.Module) -> PlainViT:
     if isinstance(checkpoint, nn.Module):
         if hasattr(checkpoint, "pretrained_cfg"):
             return _of_timm_model(checkpoint)
-        if getattr(getattr(checkpoint, "config", None), "model_type", None) in TRANSFORMERS_TYPES:
-            return _of_transformers(checkpoint, {}, type(checkpoint).__name__)
+        if getattr(getattr(checkpoint, "config", None), "model_type", None) in transformers_vit.TRANSFORMERS_TYPES:
+            return transformers_vit.describe(checkpoint, {}, type(checkpoint).__name__)
         raise ConversionError(f"A {type(checkpoint).__name__} is no plain ViT of transformers or timm.")
     folder = find(str(checkpoint))
-    config = _transformers_config(folder)
+    config = transformers_vit.read_config(folder)
     if config is None:
         return _of_checkpoint(folder, str(checkpoint))
-    if config.get("model_type") not in TRANSFORMERS_TYPES:
-        kind = config["model_type"]
-        raise ConversionError(
-            f"{checkpoint} has the model_type {kind!r}; from_vit takes {', '.join(TRANSFORMERS_TYPES)}."
-        )
-    preprocessor = folder / "preprocessor_config.json"
-    preprocessing = read_json(preprocessor) if preprocessor.is_file() else {}
-    return _of_transformers(_load_transformers(folder, config, str(checkpoint)), preprocessing, str(checkpoint))
-
-
-def _transformers_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a folder of transformers; None for what `read_checkpoint` judges, timm's models among it."""
-    try:
-        config = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return None
-    known = isinstance(config, dict) and config.get("model_type") not in (None, TIMM_WRAPPER)
-    return config if known else None
-
-
-@contextlib.contextmanager
-def _only_errors() -> Iterator[None]:
-    """Silences what transformers reports about unused tensors: they are checked here, one by one."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _load_transformers(folder: Path, config: Mapping[str, Any], source: str) -> PreTrainedModel:
-    if config.get("use_swiglu_ffn"):
-        raise ConversionError(f"{source} has SwiGLU layers (the giant DINOv2), which LocAtViT does not have.")
-    architecture = (config.get("architectures") or [""])[0]
-    arguments: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    loader = getattr(transformers, architecture) if architecture in CLASSIFIERS else AutoModel
-    if loader is AutoModel and config["model_type"] in ("vit", "deit"):
-        arguments["add_pooling_layer"] = False
-    try:
-        with _only_errors():
-            model, info = loader.from_pretrained(folder, **arguments)
-    except Exception as error:  # whatever a damaged file led to
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConversionError(f"{source} cannot be loaded by transformers: {lines[0]}") from error
-    missing = sorted(name for name in info["missing_keys"] if not IGNORED_KEYS.fullmatch(normalize_key(name)))
-    if missing:
-        raise ConversionError(f"The checkpoint lacks {missing[0]}.")
-    return model
-
-
-def normalize_key(name: str) -> str:
-    """A tensor's name in transformers, any version's, as `transformers_key_table` writes it."""
-    for pattern, replacement in KEY_RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _of_transformers(model: PreTrainedModel, preprocessing: Mapping[str, Any], description: str) -> PlainViT:
-    theirs = model.config
-    if getattr(theirs, "use_swiglu_ffn", False):
-        raise ConversionError(f"{description} has SwiGLU layers (the giant DINOv2), which LocAtViT does not have.")
-    dinov2 = theirs.model_type.startswith("dinov2")
-    registers = 1 if theirs.model_type == "deit" else getattr(theirs, "num_register_tokens", 0)
-    mlp_ratio = getattr(theirs, "mlp_ratio", 4)
-    fields = {
-        "image_size": _side(theirs.image_size),
-        "patch_size": _side(theirs.patch_size),
-        "intermediate_size": int(theirs.hidden_size * mlp_ratio) if dinov2 else theirs.intermediate_size,
-        "num_register_tokens": registers,
-        "layer_scale_init_value": theirs.layerscale_value if dinov2 else None,
-        "drop_path_rate": getattr(theirs, "drop_path_rate", 0.0),
-        "use_refinement": False,
-        **_preprocessing_fields(preprocessing, imagenet=theirs.model_type != "vit"),
-        "id2label": dict(theirs.id2label),
-        "label2id": dict(theirs.label2id),
-    }
-    for name in ("num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "qkv_bias"):
-        fields[name] = getattr(theirs, name)
-    for name in ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"):
-        fields[name] = getattr(theirs, name)
-
-    state = {normalize_key(name): tensor.detach() for name, tensor in model.state_dict().items()}
-    state = {name: tensor for name, tensor in state.items() if not IGNORED_KEYS.fullmatch(name)}
-    heads = [name for name in state if re.fullmatch(r"\w*classifier\.(weight|bias)", name)]
-    head = {name: state.pop(name) for name in heads}
-    missing_head_reason = "has no classifier"
-    if "classifier.weight" not in head or head["classifier.weight"].shape[1] != theirs.hidden_size:
-        # DINOv2 also reads the mean of the patches, DeiT's teacher variant averages two heads.
-        missing_head_reason = "has a classifier of another form" if head else missing_head_reason
-        head = None
-    base = getattr(model, model.base_model_prefix, model)
-    own_prefix = 1 if dinov2 else 1 + registers
-
-    def insert_register_positions(positions: torch.Tensor) -> torch.Tensor:
-        """DINOv2 gives its registers no position; ours, added to the whole prefix, are zero there."""
-        return torch.cat(
-            [
-                positions[:, :own_prefix],
-                positions.new_zeros(1, 1 + registers - own_prefix, positions.shape[-1]),
-                positions[:, own_prefix:],
-            ],
-            dim=1,
-        )
-
-    @torch.no_grad()
-    def resample(native: LocAtViTConfig, grid: tuple[int, int]) -> torch.Tensor:
-        rows, columns = native.native_grid
-        if rows != columns:  # which the library itself cannot resample
-            positions = base.embeddings.position_embeddings
-            return insert_register_positions(resample_position_embeddings(positions, (rows, columns), grid, own_prefix))
-        tokens = torch.zeros(1, own_prefix + math.prod(grid), native.hidden_size)
-        height, width = (cells * pixels for cells, pixels in zip(grid, native.patch_shape, strict=True))
-        return insert_register_positions(base.embeddings.interpolate_pos_encoding(tokens, height, width))
-
-    state["embeddings.position_embeddings"] = insert_register_positions(state["embeddings.position_embeddings"])
-    return PlainViT(
-        description=description,
-        fields=fields,
-        state=state,
-        key_table=transformers_key_table,
-        position_name="embeddings.position_embeddings",
-        resample=resample,
-        head=head,
-        missing_head_reason=missing_head_reason,
-    )
-
-
-def transformers_key_table(config: LocAtViTConfig) -> KeyTable:
-    """Names of ViT, DeiT and DINOv2 in transformers, spelled as `KEY_RENAMES` leaves them -> ours."""
-    ours = "locatvit.layers.{i}"
-    modules: dict[str, str | tuple[str, ...]] = {
-        "=embeddings.cls_token": "locatvit.embeddings.cls_token",
-        "=embeddings.position_embeddings": "locatvit.embeddings.position_embeddings",
-        "embeddings.patch_embeddings.projection": "locatvit.embeddings.patch_embeddings",
-        "layers.{i}.norm1": f"{ours}.norm1",
-        **{f"layers.{{i}}.attention.{name}_proj": f"{ours}.attention.{name}_proj" for name in "qkvo"},
-        "layers.{i}.norm2": f"{ours}.norm2",
-        "layers.{i}.mlp.fc1": f"{ours}.mlp.up_proj",
-        "layers.{i}.mlp.fc2": f"{ours}.mlp.down_proj",
-        "layernorm": "locatvit.layernorm",
-    }
-    if config.num_register_tokens:
-        modules["=embeddings.register_tokens"] = "locatvit.embeddings.register_tokens"
-    if config.layer_scale_init_value is not None:
-        for index in (1, 2):
-            modules[f"=layers.{{i}}.layer_scale{index}.lambda1"] = f"{ours}.layer_scale{index}.scale"
-    table = expand(modules, config.num_hidden_layers)
-    return table if config.qkv_bias else {name: row for name, row in table.items() if not _is_qkv_bias(name)}
-
-
-def _is_qkv_bias(name: str) -> bool:
-    return name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))
-
-
-def _preprocessing_fields(preprocessing: Mapping[str, Any], imagenet: bool) -> dict[str, Any]:
-    """Mean, std and crop from a preprocessor_config.json. What is resized without a crop has a crop_pct of 1."""
-    half = [0.5, 0.5, 0.5]
-    size, crop = preprocessing.get("size"), preprocessing.get("crop_size")
-    shortest = size.get("shortest_edge", size.get("height")) if isinstance(size, Mapping) else size
-    cropped = crop.get("height") if isinstance(crop, Mapping) else crop
-    crop_pct = 1.0 if preprocessing else 0.9
-    if preprocessing.get("do_center_crop") and shortest and cropped:
-        crop_pct = min(1.0, cropped / shortest)
-    return {
-        "image_mean": list(preprocessing.get("image_mean") or (locatvit.IMAGENET_MEAN if imagenet else half)),
-        "image_std": list(preprocessing.get("image_std") or (locatvit.IMAGENET_STD if imagenet else half)),
-        "crop_pct": crop_pct,
-    }
-
-
-def _side(size: Any) -> int | list[int]:
-    return size if isinstance(size, int) else list(size)
+    return transformers_vit.open_folder(folder, config, str(checkpoint))
 
 
 def _of_checkpoint(path: Path, description: str) -> PlainViT:
@@ -429,4 +206,4 @@ def _of_timm(fields: dict[str, Any], state: dict[str, torch.Tensor], description
     )
 
 
-__all__ = ["PlainViT", "from_vit", "open_vit", "normalize_key", "transformers_key_table"]
+__all__ = ["PlainViT", "from_vit", "open_vit"]

@@ -38,7 +38,7 @@ from locatvit_hf import (
     LocAtViTModel,
 )
 from locatvit_hf.conversion import timm_vit
-from locatvit_hf.conversion.vit import normalize_key
+from locatvit_hf.conversion.transformers_vit import normalize_key
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 TIMM_SIZES = {"depth": 3, "img_size": 64, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
