@@ -97,7 +97,7 @@ def infer_arguments(shapes: Shapes, arguments: Mapping[str, Any]) -> dict[str, A
     try:
         fields = _infer(shapes)
     except KeyError as error:
-        raise ConversionError(f"The checkpoint is no whole PaCa-ViT: it lacks {error.args[0]}.") from error
+        raise ConversionError(f"The checkpoint is not a whole PaCa-ViT: it lacks {error.args[0]}.") from error
     for argument, field, what in (("num_classes", "num_labels", "classes"), ("in_chans", "num_channels", "channels")):
         given, found = arguments.get(argument), fields[field]
         if given not in (None, found):

@@ -379,7 +379,7 @@ def read_state(checkpoint: SourceCheckpoint, ema: bool = False) -> tuple[dict[st
         state, where = content, "all"
     strange = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
     if strange or not state:
-        problem = f"{strange[0]} is no tensor" if strange else "it is empty"
+        problem = f"{strange[0]} is not a tensor" if strange else "it is empty"
         raise ConversionError(f"{file.name} holds no state dict: {problem}.")
     return without_wrappers(state), where
 

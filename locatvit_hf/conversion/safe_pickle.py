@@ -18,7 +18,7 @@ HARMLESS = re.compile(
 
 
 def find_code(file: Path, harmless: Collection[str]) -> str | None:
-    """The first function or class that a pickle asks for and that is no data; None where there is none.
+    """The first function or class that a pickle asks for and that is not data; None where there is none.
 
     harmless: dotted names that are data besides tensors. A damaged file is read up to the damage.
     """
@@ -55,7 +55,7 @@ def _open_pickles(file: Path) -> IO[bytes]:
 def _globals_of(stream: IO[bytes]) -> Iterator[str]:
     """Dotted names of all functions and classes. From protocol 4 on they are two strings on the stack, or in the memo.
 
-    Raises ValueError at the first byte that is no opcode.
+    Raises ValueError at the first byte that is not an opcode.
     """
     for _ in range(LARGEST_NUMBER_OF_PICKLES):
         strings: list[str] = []

@@ -21,7 +21,7 @@ def describe(model: nn.Module, description: str) -> dict[str, Any]:
     tensors without a place. Raises ConversionError for what leaves no trace in the tensors.
     """
     if _kind(model, "patch_embed") != "PatchEmbed" or not hasattr(model, "global_pool"):
-        raise ConversionError(f"{description} is no plain ViT.")
+        raise ConversionError(f"{description} is not a plain ViT.")
     block, names = model.blocks[0], model.state_dict().keys()
     norm, rope = getattr(block, "norm1", None), "rope.freqs" in names
     ordinary = (
@@ -30,7 +30,7 @@ def describe(model: nn.Module, description: str) -> dict[str, Any]:
         and isinstance(norm, nn.LayerNorm)
     )
     if not ordinary or {type(block).__name__ for block in model.blocks} - BLOCKS:
-        raise ConversionError(f"{description} is no plain ViT: its blocks hold other layers.")
+        raise ConversionError(f"{description} is not a plain ViT: its blocks hold other layers.")
     if getattr(model, "rope", None) is not None and not rope:
         raise ConversionError(
             f"{description} has rotary embeddings that are not learned, which LocAtViT does not have."

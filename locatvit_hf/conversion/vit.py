@@ -46,7 +46,7 @@ def from_vit(cls, checkpoint: str | Path | nn.Module, **config_overrides) -> Pre
 
     The new Gaussians start at an amplitude of 5e-5, and `last_hidden_state` is the source's to within 1e-3. The head is
     copied where it has our shape, otherwise it is new and a sentence says so.
-    Raises ValueError, in one sentence, for a checkpoint that is no plain ViT, and for a field that it has fixed.
+    Raises ValueError, in one sentence, for a checkpoint that is not a plain ViT, and for a field that it has fixed.
     """
     attn_implementation = config_overrides.pop("attn_implementation", None)
     known = LocAtViTConfig()
@@ -68,7 +68,9 @@ def from_vit(cls, checkpoint: str | Path | nn.Module, **config_overrides) -> Pre
     for name in IMMUTABLE_FIELDS:
         trained, asked = getattr(native, name), getattr(config, name)
         if asked != trained:
-            raise ConversionError(f"{source.description} was trained with {name}={trained!r}; {asked!r} is no start.")
+            raise ConversionError(
+                f"{source.description} was trained with {name}={trained!r} and cannot start with {asked!r}."
+            )
 
     state = dict(source.state)
     if config.native_grid != native.native_grid and source.position_name in state:
@@ -128,7 +130,7 @@ def open_vit(checkpoint: str | Path | nn.Module) -> PlainViT:
             return _of_timm_model(checkpoint)
         if getattr(getattr(checkpoint, "config", None), "model_type", None) in transformers_vit.TRANSFORMERS_TYPES:
             return transformers_vit.describe(checkpoint, {}, type(checkpoint).__name__)
-        raise ConversionError(f"A {type(checkpoint).__name__} is no plain ViT of transformers or timm.")
+        raise ConversionError(f"A {type(checkpoint).__name__} is not a plain ViT of transformers or timm.")
     folder = find(str(checkpoint))
     config = transformers_vit.read_config(folder)
     if config is None:
@@ -143,11 +145,11 @@ def _of_checkpoint(path: Path, description: str) -> PlainViT:
         raise ConversionError(unnamed(checkpoint))
     if checkpoint.architecture is None:
         raise ConversionError(f"{description} holds the arguments of a LocAtViT; convert it with `locatvit convert`.")
-    # The distilled DeiT has a second token and a second head; their mean is no linear head on the class token.
+    # The distilled DeiT has a second token and a second head; their mean is not a linear head on the class token.
     name = (checkpoint.architecture or "").replace("_distilled", "")
     if not locatvit.recognize(name, checkpoint.arguments) or name.startswith("locatvit"):
         advice = "; convert it with `locatvit convert`" if name.startswith("locatvit") else ""
-        raise ConversionError(f"The architecture {checkpoint.architecture} is no plain ViT of timm{advice}.")
+        raise ConversionError(f"The architecture {checkpoint.architecture} is not a plain ViT of timm{advice}.")
     arguments = dict(checkpoint.arguments)
     if name != checkpoint.architecture:
         arguments["reg_tokens"] = 1

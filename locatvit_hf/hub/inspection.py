@@ -156,15 +156,15 @@ class Remote:
 def inspect(name: str, revision: str | None = None, report: Callable[[str], None] = lambda line: None) -> Inspection:
     """Reads a folder, or a Hub repository at a branch, tag or commit, and compares it with the installed release.
 
-    report: called with a line before each wait for the Hub. Raises RepositoryError where there is no checkpoint of this
+    report: called with a line before each wait for the Hub. Raises RepositoryError where it is not a checkpoint of this
     package, HubError where the Hub refuses.
     """
     folder = Path(name)
     if folder.exists() and not (folder / CONFIG).is_file():
-        raise RepositoryError(f"{name} is no checkpoint: it is not a folder with a {CONFIG}.")
+        raise RepositoryError(f"{name} is not a checkpoint: it is not a folder with a {CONFIG}.")
     source = Folder(folder) if folder.exists() else Remote(name, revision, report)
     if CONFIG not in source.sizes:
-        raise RepositoryError(f"{name} is no checkpoint: it has no {CONFIG}.")
+        raise RepositoryError(f"{name} is not a checkpoint: it has no {CONFIG}.")
     content = read_object(source.path(CONFIG))
     found = Inspection(name, locatvit_hf.__version__, commit=source.commit)
     config = build_config(content, name)

@@ -60,7 +60,7 @@ def compare(folder: Path, snapshot: Snapshot | None) -> Changes:
 
 
 def count_lines(folder: Path, snapshot: Snapshot, name: str, report: Callable[[str], None]) -> tuple[int, int] | None:
-    """(lines added, lines removed) of a changed file; None where it is no text. Raises HubError."""
+    """(lines added, lines removed) of a changed file; None where it is not text. Raises HubError."""
     repository = snapshot.repository
     there = with_retries(
         lambda: huggingface_hub.hf_hub_download(repository, name, revision=snapshot.commit), repository, report

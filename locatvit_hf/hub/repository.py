@@ -67,7 +67,7 @@ def weight_files(folder: Path) -> list[Path]:
 def build_repository(folder: Path, destination: Path) -> PreTrainedConfig:
     """Fills the empty folder `destination` with what a repository of the checkpoint `folder` holds, but for the card.
 
-    Returns the configuration. Raises RepositoryError where `folder` is no complete checkpoint of this package.
+    Returns the configuration. Raises RepositoryError where `folder` is not a complete checkpoint of this package.
     """
     config, content = read_config(folder), without_code(read_object(folder / "config.json"))
     architecture = model_class(config, str(folder)).__name__

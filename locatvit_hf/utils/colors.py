@@ -35,7 +35,7 @@ def label_colors(num_labels: int, background: int | None = None) -> np.ndarray:
 
 
 def background_class(id2label: dict[int, str]) -> int | None:
-    """0 where that class is named background: overlays leave it as it is, since it is no thing of its own."""
+    """0 where that class is named background: overlays leave it as it is, since it is not a thing of its own."""
     return 0 if id2label.get(0, "").lower() == "background" else None
 
 

@@ -371,7 +371,7 @@ def _describe_unknown(head: bytes) -> str:
     for start, reason in _SIGNATURES.items():
         if head.lstrip().startswith(start):
             return reason
-    return "is no image file of a known format"
+    return "is not an image file of a known format"
 
 
 __all__ = [

@@ -113,7 +113,7 @@ def test_what_a_model_lacks_is_said_and_the_rest_is_drawn(name, sentences, image
     ("arguments", "sentence"),
     [
         (["missing.jpg"], "There is no image file missing.jpg."),
-        (["broken.png"], "broken.png is no image file of a known format."),
+        (["broken.png"], "broken.png is not an image file of a known format."),
         (["."], "is a folder; an image file is needed here."),
         (["photo.jpg", "--model", "nowhere/none"], "There is no checkpoint nowhere/none"),
         (["photo.jpg", "--model", "bert"], "is a bert, not one of locatvit, locatswin, locatjumbo, pacavit"),

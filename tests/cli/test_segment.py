@@ -250,7 +250,9 @@ def test_an_unreadable_single_image_is_an_error(checkpoint, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no image")
     code, said = run(tmp_path / "x.png", "--model", checkpoint, "--output", tmp_path / "out")
     assert (
-        code == 1 and "x.png is no image file of a known format" in said and "0 segmented, 1 could not be read" in said
+        code == 1
+        and "x.png is not an image file of a known format" in said
+        and "0 segmented, 1 could not be read" in said
     )
 
 

@@ -294,15 +294,15 @@ class TestRefusals:
 
     def test_other_architectures(self, tmp_path):
         model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
-        self.refused(model, "ResNetModel is no plain ViT")
+        self.refused(model, "ResNetModel is not a plain ViT")
         model.save_pretrained(tmp_path)
         self.refused(tmp_path, "model_type 'resnet'")
-        self.refused(timm.create_model("resnet18"), "no plain ViT")
+        self.refused(timm.create_model("resnet18"), "not a plain ViT")
         (tmp_path / "config.json").write_text(json.dumps({"architecture": "locatvit_tiny"}))
         (tmp_path / "pytorch_model.bin").touch()
         self.refused(tmp_path, "locatvit convert")
         (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50"}))
-        self.refused(tmp_path, "The architecture resnet50 is no plain ViT")
+        self.refused(tmp_path, "The architecture resnet50 is not a plain ViT")
         (tmp_path / "config.json").write_text(json.dumps({"embed_dim": 64, "depth": 2, "num_heads": 2}))
         self.refused(tmp_path, "locatvit convert")
 
@@ -314,7 +314,7 @@ class TestRefusals:
         ("architecture", "reason"),
         [
             ("vit_small_patch16_rope_224", "rotary embeddings that are not learned"),
-            ("vit_tiny_r_s16_p8_224", "no plain ViT"),
+            ("vit_tiny_r_s16_p8_224", "not a plain ViT"),
             ("vit_relpos_small_patch16_224", "blocks hold other layers"),
             ("vit_base_patch16_clip_224", "norm_pre.weight"),
             ("vit_giant_patch14_dinov2", "blocks hold other layers"),
@@ -362,7 +362,7 @@ class TestRefusals:
         self.refused(model, "no field 'gausian'", gausian=True)
         self.refused(tmp_path / "nowhere", "There is no file or folder")
         self.refused(model, "must be divisible", num_attention_heads=7)
-        self.refused(model, "trained with hidden_act='gelu'; 'relu'", hidden_act="relu")
+        self.refused(model, "trained with hidden_act='gelu' and cannot start with 'relu'", hidden_act="relu")
         self.refused(model, "trained with num_attention_heads", num_attention_heads=1)
         self.refused(model, "trained with num_register_tokens=0; 2", num_register_tokens=2)
         self.refused(model, "embeddings.patch_embeddings.projection.weight", patch_size=4)

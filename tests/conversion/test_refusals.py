@@ -324,7 +324,7 @@ def test_existing_destination_is_left_alone(tmp_path, refuses):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     assert "--overwrite" in refuses("convert", source, tmp_path / "out")
-    assert "is no folder" in refuses("convert", source, tmp_path / "out" / "mine.txt")
+    assert "is not a folder" in refuses("convert", source, tmp_path / "out" / "mine.txt")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 

@@ -122,7 +122,10 @@ def with_a_field_to_fill(folder: Path) -> None:
         (cut_off, "model.safetensors is missing, damaged or incomplete"),
         (without_a_shard, "model-00002-of-00002.safetensors is missing, damaged or incomplete"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights: there is no model.safetensors"),
-        (lambda folder: (folder / "config.json").unlink(), "is no checkpoint: it is not a folder with a config.json"),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            "is not a checkpoint: it is not a folder with a config.json",
+        ),
         (lambda folder: (folder / "card.yaml").unlink(), "has no card.yaml"),
         (with_a_field_to_fill, "the field weights_license is unfilled"),
     ],
@@ -144,7 +147,10 @@ def test_the_command_says_so_in_one_sentence(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     for arguments, message in (
         ([str(folder), "tester/tiny"], "You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN."),
-        ([str(folder / "no"), "tester/tiny", "--dry-run"], f"{folder}/no is no checkpoint: it is not a folder with a"),
+        (
+            [str(folder / "no"), "tester/tiny", "--dry-run"],
+            f"{folder}/no is not a checkpoint: it is not a folder with a",
+        ),
         ([str(folder), "tester/tiny", "--pull-request", "--tag", "v1"], "--pull-request and --tag exclude each other"),
     ):
         run = CliRunner().invoke(app, ["push", *arguments])

@@ -70,7 +70,7 @@ def test_app_answers_over_http(checkpoints, images):
         assert text.count("<iframe") == 2
         alone = str(client.predict(handle_file(images / "wide.png"), "segmenter", "nobody", api_name="/show"))
         assert "### classifier" not in alone and alone.count("<iframe") == 1
-        with pytest.raises(Exception, match=r"This file (is no image file|cannot be decoded)"):
+        with pytest.raises(Exception, match=r"This file (is not an image file|cannot be decoded)"):
             client.predict(handle_file(images / "broken.jpg"), "classifier", "nobody", api_name="/show")
         again = str(client.predict(handle_file(images / "tall.jpg"), "classifier", "nobody", api_name="/show"))
         assert "### classifier" in again

@@ -134,7 +134,7 @@ def damaged_png() -> bytes:
     ("content", "reason"),
     [
         (b"", "a is empty."),
-        (b"no image", "a is no image file of a known format."),
+        (b"no image", "a is not an image file of a known format."),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a is a Git LFS pointer"),
         (b"\n<!DOCTYPE html><html>", "a is text in HTML or XML, not an image."),
         (damaged_png(), "a is a PNG file with a damaged header."),

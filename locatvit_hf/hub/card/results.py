@@ -52,11 +52,11 @@ def results_from(record: dict[str, Any]) -> list[Result]:
             for metric, value in metrics_of(metrics).items()
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise CardError(f"The record is no result of a program in training/: {error!r}.") from None
+        raise CardError(f"The record is not a result of a program in training/: {error!r}.") from None
 
 
 def metrics_of(values: dict[str, Any]) -> dict[str, float]:
-    """The metrics among what a program reports of an evaluation: finite numbers that are no losses, times or speeds."""
+    """The metrics among what a program reports of an evaluation: finite numbers but losses, times and speeds."""
     return {
         name: round(value, 5)
         for name, value in values.items()

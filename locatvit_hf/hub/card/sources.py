@@ -74,7 +74,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CardError(f"Cannot read the card {path}: {one_line(error)}.") from None
     if not isinstance(content, dict):
-        raise CardError(f"{path} is no card: it holds no fields.")
+        raise CardError(f"{path} is not a card: it holds no fields.")
     return content
 
 

@@ -68,7 +68,7 @@ def update_card(folder: Path, source: Path | None = None, results: Sequence[Path
     card = read_card(folder)
     if source is not None:
         expected, said = read_source(source)
-        check_same(read_config(Path(folder)), expected, f"{folder} is no {said.title}, which {source} is about")
+        check_same(read_config(Path(folder)), expected, f"{folder} is not a {said.title}, which {source} is about")
         card = card.filled_from(said)
     rows = {_measurement(row): row for row in card.results}
     for path in results:
