@@ -285,12 +285,36 @@ def test_a_sample_that_does_not_fit_is_named(folders):
         return (label,)
 
     samples = TrainingSamples(splits.train, columns_of(arguments), refuse, arguments.seed)
-    with pytest.raises(ValueError, match=r"^Training sample 44: mask and image differ\.$"):
+    with pytest.raises(ValueError, match=r"^Training sample 44 \(44\.png\): mask and image differ\.$"):
         samples[0, 44]
     loader = create_evaluation_loader(
         splits.train, columns_of(arguments), lambda rows: [refuse(*row) for row in rows], arguments, ONE_PROCESS
     )
-    with pytest.raises(ValueError, match=r"^Sample 44: mask and image differ\.$"):
+    with pytest.raises(ValueError, match=r"^Evaluation sample 44 \(44\.png\): mask and image differ\.$"):
+        list(loader)
+
+
+def test_a_file_that_does_not_fit_is_named(tmp_path):
+    """Also behind one that cannot be decoded, which is left out."""
+    for number in range(6):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        Image.new("L", (4, 4), number).save(tmp_path / "ab"[number % 2] / f"{number}.png")
+    (tmp_path / "a" / "2.png").write_bytes(b"")
+    arguments = arguments_for(tmp_path, max_corrupt_share=0.5, train_split="train", validation_split="train")
+    splits = load_splits(arguments)
+
+    def refuse(image, label):
+        if image.convert("L").getpixel((0, 0)) == 3:
+            raise ValueError("mask and image differ.")
+        return (label,)
+
+    samples = TrainingSamples(splits.train, columns_of(arguments), refuse, arguments.seed)
+    with pytest.raises(ValueError, match=r"^Training sample 4 \(.*/b/3\.png\): mask and image differ\.$"):
+        samples[0, 4]
+    loader = create_evaluation_loader(
+        splits.train, columns_of(arguments), lambda rows: [refuse(*row) for row in rows], arguments, ONE_PROCESS
+    )
+    with pytest.raises(ValueError, match=r"^Evaluation sample 4 \(.*/b/3\.png\): mask and image differ\.$"):
         list(loader)
 
 

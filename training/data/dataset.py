@@ -55,7 +55,7 @@ class NumberedReader:
 
 
 class Loaded(NamedTuple):
-    """Samples or rows, and what has to be said about others.
+    """Samples or rows, what each is called in a sentence, and what has to be said about others.
 
     Attributes:
         corrupt: Of each image that cannot be decoded its name and what is wrong with it.
@@ -63,6 +63,7 @@ class Loaded(NamedTuple):
     """
 
     samples: list[tuple]
+    names: list[str]
     corrupt: list[str]
     unclear: list[str]
 
@@ -105,12 +106,13 @@ class TrainingSamples(Dataset):
             return self._load(keys)
 
     def _load(self, keys: list[tuple[int, ...]]) -> Loaded:
-        loaded = samples, corrupt, unclear = Loaded([], [], [])
+        loaded = samples, names, corrupt, unclear = Loaded([], [], [], [])
         for key, row in zip(keys, self.reader.read(keys), strict=True):
             for attempt in range(1, MAX_SUBSTITUTES + 2):
                 try:
                     values = _decode(row, self.is_image, f"training sample {key[1]}", self.max_megapixels, rgb=True)
                     samples.append(self._augment(key, row, values))
+                    names.append(_call(row, self.is_image, f"Training sample {key[1]}"))
                     unclear += _unclear(values, row, self.is_image, f"training sample {key[1]}")
                     break
                 except CorruptImageError as error:
@@ -127,7 +129,7 @@ class TrainingSamples(Dataset):
         try:
             return transform(*values)
         except ValueError as error:
-            raise ValueError(f"Training sample {key[1]}: {error}") from None
+            raise ValueError(f"{_call(row, self.is_image, f'Training sample {key[1]}')}: {error}") from None
         except (OSError, SyntaxError) as error:  # of pixels that are decoded where they are first used
             name = name_of(row[self.is_image.index(True)], f"training sample {key[1]}")
             raise CorruptImageError(f"{name}, which cannot be decoded: {error}") from None
@@ -143,11 +145,12 @@ class EvaluationSamples(Dataset):
 
     def load(self, indices: list[int]) -> Loaded:
         """The rows; an image that cannot be decoded is left out."""
-        loaded = rows, corrupt, unclear = Loaded([], [], [])
+        loaded = rows, names, corrupt, unclear = Loaded([], [], [], [])
         for index, row in zip(indices, self.reader.read([(0, index) for index in indices]), strict=True):
             name = f"evaluation sample {index}"
             try:
                 rows.append(_decode(row, self.is_image, name, self.max_megapixels))
+                names.append(_call(row, self.is_image, f"Evaluation sample {index}"))
                 unclear += _unclear(rows[-1], row, self.is_image, name)
             except CorruptImageError as error:
                 corrupt.append(str(error))
@@ -178,21 +181,21 @@ class _Parts(Dataset):
         if not keys:
             return Part(None, 0, [], [])
         if hasattr(self.samples, "load"):
-            samples, corrupt, unclear = self.samples.load(keys)
+            samples, names, corrupt, unclear = self.samples.load(keys)
         else:
-            samples, corrupt, unclear = [self.samples[key] for key in keys], [], []
+            samples, names, corrupt, unclear = [self.samples[key] for key in keys], [], [], []
         try:
             return Part(self.collate(samples) if samples else None, len(samples) + len(corrupt), corrupt, unclear)
         except ValueError as error:
-            raise ValueError(f"{self._culprit(keys, samples)}{error}") from None
+            raise ValueError(f"{self._culprit(names, samples)}{error}") from None
 
-    def _culprit(self, keys: list, samples: list) -> str:
+    def _culprit(self, names: list[str], samples: list) -> str:
         """Which sample cannot be collated, where it is due to one alone."""
-        for key, sample in zip(keys, samples, strict=False):
+        for name, sample in zip(names, samples, strict=False):
             try:
                 self.collate([sample])
             except ValueError:
-                return f"Sample {key}: "
+                return f"{name}: "
         return ""
 
 
@@ -376,6 +379,12 @@ def _decode(row: tuple, is_image: list[bool], name: str, max_megapixels: float, 
         except CorruptImageError as error:
             raise CorruptImageError(f"{name_of(value, name)}, which {error}") from None
     return tuple(values)
+
+
+def _call(row: tuple, is_image: list[bool], number: str) -> str:
+    """The number of a sample, with the file of its image where that is known."""
+    file = name_of(row[is_image.index(True)], "") if True in is_image else ""
+    return f"{number} ({file})" if file else number
 
 
 def _unclear(values: tuple, row: tuple, is_image: list[bool], name: str) -> list[str]:
