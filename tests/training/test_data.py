@@ -24,6 +24,7 @@ from locatvit_hf import LocAtViTImageProcessor
 from tests.training.programs import train
 from training.data import TrainingSamples, create_evaluation_loader, create_training_loader, load_splits
 from training.data.images import CorruptImageError, decode_image, read_header
+from training.data.loading import read_label_names
 from training.data.streaming import ForwardReader
 from training.engine.arguments import build_arguments
 from training.engine.checkpoints import list_checkpoints
@@ -316,6 +317,22 @@ def test_a_file_that_does_not_fit_is_named(tmp_path):
     )
     with pytest.raises(ValueError, match=r"^Evaluation sample 4 \(.*/b/3\.png\): mask and image differ\.$"):
         list(loader)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["cat", "cat"], "label_names gives several classes the name 'cat'"),
+        ({"0": "cat", "1": "cat"}, "label_names gives several classes the name 'cat'"),
+        ([{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}], "is not a JSON file of the form"),
+        ({"0": "cat", "1": None}, "is not a JSON file of the form"),
+        ({"cat": 0, "dog": 1}, "is not a JSON file of the form"),
+    ],
+)
+def test_names_that_tell_no_classes_apart_are_refused(tmp_path, names, sentence):
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    with pytest.raises(ValueError, match=sentence):
+        read_label_names(arguments_for(tmp_path, label_names=str(tmp_path / "names.json")))
 
 
 MODES = {

@@ -641,7 +641,7 @@ TEXTS = List(Value("string"))
             "'c', which is none of the 2",
         ),
         ({"bbox": [[1, 2, 3, 4]], "label": [0]}, {"bbox": BOXES, "label": LABELS}, ["a"], "gives 1 names"),
-        ({"bbox": [[1, 2, 3, 4]], "label": ["a"]}, {"bbox": BOXES, "label": TEXTS}, ["a", "a"], "have one name"),
+        ({"bbox": [[1, 2, 3, 4]], "label": ["a"]}, {"bbox": BOXES, "label": TEXTS}, ["a", "a"], "the name 'a'"),
         ("[]", Value("string"), ["a"], "must hold a bbox and a category"),
     ],
 )

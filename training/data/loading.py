@@ -281,18 +281,23 @@ def read_label_names(arguments: DataArguments) -> list[str] | None:
     """The names that the settings give, themselves or in a JSON file; None where they leave them to the data.
 
     Raises:
-        ValueError: For a file that does not name the labels from 0 on.
+        ValueError: For a file that does not name the labels from 0 on, and for one name of several labels.
     """
-    if not isinstance(arguments.label_names, str):
-        return arguments.label_names
-    try:
-        id2label = read_json(arguments.label_names)
-    except OSError as error:
-        reason = f"a list of names, as [cat, dog], nor a JSON file: {error.strerror}"
-        raise ValueError(f"label_names is {arguments.label_names!r}, neither {reason}.") from None
-    try:
-        if isinstance(id2label, list):
-            return list(map(str, id2label))
-        return [id2label[str(label_id)] for label_id in range(len(id2label))]
-    except (KeyError, TypeError):
-        raise ValueError(f"{arguments.label_names} is not a JSON file of the form {{'0': name, '1': name}}.") from None
+    names = arguments.label_names
+    if isinstance(names, str):
+        try:
+            names = read_json(names)
+        except OSError as error:
+            reason = f"a list of names, as [cat, dog], nor a JSON file: {error.strerror}"
+            raise ValueError(f"label_names is {names!r}, neither {reason}.") from None
+        if isinstance(names, dict):
+            names = [names.get(str(label_id)) for label_id in range(len(names))]
+        if not isinstance(names, list) or any(type(name) not in (str, int, float) for name in names):
+            raise ValueError(
+                f"{arguments.label_names} is not a JSON file of the form {{'0': name, '1': name}}, or [name, name]."
+            )
+        names = [str(name) for name in names]
+    if names and len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"label_names gives several classes the name {repeated!r}: name each by its own.")
+    return names

@@ -73,8 +73,6 @@ def _name_categories(arguments: DataArguments, feature: Any, labels: Iterable[li
     if names is not None and given is not None and len(names) != len(given):
         raise ValueError(f"The data has {len(names)} categories, but label_names gives {len(given)} names.")
     names = given or names
-    if names and len(set(names)) < len(names):
-        raise ValueError("Several categories have one name.")
     if names:
         return list(names)
     found = {label for row in labels for label in row}
