@@ -76,11 +76,13 @@ class FolderFiles(NamedTuple):
     files: All files but those that are hidden or of the system.
     broken_links: Links that lead nowhere.
     loops: Links to a folder in which they are themselves, which are not entered.
+    empty: Folders in which there is nothing.
     """
 
     files: list[str]
     broken_links: list[str]
     loops: list[str]
+    empty: list[str]
 
 
 class FolderImages(NamedTuple):
@@ -104,7 +106,7 @@ def list_files(folder: str | Path) -> FolderFiles:
     Raises:
         OSError: The folder, or one below it, cannot be read.
     """
-    found = FolderFiles([], [], [])
+    found = FolderFiles([], [], [], [])
     _walk(str(folder), "", (_identity(folder),), found)
     for names in found:
         names.sort()
@@ -120,8 +122,11 @@ def _walk(folder: str, prefix: str, above: tuple, found: FolderFiles) -> None:
             if entry.is_dir():
                 if entry.is_symlink() and _identity(entry.path) in above:
                     found.loops.append(name)
-                else:
-                    _walk(entry.path, f"{name}/", (*above, _identity(entry.path)), found)
+                    continue
+                before = sum(map(len, found))
+                _walk(entry.path, f"{name}/", (*above, _identity(entry.path)), found)
+                if sum(map(len, found)) == before:
+                    found.empty.append(name)
             elif entry.is_file():
                 found.files.append(name)
             elif entry.is_symlink():

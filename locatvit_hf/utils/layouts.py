@@ -1,6 +1,7 @@
 """What the names in a folder say about a dataset: which files belong to which split, and which class an image has."""
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
@@ -132,7 +133,8 @@ def find_classes(names: list[str], skip: int = 0) -> Classes:
         return Classes([], [], f"{readable_name(other)} lies {where} {readable_name(one)}{more}")
     if usual == 0:
         return Classes([], [], "the images lie in no class folders")
-    classes = [readable_name(name.rsplit("/", 2)[-2]) for name in names]
+    # In one Unicode form: macOS writes é as two characters, most others as one.
+    classes = [unicodedata.normalize("NFC", readable_name(name.rsplit("/", 2)[-2])) for name in names]
     ids = {name: label for label, name in enumerate(sorted(set(classes)))}
     if usual > 1 and all(map(split_word, ids)):
         return Classes([], [], f"folders of splits, as {names[0].rsplit('/', 1)[0]}, belong above those of classes")

@@ -16,11 +16,21 @@ from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from .images import HEIC_SUFFIXES, NamedImages, choose_images, left_out, list_files, readable_name, remarks_on_links
+from .images import (
+    HEIC_SUFFIXES,
+    MAX_NAMED,
+    NamedImages,
+    choose_images,
+    left_out,
+    list_files,
+    readable_name,
+    remarks_on_links,
+)
 from .io import one_line, read_lines, read_text
 from .layouts import find_classes, split_images, split_tables
 
@@ -197,7 +207,10 @@ def _find_in_folder(folder: Path, split: str) -> FoundSplit:
     tables = [name for name in tables if os.path.basename(name) not in METADATA]
     shards = [name for name in shards if os.path.basename(name) not in METADATA]
     if images and len(images) > len(shards) and len(images) >= len(tables):
-        return _find_images(folder, split, names, remarks, chosen is not None)
+        found = _find_images(folder, split, names, remarks, chosen is not None)
+        if listed.empty and chosen is None and "label" in found.rows.column_names:
+            found.remarks.append(left_out(listed.empty, "folder without an image", "folders without an image"))
+        return found
     if not shards and not tables:
         if chosen is None and any(name.lower().endswith(".zip") for name in names):
             return _find_elsewhere(str(folder), split, None)  # `datasets` looks into archives
@@ -236,7 +249,7 @@ def _find_tables(
 ) -> FoundSplit:
     """Tables or shards of one kind, the most frequent one."""
     (ending, _), *_ = Counter(_ending(name, endings) for name in rows_in).most_common()
-    reader, separator = endings[ending], {"sep": "\t"} if ending == ".tsv" else {}
+    reader = endings[ending]
     alike = [name for name in rows_in if endings[_ending(name, endings)] == reader]
     if chosen is None:
         known = set(alike)
@@ -251,11 +264,15 @@ def _find_tables(
             alike = layout.splits[split]
         elif not (alike := [name for name in alike if name.startswith(f"{split}/")]):
             raise MissingSplitError(_missing(split, layout.splits))
+    if reader == "csv":  # pandas, with which `datasets` reads these, takes NA and None for cells without a word
+        table = pa.concat_tables([_read_table(folder / name) for name in alike], promote_options="permissive")
+        rows = datasets.Dataset(datasets.table.InMemoryTable(table))
+        return FoundSplit(rows, None, split, remarks, folder=folder)
     # `datasets` takes paths for patterns, and does not enter links to folders where these have wildcards.
     paths = [os.path.join(os.path.realpath(folder / os.path.dirname(name)), os.path.basename(name)) for name in alike]
     paths = [glob.escape(path) for path in paths]
     name = split if chosen is None and split.isidentifier() else "files"
-    builder = datasets.load_dataset_builder(reader, data_files={name: paths}, **separator)
+    builder = datasets.load_dataset_builder(reader, data_files={name: paths})
     return FoundSplit(None, builder, name, remarks, folder=folder)
 
 
@@ -335,6 +352,9 @@ def _read_metadata(
         remarks.append(left_out(absent, *kinds))
     if unnamed := sorted(set(images) - set(paths[key])):
         remarks.append(left_out(unnamed, "image without a row of metadata", "images without a row of metadata"))
+    if repeated := [name for name, count in Counter(paths[key]).items() if count > 1]:
+        shown = ", ".join(map(readable_name, repeated[:MAX_NAMED])) + (", …" if len(repeated) > MAX_NAMED else "")
+        remarks.append(f"Took several times what has several rows of metadata, {len(repeated)} of the images: {shown}.")
     features, columns = datasets.Features(), {}
     for name, values in paths.items():
         name = name.removesuffix("file_name").removesuffix("_") or "image"
@@ -360,7 +380,10 @@ def _resolve(table: str, name: str | None) -> str:
 
 
 def _read_table(path: Path) -> pa.Table:
-    """A table of metadata; values of CSV are separated by commas, semicolons or tabs, as the first line shows."""
+    """A table of text; values of CSV are separated by commas, semicolons or tabs, as the first line shows.
+
+    Blanks around them do not count, and where there is nothing else there is no value.
+    """
     try:
         if path.suffix == ".parquet":
             return pa.parquet.read_table(path)
@@ -371,7 +394,7 @@ def _read_table(path: Path) -> pa.Table:
         first_line = text.partition("\n")[0]
         separator = max(",;\t", key=first_line.count)
         header = next(csv.reader([first_line.strip()], delimiter=separator), [])
-        return pa.csv.read_csv(
+        table = pa.csv.read_csv(
             content,
             parse_options=pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
             convert_options=pa.csv.ConvertOptions(
@@ -380,6 +403,12 @@ def _read_table(path: Path) -> pa.Table:
         )
     except pa.ArrowException as error:
         raise ValueError(f"{path.name} cannot be read: {one_line(error)}") from None
+    for place, (name, values) in enumerate(zip(table.column_names, table.columns, strict=True)):
+        if pa.types.is_string(values.type):
+            values = pc.utf8_trim_whitespace(values)
+            values = pc.if_else(pc.equal(values, ""), None, values)
+        table = table.set_column(place, name.strip(), values)
+    return table
 
 
 __all__ = [

@@ -67,6 +67,7 @@ def test_tables_belong_to_splits_as_in_datasets(names, splits, others):
 def test_classes_are_the_folders_of_images():
     found = find_classes(["train/bee/a.jpg", "train/ant/a.jpg", "train/bee/b.jpg"], skip=1)
     assert found == (["ant", "bee"], [1, 0, 1], "")
+    assert find_classes(["caf\u00e9/a.jpg", "cafe\u0301/b.jpg", "dog/c.jpg"]) == (["caf\u00e9", "dog"], [0, 0, 1], "")
     assert find_classes(["2019/ant/a.jpg", "2020/ant/b.jpg", "2020/bee/c.jpg"]).labels == [0, 0, 1]
 
 

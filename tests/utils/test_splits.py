@@ -50,6 +50,9 @@ def test_folders_of_splits(tmp_path):
     rows, remarks = load(root, "validation")
     assert rows["label"][:] == [0, 0, 1, 1] and remarks == ["Left out 1 image in no split: extra/a.png."]
     assert load(root, "val")[0]["label"][:] == [0, 0, 1, 1]  # by the name of the folder
+    (root / "train" / "wasp").mkdir()
+    (root / "train" / "wasp" / ".gitkeep").touch()
+    assert load(root)[1][-1] == "Left out 1 folder without an image: train/wasp."
     found = find_split(str(root), "extra")
     assert len(found.rows) == 1 and found.no_label == "the images lie in no class folders"
 
@@ -119,6 +122,11 @@ def test_metadata_in_every_form(tmp_path):
     rows, _ = load(root)
     assert rows["label"][:] == ["x y", "z"] and rows.column_names == ["image", "label", "n"]
 
+    (root / "metadata.csv").write_text("file_name, label\na.jpg, x\nb.jpg,\na.jpg,y \n")
+    rows, remarks = load(root)
+    assert rows["label"][:] == ["x", None, "y"]
+    assert remarks == ["Took several times what has several rows of metadata, 1 of the images: a.jpg."]
+
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
@@ -159,9 +167,11 @@ def test_tables_and_shards(tmp_path):
 
 def test_a_table_of_texts(tmp_path):
     save(tmp_path, "images/a.jpg", "images/b.jpg", "images/c.jpg")
-    (tmp_path / "list.tsv").write_text("image\tlabel\nimages/a.jpg\tx\n")
-    rows, _ = load(tmp_path, "list.tsv")
-    assert rows.to_dict() == {"image": ["images/a.jpg"], "label": ["x"]}
+    expected = {"image": ["images/a.jpg", "images/b.jpg", "images/c.jpg"], "label": ["x, y", "NA", "None"]}
+    for name, separator in (("list.tsv", "\t"), ("list.csv", ";")):
+        lines = [["image", "label"], *zip(*expected.values(), strict=True)]
+        (tmp_path / name).write_text("".join(f"{separator.join(line)}\n" for line in lines), encoding="utf-8-sig")
+        assert load(tmp_path, name)[0].to_dict() == expected
 
 
 def test_a_card_that_says_which_files_are_which_split_is_followed(tmp_path):
@@ -182,9 +192,15 @@ def test_what_is_behind_a_failure_is_said(tmp_path):
     """Not that an error occurred while the dataset was generated."""
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv" / "train.csv").write_bytes(b"label\n\xe9\n")
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "train.jsonl").write_bytes(b'{"label": \n')
     (tmp_path / "heic").mkdir()
     (tmp_path / "heic" / "a.heic").write_bytes(b"")
-    for name, reason in (("csv", "utf-8"), ("heic", "neither images nor tables")):
+    for name, reason in (
+        ("csv", "train.csv is not in UTF-8 (byte 0xe9 at 6): save it as UTF-8"),
+        ("json", "JSON parse error"),
+        ("heic", "neither images nor tables"),
+    ):
         with pytest.raises(ValueError) as caught:
             load(tmp_path / name)
         assert reason in str(caught.value) and "error occurred while generating" not in str(caught.value)
