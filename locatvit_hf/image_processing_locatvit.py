@@ -149,8 +149,12 @@ class LocAtViTImageProcessor(TorchvisionBackend):
                 raise ValueError(f"An image of {image.width} x {image.height} pixels cannot be processed.")
             if do_convert_rgb:
                 image, kwargs["input_data_format"] = pil_to_rgb(image), ChannelDimension.FIRST
-        elif do_convert_rgb:
-            image = _array_to_8_bits(image)
+            elif image.mode.startswith("I;"):
+                image = image.convert("I")  # torchvision reads 16 bits as signed, or not at all
+        else:
+            if get_image_type(image) == ImageType.NUMPY:  # torch reads neither reversed views nor other orders of bytes
+                image = image.astype(image.dtype.newbyteorder("="), order="C", copy=False)
+            image = _array_to_8_bits(image) if do_convert_rgb else image
         processed = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
         if processed.numel() == 0:
             raise ValueError(f"An image of shape {tuple(processed.shape)} holds no pixels.")
@@ -212,6 +216,8 @@ class LocAtViTImageProcessor(TorchvisionBackend):
                     f"Segmentation map {index} has shape {tuple(label_map.shape)}, but its image is "
                     f"{image.shape[-2]} x {image.shape[-1]} pixels; a map holds one class id for each pixel."
                 )
+            if label_map.is_floating_point() and not (label_map == label_map.round()).all():
+                raise ValueError(f"Segmentation map {index} holds fractions, where class ids are whole numbers.")
 
     def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
         """As the library's, with both sides rounded to multiples of `size_divisor` where it is set."""
@@ -390,7 +396,7 @@ def pil_to_rgb(image) -> torch.Tensor:
         ValueError: no value is finite.
     """
     if image.mode.startswith("I;"):
-        pixels = tvF.pil_to_tensor(image).to(torch.int64) & 0xFFFF  # torchvision may read unsigned values as signed
+        pixels = tvF.pil_to_tensor(image.convert("I"))  # torchvision reads 16 bits as signed, or not at all
         return _scale_to_8_bits(pixels, 0.0, 65535.0).expand(3, -1, -1)
     if image.mode in ("I", "F"):
         pixels = tvF.pil_to_tensor(image)

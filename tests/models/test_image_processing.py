@@ -59,6 +59,19 @@ class TestImageModes:
         torch.testing.assert_close(values(torch.from_numpy(array)), expected, atol=1e-6, rtol=0)
         torch.testing.assert_close(values(str(tmp_path / "deep.png")), expected, atol=1e-6, rtol=0)
 
+    def test_either_order_of_bytes_and_of_rows(self, tmp_path):
+        """As ImageJ writes TIFF, and as OpenCV reverses channels."""
+        array = RAMP.astype(np.uint16) * 257
+        expected = torch.from_numpy(RAMP / 255).float().expand(3, 16, 16)
+        PIL.Image.frombytes("I;16B", (16, 16), array.astype(">u2").tobytes()).save(tmp_path / "deep.tif")
+        with PIL.Image.open(tmp_path / "deep.tif") as image:
+            assert image.mode == "I;16B"
+            torch.testing.assert_close(values(image), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(values(array.astype(">u2")), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(values(array[::-1]), expected.flip(1), atol=1e-6, rtol=0)
+        colors = np.stack([RAMP, RAMP, 0 * RAMP], -1)
+        torch.testing.assert_close(values(colors[..., ::-1])[2], expected[0], atol=1e-6, rtol=0)
+
     @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
     def test_transparency_is_composited_on_white(self, mode):
         image = PIL.Image.new("RGBA", (4, 2), (255, 0, 0, 255))
@@ -262,6 +275,13 @@ class TestLabelMaps:
         assert result["pixel_values"].shape == (1, 3, 64, 80)
         assert result["labels"].dtype == torch.int64 and result["labels"].shape == (1, 64, 80)
         assert set(result["labels"].unique().tolist()) == {0, 7, 100, 255}
+
+    def test_sixteen_bits_are_unsigned_and_fractions_are_refused(self):
+        image, ids = PIL.Image.new("RGB", (64, 64)), np.full((64, 64), 40000, np.uint16)
+        for labels in (ids, ids.astype(">u2")[:, ::-1], PIL.Image.fromarray(ids)):
+            assert self.segmentation_processor()(image, labels, return_tensors="pt")["labels"].eq(40000).all()
+        with pytest.raises(ValueError, match="map 0 holds fractions"):
+            self.segmentation_processor()(image, np.full((64, 64), 0.5, np.float32))
 
     @pytest.mark.parametrize("reduce", [True, False])
     def test_reduce_labels(self, reduce):

@@ -85,6 +85,17 @@ def test_whole_numbers_of_floating_point_are_ids():
     assert read(Image.fromarray(IDS.astype(np.float32))) == IDS.tolist()
 
 
+def test_sixteen_bits_in_either_order_of_bytes_are_ids(tmp_path):
+    ids = np.array([[0, 3], [40000, 255]], np.uint16)
+    for mode, order in (("I;16", "<u2"), ("I;16B", ">u2")):
+        Image.frombytes(mode, (2, 2), ids.astype(order).tobytes()).save(tmp_path / "map.tif")
+        with Image.open(tmp_path / "map.tif") as label_map:
+            assert label_map.mode == mode and read(label_map, label_mapping={0: 0, 3: 1, 40000: 2}) == [
+                [0, 1],
+                [2, 255],
+            ]
+
+
 def nan_map() -> Image.Image:
     return Image.fromarray(np.array([[0, np.nan]], np.float32))
 

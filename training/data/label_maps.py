@@ -93,14 +93,13 @@ class LabelReader:
             red, green, blue = tvF.pil_to_tensor(label_map.convert("RGB")).to(torch.int64)
             labels = (red << 16) + (green << 8) + blue
         elif label_map.mode in ("1", "L", "P", "I", "F") or label_map.mode.startswith("I;"):
-            labels = tvF.pil_to_tensor(label_map).squeeze(0)
+            wide = label_map.mode.startswith("I;")  # torchvision reads 16 bits as signed, or not at all
+            labels = tvF.pil_to_tensor(label_map.convert("I") if wide else label_map).squeeze(0)
             if label_map.mode == "F" and not (labels == labels.round()).all():
                 raise ValueError(
                     "a label map holds one class id per pixel, but this one holds fractions or no numbers."
                 )
             labels = labels.to(torch.int64)
-            if label_map.mode.startswith("I;"):
-                labels &= 0xFFFF  # torchvision may read unsigned values as signed
         else:
             raise ValueError(
                 f"a label map holds one class id per pixel, but this one is an {label_map.mode} image: name the class "
