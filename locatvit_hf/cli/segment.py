@@ -87,7 +87,7 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
     with _progress() as progress:
         if waiting_images:
             task = progress.add_task("images", total=len(waiting_images))
-            options = {"advance": lambda: progress.advance(task), "max_megapixels": max_megapixels}
+            options = {"advance": lambda: progress.advance(task), "max_megapixels": max_megapixels, "report": _remark}
             for error in segment_files(segmenter, waiting_images, output, batch_size, **options):
                 corrupt += 1
                 progress.console.print(escape_terminal(f"Skipped: {error}"), style="yellow")
@@ -139,7 +139,11 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
     share = len(rows) * (place[0] + 1) // place[1] - len(rows) * place[0] // place[1]
     with _progress(disable=not state.is_local_main_process) as progress:
         task = progress.add_task("rows", total=share)
-        options = {"advance": lambda number: progress.advance(task, number), "max_megapixels": max_megapixels}
+        options = {
+            "advance": lambda number: progress.advance(task, number),
+            "max_megapixels": max_megapixels,
+            "report": _remark,
+        }
         for error in segment_dataset(segmenter, rows, column, output, batch_size, *place, **options):
             progress.console.print(escape_terminal(f"Skipped: {error}"), style="yellow")
     state.wait_for_everyone()

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 
-from ..utils.images import MAX_MEGAPIXELS, CorruptImageError, read_image
+from ..utils.images import MAX_MEGAPIXELS, CorruptImageError, num_frames, read_image
 from ..utils.io import atomic_write
 from ..utils.splits import failures_named, find_split, read_split
 from .outputs import OutputFolder
@@ -68,6 +68,7 @@ def segment_dataset(
     num_processes: int = 1,
     advance: Callable[[int], None] = lambda rows: None,
     max_megapixels: float = MAX_MEGAPIXELS,
+    report: Callable[[str], None] = lambda sentence: None,
 ) -> Iterator[CorruptImageError]:
     """Segment this process's part of the rows into one parquet file, and yield what could not be read.
 
@@ -84,6 +85,7 @@ def segment_dataset(
         num_processes: How many processes share the rows.
         advance: Called with a number of rows when they are done or were found done.
         max_megapixels: Larger images are not read.
+        report: Called with a sentence for each image of several frames or pages, of which the first is segmented.
     """
     path = shard_path(output, process, num_processes)
     start, stop = (len(dataset) * (process + end) // num_processes for end in (0, 1))
@@ -99,7 +101,7 @@ def segment_dataset(
             label_maps: dict[int, bytes | None] = {}
             for at in range(0, len(rows), batch_size):
                 batch = rows[at : at + batch_size]
-                yield from _segment_rows(segmenter, dataset, column, batch, output, label_maps, max_megapixels)
+                yield from _segment_rows(segmenter, dataset, column, batch, output, label_maps, max_megapixels, report)
             table = Dataset.from_dict(
                 {"index": list(rows), "label_map": [label_maps[row] for row in rows]}, features=FEATURES
             )
@@ -117,6 +119,7 @@ def _segment_rows(
     output: OutputFolder,
     label_maps: dict[int, bytes | None],
     max_megapixels: float,
+    report: Callable[[str], None],
 ) -> Iterator[CorruptImageError]:
     images = {}
     for row in rows:
@@ -126,6 +129,8 @@ def _segment_rows(
                 raise CorruptImageError(f"Row {row} holds no image.")
             source = io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]
             images[row] = read_image(source, f"Row {row}", max_megapixels)
+            if (number := num_frames(images[row])) > 1:
+                report(f"Row {row} holds {number} images: only the first is segmented.")
         except (CorruptImageError, OSError) as error:
             label_maps[row] = None
             yield CorruptImageError(str(error))

@@ -63,6 +63,7 @@ TURNS = {
 """EXIF orientation to what brings the stored pixels upright; 1 is upright already."""
 
 _TURNED_BY = "turned by EXIF orientation"
+_NUM_FRAMES = "number of frames"
 _opening = threading.Lock()
 
 
@@ -320,10 +321,26 @@ def _read_orientation(image: Image.Image) -> int:
         return 1
 
 
+def num_frames(image: Image.Image) -> int:
+    """Frames of an animation, or pages of a document, in the file that `read_image` read the first of."""
+    return image.info.get(_NUM_FRAMES, 1)
+
+
+def _count_frames(image: Image.Image) -> int:
+    if image.format in ("MPO", "PSD"):  # a second lens or a map of depths, and layers: the first is the picture
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # of a damaged file, whose first frame may be good nevertheless
+        return 1
+
+
 def read_image(
     source: str | Path | BinaryIO, name: str | None = None, max_megapixels: float = MAX_MEGAPIXELS
 ) -> Image.Image:
     """An image of any mode as 8-bit RGB, turned as its EXIF orientation says, transparency composited on white.
+
+    Of several frames or pages it is the first; `num_frames` tells how many there are.
 
     Args:
         source: A file, by its path or opened for reading bytes.
@@ -343,10 +360,13 @@ def read_image(
             raise IsADirectoryError(f"{name} is a folder; an image file is needed here.")
     try:
         with open_image(source, max_megapixels) as image:
+            frames = _count_frames(image)
             pixels = pil_to_rgb(load_upright(image))
     except CorruptImageError as error:
         raise CorruptImageError(f"{name} {error}.") from None
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    read = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    read.info[_NUM_FRAMES] = frames
+    return read
 
 
 def _first_bytes(source: str | Path | BinaryIO) -> bytes:
@@ -394,6 +414,7 @@ __all__ = [
     "list_images",
     "load_upright",
     "mark_turned",
+    "num_frames",
     "open_image",
     "orientation_of",
     "read_image",

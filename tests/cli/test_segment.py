@@ -118,14 +118,17 @@ def test_what_a_folder_holds_besides_is_said_and_names_may_be_long(checkpoint, t
     (photos / "more").symlink_to(store)
     (photos / "._a.png").write_bytes(b"Mac OS X")
     (photos / "notes.txt").write_text("no image")
+    pages = [make_image(8, 8, seed) for seed in range(3)]
+    pages[0].save(photos / "pages.tif", save_all=True, append_images=pages[1:])
     make_image(60, 20).save(photos / "wide.png")
     code, said = run(photos, "--model", checkpoint, "--output", output, "--max-megapixels", 0.001)
-    assert code == 0 and "3 segmented, 1 could not be read" in said
+    assert code == 0 and "4 segmented, 1 could not be read" in said
+    assert "pages.tif holds 3 images: only the first is segmented." in said
     assert "Left out 1 file that is not an image: notes.txt." in said
     assert "wide.png has 0.0012 megapixels, more than the 0.001 that max_megapixels allows." in said
-    assert len(list(output.rglob("maps/**/*.png"))) == 3
+    assert len(list(output.rglob("maps/**/*.png"))) == 4
     code, said = run(photos, "--model", checkpoint, "--output", output)
-    assert code == 0 and "1 segmented, 3 were there already" in said
+    assert code == 0 and "1 segmented, 4 were there already" in said
 
 
 def test_a_changed_image_is_segmented_again_and_results_are_no_sources(folder, checkpoint, tmp_path):
