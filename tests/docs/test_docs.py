@@ -152,3 +152,17 @@ def test_site_builds_without_a_warning_and_asks_no_other_server(tmp_path: Path) 
     assert "<em>required" not in configurations
     fields = dict(re.findall(r"<code>(\w+)</code>.*?<code>([^<]*)</code>\s*</td>\s*</tr>", configurations, re.DOTALL))
     assert fields["patch_size"] == "16" and fields["crop_pct"] == "0.9" and fields["out_indices"] == "None"
+
+
+def test_numbers_on_speed_are_those_that_were_measured() -> None:
+    """Each cell of the table stands in the stored results, in the row of that name."""
+    results = (ROOT / "benchmarks" / "results" / "cpu-intel-r-xeon-r-processor-2-cores" / "results.md").read_text()
+    rows = [
+        line.split(" | ")
+        for line in (DOCS / "speed.md").read_text().splitlines()
+        if line.startswith(("| tiny", "| base"))
+    ]
+    assert len(rows) == 5
+    for name, *cells in rows:
+        measured = "\n".join(line for line in results.splitlines() if line.startswith(f"{name} |"))
+        assert all(f"| {cell.strip(' |')} |" in measured for cell in cells), name

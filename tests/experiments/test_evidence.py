@@ -173,7 +173,7 @@ def test_the_page_tells_what_is_stored_and_what_is_missing(tmp_path: Path):
     write_document([VIT], None, tmp_path / "plain")
     assert "gaussians.png" not in (tmp_path / "plain" / "evidence.md").read_text()
     assert not (tmp_path / "plain" / "assets" / "evidence" / "gaussians.png").exists()
-    assert "The comparison that counts" in before and "## Results" not in before
+    assert "The comparison that counts" in before and "## Differences" not in before
 
 
 def test_the_page_in_the_documentation_is_that_of_the_stored_runs(tmp_path: Path):
