@@ -60,12 +60,20 @@ def translate(
     handled: Collection[str],
     model: str,
 ) -> dict[str, Any]:
-    """The fields whose value is that of an argument.
+    """Fields whose value is that of an argument.
 
-    same_value: argument -> field of this family, besides those of all families.
-    only_values: arguments that change the function in ways that we do not have, and the values that are taken.
-    elsewhere: arguments that the family reads itself. model: our model in words.
-    Raises ConversionError for an argument that is unknown or asks for what our models do not have.
+    Args:
+        arguments: Init arguments of the reference or of timm.
+        renamed: Argument -> field of this family, besides those of all families.
+        supported_values: Argument that changes the function in ways that we do not have -> the values that are taken.
+        handled: Arguments that the family reads itself.
+        model: Our model in words.
+
+    Returns:
+        Field -> value.
+
+    Raises:
+        ConversionError: An argument is unknown or asks for what our models do not have.
     """
     renamed = {**RENAMED, **renamed}
     fields = {}
@@ -136,7 +144,11 @@ def changed_rates(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def preset_of(config_class: type[PreTrainedConfig], size: str, architecture: str) -> dict[str, Any]:
-    """The fields of a size in the name of an architecture. Raises ConversionError for an unknown size."""
+    """The fields of a size in the name of an architecture.
+
+    Raises:
+        ConversionError: There is no such size.
+    """
     presets = config_class.presets
     if size not in presets:
         raise ConversionError(f"{architecture} has the unknown size {size!r}; the sizes are {', '.join(presets)}.")

@@ -50,11 +50,19 @@ def convert(
     revision: str | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Converted:
-    """Converts the checkpoint `source`, a local path or a Hub id, into the folder `folder`, complete or absent.
+    """Convert a checkpoint into a folder, which is complete or absent.
 
-    ema: take the moving average that a training run kept, instead of the weights.
-    report: called with one line for each choice that was made.
-    Raises ConversionError, or ValueError of the configuration, in one sentence.
+    Args:
+        source: A local path or a Hub id.
+        folder: The folder to write.
+        ema: Take the moving average that a training run kept, instead of the weights.
+        overwrite: Replace `folder` where it holds something.
+        revision: A branch, tag or commit of the Hub repository.
+        report: Called with one line for each choice that was made.
+
+    Raises:
+        ConversionError: The checkpoint cannot become ours.
+        ValueError: The configuration refuses its fields.
     """
     check_destination(folder, overwrite)
     checkpoint = read_checkpoint(find(source, revision), source)
@@ -83,7 +91,11 @@ def convert(
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:
-    """Raises ConversionError where `folder` exists and may not be replaced."""
+    """Refuse a folder that may not be replaced.
+
+    Raises:
+        ConversionError: `folder` is not a folder, or holds something and `overwrite` is not set.
+    """
     if folder.exists() and not folder.is_dir():
         raise ConversionError(f"{folder} exists and is not a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -93,8 +105,12 @@ def check_destination(folder: Path, overwrite: bool) -> None:
 def describe(checkpoint: SourceCheckpoint, name: str, where: str, tensors: str, difference: float) -> Card:
     """The card of a converted checkpoint: what `checkpoint` says, and nothing that it does not.
 
-    name: of the folder. where: which of its weights were taken. tensors: what became of them, a sentence.
-    difference: the largest that `verify` found.
+    Args:
+        checkpoint: The source.
+        name: Of the folder.
+        where: Which of its weights were taken.
+        tensors: What became of them, a sentence.
+        difference: The largest that `verify` found.
     """
     source = public_name(checkpoint.source.removeprefix("hf-hub:").removeprefix("hf_hub:"))
     local = Path(checkpoint.source).expanduser().exists()
@@ -170,7 +186,11 @@ def summarize_unused_tensors(stored: dict[str, torch.Tensor], prepared: dict[str
 
 
 def check_class_count(state: dict[str, torch.Tensor], config: PreTrainedConfig) -> None:
-    """Raises ConversionError where the head has another number of classes than the configuration."""
+    """Refuse a head with another number of classes than the configuration.
+
+    Raises:
+        ConversionError: The numbers differ.
+    """
     head = state.get("head.weight", state.get("head.fc.weight"))
     if head is not None and head.shape[0] != config.num_labels:
         raise ConversionError(
@@ -210,9 +230,13 @@ def build_processor(checkpoint: SourceCheckpoint, config: PreTrainedConfig, segm
 
 @torch.no_grad()
 def verify(model: PreTrainedModel, folder: Path) -> float:
-    """Loads `folder` and returns the largest difference of its output from that of `model`, on a fixed random image.
+    """Load `folder` and compare its output with that of `model`, on a fixed random image.
 
-    Raises ConversionError where they differ.
+    Returns:
+        The largest difference.
+
+    Raises:
+        ConversionError: The outputs differ by more than rounding.
     """
     reloaded = type(model).from_pretrained(folder).eval()
     config = getattr(model.config, "backbone_config", None) or model.config

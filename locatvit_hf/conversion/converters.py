@@ -16,16 +16,18 @@ from .readers import Shapes, SourceCheckpoint, unnamed
 class Converter(NamedTuple):
     """How checkpoints of a family are recognized, configured and renamed.
 
-    family: our models.
-    recognize: (architecture or None, arguments) -> whether this family converts it.
-    build_config: (architecture, arguments, **fields of the configuration) -> configuration.
-    default_preprocessing: architecture -> mean, std and crop_pct where the checkpoint says nothing.
-    key_table: configuration -> names of the reference -> our names in the classifier.
-    prepare_state: the tensors of a checkpoint -> those of the key table, where some are stored twice or not learned.
-    recognize_shapes: (name -> shape) -> whether tensors that come without any arguments are of this family.
-    infer_arguments: (name -> shape, arguments) -> the arguments of a checkpoint whose tensors say what it is, and of
-        those that it names what the tensors leave open.
-    build_model: (configuration, tensors) -> our model, where its class depends on the tensors.
+    Attributes:
+        family: Our models.
+        recognize: (architecture or None, arguments) -> whether this family converts it.
+        build_config: (architecture, arguments, **fields of the configuration) -> configuration.
+        default_preprocessing: architecture -> mean, std and crop_pct where the checkpoint says nothing.
+        key_table: configuration -> names of the reference -> our names in the classifier.
+        prepare_state: The tensors of a checkpoint -> those of the key table, where some are stored twice or not
+            learned.
+        recognize_shapes: (name -> shape) -> whether tensors that come without any arguments are of this family.
+        infer_arguments: (name -> shape, arguments) -> the arguments of a checkpoint whose tensors say what it is, and
+            of those that it names what the tensors leave open.
+        build_model: (configuration, tensors) -> our model, where its class depends on the tensors.
     """
 
     family: Family
@@ -60,7 +62,11 @@ CONVERTERS = tuple(_converter(family) for family in FAMILIES.values() if family.
 
 
 def converter_of(checkpoint: SourceCheckpoint) -> Converter:
-    """The converter of a checkpoint. Raises ConversionError for another architecture."""
+    """The converter of a checkpoint.
+
+    Raises:
+        ConversionError: No family converts this architecture.
+    """
     if not checkpoint.is_named:
         for converter in CONVERTERS:
             if converter.recognize_shapes is not None and converter.recognize_shapes(checkpoint.shapes):

@@ -60,10 +60,14 @@ def rename(
 ) -> dict[str, torch.Tensor]:
     """Our state dict from the source's.
 
-    table: every tensor that the source must hold, and no other. Rows with the same names of ours are copies of one
-        shared tensor: one of them is enough, and those that are there must agree.
-    shapes: name and shape of each of our tensors in the table.
-    Raises ConversionError that names tensors which are missing, unknown, of another shape or not finite.
+    Args:
+        state: Name in the source -> tensor.
+        table: Every tensor that the source must hold, and no other. Rows with the same names of ours are copies of one
+            shared tensor: one of them is enough, and those that are there must agree.
+        shapes: Name -> shape of each of our tensors in the table.
+
+    Raises:
+        ConversionError: Tensors are missing, unknown, of another shape or not finite; the message names them.
     """
     found = {ours for name, row in table.items() if name in state for ours in row}
     missing = [name for name, row in table.items() if name not in state and not found.issuperset(row)]

@@ -46,9 +46,13 @@ def default_preprocessing(architecture: str | None) -> dict[str, Any]:
 def build_config(architecture: str, arguments: Mapping[str, Any], **fields: Any) -> LocAtJumboConfig:
     """The configuration of a checkpoint.
 
-    arguments: those given on top of what the name stands for.
-    fields: further fields of `LocAtJumboConfig`; they win.
-    Raises ConversionError for an argument that is unknown or asks for what our models do not have.
+    Args:
+        architecture: The name of the reference or of timm.
+        arguments: Those given on top of what the name stands for.
+        fields: Further fields of `LocAtJumboConfig`; they win.
+
+    Raises:
+        ConversionError: An argument is unknown or asks for what our models do not have.
     """
     match = NAME.fullmatch(architecture)
     found: dict[str, Any] = {"num_labels": 1000, **preset_of(LocAtJumboConfig, match["size"], architecture)}
@@ -66,7 +70,8 @@ def build_config(architecture: str, arguments: Mapping[str, Any], **fields: Any)
 def prepare_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors with the MLP of the jumbo token once, which the reference stores again in every block.
 
-    Raises ConversionError where two of these copies differ: then it is not one MLP.
+    Raises:
+        ConversionError: Two of these copies differ: then it is not one MLP.
     """
     prepared = {name: tensor for name, tensor in state.items() if not ALIAS.fullmatch(name)}
     for name, tensor in state.items():

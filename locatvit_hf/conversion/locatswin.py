@@ -43,9 +43,13 @@ def default_preprocessing(architecture: str | None) -> dict[str, Any]:
 def build_config(architecture: str, arguments: Mapping[str, Any], **fields: Any) -> LocAtSwinConfig:
     """The configuration of a checkpoint.
 
-    arguments: those given on top of what the name stands for.
-    fields: further fields of `LocAtSwinConfig`; they win.
-    Raises ConversionError for an argument that is unknown or asks for what our models do not have.
+    Args:
+        architecture: The name of the reference or of timm.
+        arguments: Those given on top of what the name stands for.
+        fields: Further fields of `LocAtSwinConfig`; they win.
+
+    Raises:
+        ConversionError: An argument is unknown or asks for what our models do not have.
     """
     baseline = BASELINE_NAME.fullmatch(architecture)
     match = baseline or LOCAT_NAME.fullmatch(architecture)

@@ -77,7 +77,11 @@ def _baseline(architecture: str) -> re.Match | None:
 
 
 def default_arguments(architecture: str | None) -> dict[str, Any]:
-    """The arguments that the name of an architecture stands for. Raises ConversionError for an unknown one."""
+    """The arguments that the name of an architecture stands for.
+
+    Raises:
+        ConversionError: The name is unknown.
+    """
     name = architecture or ""
     if match := LOCAT_NAME.fullmatch(name):
         return {**_size(match["size"], name), "gaug": True, "prr": True, "rope": bool(match["rope"])}
@@ -132,7 +136,8 @@ def default_preprocessing(architecture: str | None) -> dict[str, Any]:
 def config_fields(architecture: str | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `LocAtViTConfig` from a name and the arguments given on top of it.
 
-    Raises ConversionError for an argument that is unknown or asks for what our models do not have.
+    Raises:
+        ConversionError: An argument is unknown or asks for what our models do not have.
     """
     arguments = {**default_arguments(architecture), **arguments}
     rope = arguments.pop("rope", False)
@@ -177,8 +182,10 @@ def _pooling(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def build_config(architecture: str | None, arguments: Mapping[str, Any], **fields: Any) -> LocAtViTConfig:
     """The configuration of a checkpoint.
 
-    arguments: those given on top of what the name stands for.
-    fields: further fields of `LocAtViTConfig`; they win.
+    Args:
+        architecture: The name of the reference or of timm; None where only arguments are stored.
+        arguments: Those given on top of what the name stands for.
+        fields: Further fields of `LocAtViTConfig`; they win.
     """
     config = LocAtViTConfig(**{**config_fields(architecture, arguments), **fields})
     # The reference decides this by the height of the native grid alone.

@@ -169,7 +169,8 @@ def build_config(architecture: str | None, arguments: Mapping[str, Any], **field
 def build_model(config: PaCaViTConfig, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     """The model of a prepared state dict: ours, or with UPerNet's head the UPerNet of transformers around our backbone.
 
-    Raises ConversionError that names tensors which are missing, unknown or of another shape.
+    Raises:
+        ConversionError: Tensors are missing, unknown or of another shape; the message names them.
     """
     kind = task(state)
     with torch.device("meta"):

@@ -14,11 +14,16 @@ from .key_mapping import KeyTable
 class PlainViT:
     """A plain ViT, whatever library it is of.
 
-    description: for messages. fields: of `LocAtViTConfig` for the same function. state: its tensors, head left out.
-    key_table: configuration -> its names -> ours. resample: (configuration, (height, width) of the new native grid) ->
-    its position embeddings there, as the source itself would compute them.
-    head: weight and bias of a linear head on what our classifier reads, or None. missing_head_reason: why
-    there is none, for a sentence.
+    Attributes:
+        description: Its subject in messages.
+        fields: Of `LocAtViTConfig` for the same function.
+        state: Its tensors, head left out.
+        key_table: configuration -> its names -> ours.
+        position_name: The tensor of its position embeddings.
+        resample: (configuration, (height, width) of the new native grid) -> its position embeddings there, as the
+            source itself would compute them.
+        head: Weight and bias of a linear head on what our classifier reads, or None.
+        missing_head_reason: Why there is none, for a sentence.
     """
 
     description: str

@@ -119,15 +119,18 @@ TIMM_WRAPPER = "timm_wrapper"
 class SourceCheckpoint:
     """A checkpoint of other code: what it says about itself, and its tensors, which are read once, when asked for.
 
-    source: as the user wrote it. layout: in words. weights_file: where the tensors are.
-    architecture: the reference's (or timm's) name, None where the layout stores only arguments.
-    arguments: init arguments of the model, on top of what the name stands for.
-    preprocessing: any of "mean", "std", "crop_pct", "crop_mode", "interpolation" and "size" ([height, width] in
-        pixels).
-    label_names: names of the classes in order, or None.
-    is_named: whether something besides the shapes of its tensors says which model it is.
-    remarks: sentences about what it says of itself more than once.
-    loaded: what the weights file holds, where it was read already; see `content`.
+    Attributes:
+        source: As the user wrote it.
+        layout: Of its files, in words.
+        weights_file: Where the tensors are.
+        architecture: The reference's (or timm's) name, None where the layout stores only arguments.
+        arguments: Init arguments of the model, on top of what the name stands for.
+        preprocessing: Any of "mean", "std", "crop_pct", "crop_mode", "interpolation" and "size" ([height, width] in
+            pixels).
+        label_names: Names of the classes in order, or None.
+        is_named: Whether something besides the shapes of its tensors says which model it is.
+        remarks: Sentences about what it says of itself more than once.
+        loaded: What the weights file holds, where it was read already; see `content`.
     """
 
     source: str
@@ -143,7 +146,11 @@ class SourceCheckpoint:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What the weights file holds. Raises ConversionError where it is damaged or holds more than data."""
+        """What the weights file holds.
+
+        Raises:
+            ConversionError: The file is damaged or holds more than data.
+        """
         if self.loaded is None:
             self.loaded = load_tensors(self.weights_file)
         return self.loaded
@@ -177,9 +184,14 @@ def find(source: str, revision: str | None = None) -> Path:
 
 
 def read_checkpoint(path: Path, source: str | None = None) -> SourceCheckpoint:
-    """Reads the configuration beside the weights at `path`, a file or a folder.
+    """Read the configuration beside the weights at `path`, a file or a folder.
 
-    Raises ConversionError where no known layout is found.
+    Args:
+        path: See `find`.
+        source: As the user wrote it; by default the path.
+
+    Raises:
+        ConversionError: No known layout is found.
     """
     source = source or str(path)
     if path.is_file():
@@ -362,8 +374,12 @@ def _preprocessing(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def read_state(checkpoint: SourceCheckpoint, ema: bool = False) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors of a checkpoint, and in words where in the file they were.
 
-    ema: take the moving average of a training run. Raises ConversionError where the file has none, is damaged, or holds
-    something that is not data.
+    Args:
+        checkpoint: See `read_checkpoint`.
+        ema: Take the moving average of a training run.
+
+    Raises:
+        ConversionError: The file does not have them, is damaged, or holds something that is not data.
     """
     file = checkpoint.weights_file
     content = checkpoint.content

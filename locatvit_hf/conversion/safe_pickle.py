@@ -20,7 +20,9 @@ HARMLESS = re.compile(
 def find_code(file: Path, harmless: Collection[str]) -> str | None:
     """The first function or class that a pickle asks for and that is not data; None where there is none.
 
-    harmless: dotted names that are data besides tensors. A damaged file is read up to the damage.
+    Args:
+        file: Read up to the damage where it is damaged.
+        harmless: Dotted names that are data besides tensors.
     """
     try:
         with _open_pickles(file) as stream:

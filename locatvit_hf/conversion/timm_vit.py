@@ -17,8 +17,14 @@ ACTIVATIONS = {"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu
 def describe(model: nn.Module, description: str) -> dict[str, Any]:
     """Arguments of `locatvit.config_fields` for the function of a model of timm.
 
-    description: the subject of messages. Layers that a plain ViT lacks and that own tensors show up there later, as
-    tensors without a place. Raises ConversionError for what leaves no trace in the tensors.
+    Layers that a plain ViT lacks and that own tensors show up there later, as tensors without a place.
+
+    Args:
+        model: A model of timm.
+        description: The subject of messages.
+
+    Raises:
+        ConversionError: It computes something that leaves no trace in the tensors and that our models do not have.
     """
     if _kind(model, "patch_embed") != "PatchEmbed" or not hasattr(model, "global_pool"):
         raise ConversionError(f"{description} is not a plain ViT.")
@@ -119,7 +125,8 @@ def _default_arguments(architecture: str) -> dict[str, Any]:
 def default_arguments(architecture: str) -> dict[str, Any]:
     """The arguments that a name of timm stands for, from a model without weights.
 
-    Raises ConversionError where timm is not installed, does not know the name, or means no plain ViT.
+    Raises:
+        ConversionError: timm is not installed or does not know the name, or the name does not mean a plain ViT.
     """
     return dict(_default_arguments(architecture))
 

@@ -60,7 +60,16 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def open_folder(folder: Path, config: Mapping[str, Any], source: str) -> PlainViT:
-    """The ViT in a folder of transformers. config: its config.json. Raises ConversionError for any other model."""
+    """The ViT in a folder of transformers.
+
+    Args:
+        folder: The folder.
+        config: Its config.json.
+        source: The subject of messages.
+
+    Raises:
+        ConversionError: It holds any other model.
+    """
     if config["model_type"] not in TRANSFORMERS_TYPES:
         raise ConversionError(
             f"{source} has the model_type {config['model_type']!r}; from_vit takes {', '.join(TRANSFORMERS_TYPES)}."
@@ -111,7 +120,13 @@ def normalize_key(name: str) -> str:
 def describe(model: PreTrainedModel, preprocessing: Mapping[str, Any], description: str) -> PlainViT:
     """What a model of transformers is as a plain ViT.
 
-    preprocessing: its preprocessor_config.json. description: for messages.
+    Args:
+        model: The model, with or without a head.
+        preprocessing: Its preprocessor_config.json.
+        description: The subject of messages.
+
+    Raises:
+        ConversionError: It has layers that ours do not have.
     """
     theirs = model.config
     if getattr(theirs, "use_swiglu_ffn", False):

@@ -41,7 +41,17 @@ TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 def check_type(where: str, name: str, value: Any, kind: str) -> None:
-    """Raises ConversionError where `value` is not `kind`, a key of `TYPES`. where: the subject of the sentence."""
+    """Refuse a value of another type than expected.
+
+    Args:
+        where: The subject of the sentence.
+        name: Of the setting.
+        value: What was given.
+        kind: A key of `TYPES`.
+
+    Raises:
+        ConversionError: `value` is not `kind`.
+    """
     if not TYPES[kind](value):
         raise ConversionError(f"{where} {name}={value!r}, which is not {kind}.")
 

@@ -36,17 +36,20 @@ IMMUTABLE_FIELDS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "num_
 
 
 def from_vit(cls, checkpoint: str | Path | nn.Module, **config_overrides) -> PreTrainedModel:
-    """A model of this class that starts from a plain ViT.
-
-    checkpoint: a ViT, DeiT, DINOv2 or DINOv2 with registers of transformers, or a ViT of timm: a folder, a Hub id, or a
-        model in memory. DeiT's distillation token becomes a register.
-    config_overrides: fields of `LocAtViTConfig`, and `attn_implementation`. `use_refinement=True` refines from the
-        start. For another `image_size` the position embeddings are resampled as the source does. `pooling="mean"` in
-        place of a class token takes the mean of the normed tokens, and a new head.
+    """Make a model of this class that starts from a plain ViT.
 
     The new Gaussians start at an amplitude of 5e-5, and `last_hidden_state` is the source's to within 1e-3. The head is
     copied where it has our shape, otherwise it is new and a sentence says so.
-    Raises ValueError, in one sentence, for a checkpoint that is not a plain ViT, and for a field that it has fixed.
+
+    Args:
+        checkpoint: A ViT, DeiT, DINOv2 or DINOv2 with registers of transformers, or a ViT of timm: a folder, a Hub id,
+            or a model in memory. DeiT's distillation token becomes a register.
+        config_overrides: Fields of `LocAtViTConfig`, and `attn_implementation`. `use_refinement=True` refines from the
+            start. For another `image_size` the position embeddings are resampled as the source does. `pooling="mean"`
+            in place of a class token takes the mean of the normed tokens, and a new head.
+
+    Raises:
+        ValueError: The checkpoint is not a plain ViT, or has fixed one of the fields.
     """
     attn_implementation = config_overrides.pop("attn_implementation", None)
     known = LocAtViTConfig()
@@ -121,9 +124,10 @@ def _without_gaussian(config: LocAtViTConfig) -> LocAtViTConfig:
 
 
 def open_vit(checkpoint: str | Path | nn.Module) -> PlainViT:
-    """Reads a plain ViT: a model of transformers or timm in memory, a folder of either, or a Hub id.
+    """Read a plain ViT: a model of transformers or timm in memory, a folder of either, or a Hub id.
 
-    Raises ConversionError for anything else.
+    Raises:
+        ConversionError: It is anything else.
     """
     if isinstance(checkpoint, nn.Module):
         if hasattr(checkpoint, "pretrained_cfg"):

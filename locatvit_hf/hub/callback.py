@@ -20,13 +20,14 @@ class CardCallback(TrainerCallback):
         trainer.push_to_hub()
 
     Args:
-        trainer: that pushes.
-        dataset: what the weights learn from and are evaluated on, a Hub name where it has one.
-        weights_license: as the Hub abbreviates it, such as "mit".
-        split: of the data that Trainer evaluates on.
-        facts: further fields of the card, as `base_model`; see `card.Card`.
+        trainer: The one that pushes.
+        dataset: What the weights learn from and are evaluated on, a Hub name where it has one.
+        weights_license: As the Hub abbreviates it, such as "mit".
+        split: Of the data that Trainer evaluates on.
+        facts: Further fields of the card, as `base_model`; see `card.Card`.
 
-    Raises ValueError for a field that no card has, and for a model without a task: now, not at the first push.
+    Raises:
+        ValueError: A card has no such field, or the model has no task: now, not at the first push.
     """
 
     def __init__(self, trainer: Trainer, dataset: str, weights_license: str, split: str = "validation", **facts: Any):
@@ -40,6 +41,7 @@ class CardCallback(TrainerCallback):
         trainer.create_model_card = lambda *args, **kwargs: None  # it would overwrite ours
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Write configuration, license and card into the output folder."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)

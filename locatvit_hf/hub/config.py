@@ -24,7 +24,11 @@ class RepositoryError(ValueError):
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises RepositoryError."""
+    """Read a JSON file that holds an object.
+
+    Raises:
+        RepositoryError: It holds something else, or is not JSON.
+    """
     try:
         content = read_json(file)
     except ValueError as error:
@@ -35,9 +39,14 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def build_config(content: Mapping[str, Any], name: str) -> PreTrainedConfig:
-    """The configuration that a config.json describes, of the installed classes. Raises RepositoryError.
+    """The configuration that a config.json describes, of the installed classes.
 
-    name: of the checkpoint, for the message.
+    Args:
+        content: Of the file.
+        name: Of the checkpoint, for the message.
+
+    Raises:
+        RepositoryError: It is not of this package, or not valid.
     """
     if _family_of(content) is None:
         raise RepositoryError(f"{name} is a {content.get('model_type')}, not one of {', '.join(FAMILIES)}.")
@@ -60,7 +69,15 @@ def family_config(config: PreTrainedConfig) -> FamilyConfigMixin:
 
 
 def model_class(config: PreTrainedConfig, name: str) -> type[transformers.PreTrainedModel]:
-    """The installed class of a checkpoint. Raises RepositoryError where its config.json names none that exists."""
+    """The installed class of a checkpoint.
+
+    Args:
+        config: See `build_config`.
+        name: Of the checkpoint, for the message.
+
+    Raises:
+        RepositoryError: Its config.json does not name a class that exists and fits its settings.
+    """
     architecture = (config.architectures or ["none"])[0]
     found = getattr(locatvit_hf, architecture, None) or getattr(transformers, architecture, None)
     fits = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
@@ -70,7 +87,11 @@ def model_class(config: PreTrainedConfig, name: str) -> type[transformers.PreTra
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint folder. Raises RepositoryError where it is none of this package."""
+    """The configuration of a checkpoint folder.
+
+    Raises:
+        RepositoryError: It is not a checkpoint of this package.
+    """
     if not (folder / "config.json").is_file():
         raise RepositoryError(f"{folder} is not a checkpoint: it is not a folder with a config.json.")
     return build_config(read_object(folder / "config.json"), str(folder))
@@ -79,7 +100,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def family_of(folder: Path) -> str | None:
     """The model type of a checkpoint folder of one of our families, also below a UPerNet; None for other models.
 
-    Raises RepositoryError where its config.json cannot be read.
+    Raises:
+        RepositoryError: Its config.json cannot be read.
     """
     if not (folder / "config.json").is_file():
         return None

@@ -65,7 +65,11 @@ class Snapshot:
 
 
 def read_snapshot(repository: str, revision: str | None, report: Callable[[str], None]) -> Snapshot:
-    """What a repository holds at a branch, tag or commit. Raises HubError; see `with_retries` for `report`."""
+    """What a repository holds at a branch, tag or commit; see `with_retries` for `report`.
+
+    Raises:
+        HubError: The Hub refuses, or cannot be asked.
+    """
     info = with_retries(
         lambda: huggingface_hub.model_info(repository, revision=revision, files_metadata=True), repository, report
     )
@@ -77,9 +81,15 @@ def read_snapshot(repository: str, revision: str | None, report: Callable[[str],
 
 
 def with_retries(function: Callable[[], Result], repository: str, report: Callable[[str], None]) -> Result:
-    """Calls a function of huggingface_hub, again after a while where the Hub is down, cut off or busy.
+    """Call a function of huggingface_hub, again after a while where the Hub is down, cut off or busy.
 
-    report: called with a line before each wait. Raises HubError: a sentence for whatever stays refused.
+    Args:
+        function: Without arguments.
+        repository: The subject of messages.
+        report: Called with a line before each wait.
+
+    Raises:
+        HubError: It stays refused.
     """
     for wait in (*RETRY_DELAYS, None):
         try:
@@ -98,7 +108,11 @@ def with_retries(function: Callable[[], Result], repository: str, report: Callab
 
 
 def require_token() -> None:
-    """Raises HubError where nobody is logged in."""
+    """Refuse to go on where nobody is logged in.
+
+    Raises:
+        HubError: There is no token.
+    """
     if huggingface_hub.get_token() is None:
         raise HubError(LOGIN)
 

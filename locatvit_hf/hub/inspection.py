@@ -52,10 +52,16 @@ GPU_KERNEL = "triton_locat.py"
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A file: its size in bytes, its SHA-256 where known, what it is, in a few words, and its lines where it is code.
+    """A file of a checkpoint.
 
-    level: "fine", "note" for a file that is not expected, or "alarm" where running or loading it may do something else
-    than what this package does.
+    Attributes:
+        path: Relative to the checkpoint, with `/` between folders.
+        size: In bytes.
+        sha256: Where known.
+        verdict: What it is, in a few words.
+        level: "fine", "note" for a file that is not expected, or "alarm" where running or loading it may do something
+            else than what this package does.
+        lines: Of code.
     """
 
     path: str
@@ -154,10 +160,16 @@ class Remote:
 
 
 def inspect(name: str, revision: str | None = None, report: Callable[[str], None] = lambda line: None) -> Inspection:
-    """Reads a folder, or a Hub repository at a branch, tag or commit, and compares it with the installed release.
+    """Read a checkpoint, and compare it with the installed release.
 
-    report: called with a line before each wait for the Hub. Raises RepositoryError where it is not a checkpoint of this
-    package, HubError where the Hub refuses.
+    Args:
+        name: A folder or a Hub id.
+        revision: A branch, tag or commit of the Hub repository.
+        report: Called with a line before each wait for the Hub.
+
+    Raises:
+        RepositoryError: It is not a checkpoint of this package.
+        HubError: The Hub refuses.
     """
     folder = Path(name)
     if folder.exists() and not (folder / CONFIG).is_file():

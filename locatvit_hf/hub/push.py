@@ -60,7 +60,11 @@ def compare(folder: Path, snapshot: Snapshot | None) -> Changes:
 
 
 def count_lines(folder: Path, snapshot: Snapshot, name: str, report: Callable[[str], None]) -> tuple[int, int] | None:
-    """(lines added, lines removed) of a changed file; None where it is not text. Raises HubError."""
+    """(lines added, lines removed) of a changed file; None where it is not text.
+
+    Raises:
+        HubError: The Hub refuses.
+    """
     repository = snapshot.repository
     there = with_retries(
         lambda: huggingface_hub.hf_hub_download(repository, name, revision=snapshot.commit), repository, report
@@ -84,11 +88,22 @@ def upload(
     message: str = "Upload model",
     report: Callable[[str], None] = lambda line: None,
 ) -> Upload:
-    """Makes a repository hold the files of `folder`, in one commit; code and weights of an earlier upload go.
+    """Make a repository hold the files of `folder`, in one commit; code and weights of an earlier upload go.
 
-    private: of a repository that is created. revision: the branch to commit to, created where it is missing.
-    pull_request: propose the commit instead of making it. tag: name the commit. report: called with lines to show.
-    Where it fails, the repository is as it was, and the same call can be repeated. Raises HubError.
+    Where it fails, the repository is as it was, and the same call can be repeated.
+
+    Args:
+        folder: See `assemble`.
+        repository: Its name on the Hub.
+        private: Create the repository as a private one.
+        revision: The branch to commit to, created where it is missing.
+        pull_request: Propose the commit instead of making it.
+        tag: Name the commit.
+        message: Of the commit.
+        report: Called with lines to show.
+
+    Raises:
+        HubError: The Hub refuses.
     """
     require_token()
     snapshot, tagged = check_target(
@@ -143,8 +158,10 @@ def check_target(
 ) -> tuple[Snapshot | None, str | None]:
     """What is there before `upload` is called with the same arguments, and the commit of the tag where it exists.
 
-    Raises HubError where the upload would be refused, without changing anything. A repository that the token may not
-    see is one that is not there.
+    A repository that the token may not see is one that is not there.
+
+    Raises:
+        HubError: The upload would be refused. Nothing is changed.
     """
     snapshot = find_snapshot(repository, revision, report)
     if pull_request and snapshot is None:
@@ -160,7 +177,11 @@ def check_target(
 def create_repository(
     repository: str, private: bool = False, report: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Makes an empty repository where there is none. Raises HubError where it may not be written."""
+    """Make an empty repository where there is none.
+
+    Raises:
+        HubError: It may not be written.
+    """
     require_token()
     with_retries(
         lambda: huggingface_hub.create_repo(repository, private=private or None, exist_ok=True), repository, report
@@ -168,7 +189,11 @@ def create_repository(
 
 
 def find_snapshot(repository: str, revision: str | None, report: Callable[[str], None]) -> Snapshot | None:
-    """What an upload is compared with: the branch, or `main` where the branch is new, or None. Raises HubError."""
+    """What an upload is compared with: the branch, or `main` where the branch is new, or None.
+
+    Raises:
+        HubError: The Hub refuses.
+    """
     for name in dict.fromkeys((revision, None)):
         try:
             return read_snapshot(repository, name, report)
@@ -191,10 +216,18 @@ def assemble(
     revision: str = "main",
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Fills `destination` with the repository of a checkpoint: everything that is uploaded.
+    """Fill a folder with the repository of a checkpoint: everything that is uploaded.
 
-    revision: what the snippets of the card pin. Raises RepositoryError or CardError where the folder cannot be
-    published.
+    Args:
+        folder: The checkpoint.
+        destination: The empty folder to fill.
+        repository: The name on the Hub.
+        revision: What the snippets of the card pin.
+        report: Called with lines to show.
+
+    Raises:
+        RepositoryError: The folder is not a complete checkpoint of this package.
+        CardError: Its card is missing or not complete.
     """
     build_repository(folder, destination)
     for name in [path.name for path in destination.glob("*.py") if (folder / path.name).is_file()]:

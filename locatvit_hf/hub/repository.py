@@ -38,7 +38,11 @@ LARGEST_DIFFERENCE = 1e-5
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, their headers read. Raises RepositoryError, also for pickles."""
+    """The safetensors files of a checkpoint, their headers read.
+
+    Raises:
+        RepositoryError: One is missing or damaged, or the weights are a pickle.
+    """
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).is_file():
@@ -65,9 +69,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def build_repository(folder: Path, destination: Path) -> PreTrainedConfig:
-    """Fills the empty folder `destination` with what a repository of the checkpoint `folder` holds, but for the card.
+    """Fill the empty folder `destination` with what a repository of the checkpoint `folder` holds, but for the card.
 
-    Returns the configuration. Raises RepositoryError where `folder` is not a complete checkpoint of this package.
+    Returns:
+        The configuration.
+
+    Raises:
+        RepositoryError: `folder` is not a complete checkpoint of this package.
     """
     config, content = read_config(folder), without_code(read_object(folder / "config.json"))
     architecture = model_class(config, str(folder)).__name__
@@ -129,9 +137,13 @@ def read_checksums(text: str) -> dict[str, str]:
 
 @torch.no_grad()
 def verify_repository(folder: Path) -> float:
-    """Loads a repository where this package is missing, and returns the largest difference from the package's output.
+    """Load a repository where this package is missing.
 
-    Raises RepositoryError where it does not load, lacks weights, or differs.
+    Returns:
+        The largest difference of its output from the package's.
+
+    Raises:
+        RepositoryError: It does not load, lacks weights, or differs.
     """
     config = read_config(folder)
     ours, alone = family_config(config), isinstance(config, FamilyConfigMixin)

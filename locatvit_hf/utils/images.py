@@ -74,10 +74,11 @@ class CorruptImageError(ValueError):
 class FolderFiles(NamedTuple):
     """What is below a folder, as paths relative to it with `/` between folders, sorted as text.
 
-    files: All files but those that are hidden or of the system.
-    broken_links: Links that lead nowhere.
-    loops: Links to a folder in which they are themselves, which are not entered.
-    empty: Folders in which there is nothing.
+    Attributes:
+        files: All files but those that are hidden or of the system.
+        broken_links: Links that lead nowhere.
+        loops: Links to a folder in which they are themselves, which are not entered.
+        empty: Folders in which there is nothing.
     """
 
     files: list[str]
@@ -89,9 +90,10 @@ class FolderFiles(NamedTuple):
 class FolderImages(NamedTuple):
     """The images below a folder, as paths relative to it with `/` between folders, sorted as text.
 
-    images: Files with the suffix of an image.
-    loops: As in `FolderFiles`.
-    remarks: A sentence for each kind of what was left out, with the number and the first names.
+    Attributes:
+        images: Files with the suffix of an image.
+        loops: As in `FolderFiles`.
+        remarks: A sentence for each kind of what was left out, with the number and the first names.
     """
 
     images: list[str]

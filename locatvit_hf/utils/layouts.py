@@ -26,9 +26,10 @@ _SHARD_OF_THE_HUB = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*")
 class Layout(NamedTuple):
     """Which files belong to which split, as paths with `/` between folders.
 
-    splits: Name of a split to its files.
-    others: Files that belong to none.
-    depth: Number of folders at the start of each path that are those of the split.
+    Attributes:
+        splits: Name of a split to its files.
+        others: Files that belong to none.
+        depth: Number of folders at the start of each path that are those of the split.
     """
 
     splits: dict[str, list[str]]

@@ -15,6 +15,7 @@ class Paper(NamedTuple):
 
     @property
     def sentence(self) -> str:
+        """Title, first author, venue and link, in Markdown."""
         first = self.authors.split(" and ")[0].split(",")[0]
         return (
             f"*{self.title}*, {first} et al., {self.venue} {self.year}, "
@@ -23,6 +24,7 @@ class Paper(NamedTuple):
 
     @property
     def bibtex(self) -> str:
+        """Its entry in BibTeX."""
         kind, where = ("article", "journal") if self.venue == "arXiv" else ("inproceedings", "booktitle")
         fields = {
             "title": f"{{{self.title}}}",

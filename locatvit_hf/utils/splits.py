@@ -59,12 +59,13 @@ class MissingSplitError(ValueError):
 class FoundSplit(NamedTuple):
     """Where the rows of a split are.
 
-    rows: The rows, where they are files of images or on disk already; then there is no builder.
-    builder: What reads them otherwise.
-    name: The name of the split there.
-    remarks: A sentence for each kind of files that were left out.
-    no_label: Why images in folders have no classes, or empty.
-    folder: What names of files in the rows are relative to, for a local folder.
+    Attributes:
+        rows: The rows, where they are files of images or on disk already; then there is no builder.
+        builder: What reads them otherwise.
+        name: The name of the split there.
+        remarks: A sentence for each kind of files that were left out.
+        no_label: Why images in folders have no classes, or empty.
+        folder: What names of files in the rows are relative to, for a local folder.
     """
 
     rows: datasets.Dataset | None

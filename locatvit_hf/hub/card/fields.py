@@ -30,9 +30,16 @@ class CardError(ValueError):
 class Result:
     """A number that was measured with these weights.
 
-    task: as the Hub calls it. dataset: a Hub name, or what people call it. metric: its name among `training/metrics`.
-    value: a share between 0 and 1, as the metric gives it. protocol: how it was measured, a phrase.
-    date: ISO 8601. code: versions that it was measured with.
+    Attributes:
+        task: As the Hub calls it.
+        dataset: A Hub name, or what people call it.
+        split: Of the dataset.
+        metric: Its name among `training/metrics`, or any other.
+        value: As the metric gives it: a fraction between 0 and 1 where it is an accuracy, an IoU or an average
+            precision.
+        protocol: How it was measured, a phrase.
+        date: ISO 8601.
+        code: Versions that it was measured with.
     """
 
     task: str
@@ -49,7 +56,15 @@ class Result:
 class Published:
     """A number that a publication gives for this architecture, in percent, as printed there.
 
-    source: the table. url: where that is. protocol: how it was measured, as far as the source says.
+    Attributes:
+        task: As the Hub calls it.
+        dataset: A Hub name, or what people call it.
+        split: Of the dataset.
+        metric: Its name.
+        percent: The number.
+        protocol: How it was measured, as far as the source says.
+        source: The table.
+        url: Where that is.
     """
 
     task: str
@@ -66,9 +81,15 @@ class Published:
 class Training:
     """How the weights were trained here.
 
-    program: of `training/`. version: of this package. start: the weights it began with, None for random ones.
-    updates: of the whole run. step: the update whose weights these are. batch_size: images of all processes.
-    options: of the program, where they differ from its defaults.
+    Attributes:
+        program: Of `training/`.
+        version: Of this package.
+        updates: Of the whole run.
+        step: The update whose weights these are.
+        batch_size: Images of all processes.
+        processes: How many there were.
+        start: The weights it began with, None for random ones.
+        options: Of the program, where they differ from its defaults.
     """
 
     program: str
@@ -85,9 +106,15 @@ class Training:
 class Conversion:
     """Where converted weights come from.
 
-    source: folder or Hub name. layout: of its files, in words. part: which of its weights were taken.
-    file, sha256: that held them. tensors: what became of them, a sentence. version: of this package.
-    difference: the largest between the outputs of the converted model in memory and of the folder, loaded again.
+    Attributes:
+        source: A folder or a Hub name.
+        layout: Of its files, in words.
+        part: Which of its weights were taken.
+        file: The one that held them.
+        sha256: Of that file.
+        tensors: What became of them, a sentence.
+        difference: The largest between the outputs of the converted model in memory and of the folder, loaded again.
+        version: Of this package.
     """
 
     source: str
@@ -104,13 +131,20 @@ class Conversion:
 class Card:
     """What a card says that config.json does not.
 
-    title: of the model. repository: what the snippets load, a Hub name ("owner/name") or the name of a folder.
-    revision: tag or commit that the snippets pin; a Hub name needs one.
-    datasets: what the weights learned from, Hub names where there are such, or "unknown".
-    weights_license: as the Hub abbreviates it ("mit"), or "unknown"; that of the code is MIT.
-    base_model: Hub name of what the weights were trained further from. upstream: address of the original.
-    recipe: the file in `training/recipes/` of the published experiment. remarks: sentences for this card alone.
-    training or conversion: where the weights come from; at least one.
+    Attributes:
+        title: Of the model.
+        repository: What the snippets load, a Hub name ("owner/name") or the name of a folder.
+        revision: The tag or commit that the snippets pin; a Hub name needs one.
+        datasets: What the weights learned from, Hub names where there are such, or "unknown".
+        weights_license: As the Hub abbreviates it ("mit"), or "unknown"; that of the code is MIT.
+        base_model: Hub name of what the weights were trained further from.
+        upstream: Address of the original.
+        recipe: The file in `training/recipes/` of the published experiment.
+        remarks: Sentences for this card alone.
+        results: Numbers that were measured with these weights.
+        published: Numbers of a publication.
+        training: How the weights were trained here; this or `conversion` says where they come from.
+        conversion: Where converted weights come from.
     """
 
     title: str | None = None
@@ -140,7 +174,11 @@ class Card:
 
 
 def check_card(card: Card) -> None:
-    """Raises CardError naming the first field that is unfilled."""
+    """Refuse a card that is not complete.
+
+    Raises:
+        CardError: A field is unfilled; the message names the first.
+    """
     for name in ("title", "repository", "datasets", "weights_license"):
         if not getattr(card, name):
             raise _unfilled(name)
@@ -155,7 +193,15 @@ def check_card(card: Card) -> None:
 
 
 def build_card(content: dict[str, Any], where: str) -> Card:
-    """The card with these fields. where: their file. Raises CardError that names a field which is wrong."""
+    """The card with these fields.
+
+    Args:
+        content: Field -> value, as YAML reads them.
+        where: Their file, the subject of messages.
+
+    Raises:
+        CardError: A field is unknown, missing or of another type; the message names it.
+    """
     parts = {"training": Training, "conversion": Conversion}
     rows = {"results": Result, "published": Published}
     built = dict(content)
@@ -187,7 +233,11 @@ def _build(cls: type, content: Any, where: str) -> Any:
 
 
 def check_type(kind: Any, value: Any, where: str) -> None:
-    """Raises CardError, with the expected type and what to do, for a value that YAML reads as another one."""
+    """Refuse a value that YAML reads as another type.
+
+    Raises:
+        CardError: The message says the expected type and what to do.
+    """
     try:
         type_validator(where, value, float | int if kind is float else kind)
     except TypeError:

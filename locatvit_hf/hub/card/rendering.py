@@ -29,8 +29,12 @@ PIPELINES = {
 def render_card(config: PreTrainedConfig, card: Card) -> str:
     """README.md: the metadata in YAML with its `model-index`, and the text.
 
-    config: of the checkpoint; its `architectures` name the class of the model.
-    Raises CardError that names an unfilled field, and where the model is none of ours.
+    Args:
+        config: Of the checkpoint; its `architectures` name the class of the model.
+        card: What config.json does not say.
+
+    Raises:
+        CardError: A field is unfilled, or the model is of a class that has no card.
     """
     check_card(card)
     inner = family_config(config)
@@ -167,7 +171,11 @@ def _shown(result: Result) -> str:
 
 
 def architecture_of(config: PreTrainedConfig) -> str:
-    """The class of a model. Raises CardError where config.json does not name it."""
+    """The class of a model.
+
+    Raises:
+        CardError: config.json does not name it.
+    """
     if not config.architectures:
         raise CardError("config.json does not name the class of the model: its field architectures is empty.")
     return config.architectures[0]

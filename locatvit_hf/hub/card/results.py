@@ -26,7 +26,10 @@ NOT_METRICS = ("loss", "runtime", "_per_second", "_time")
 def results_from(record: dict[str, Any]) -> list[Result]:
     """The numbers of a result file: what a program of `training/evaluation/` wrote, or `all_results.json` of a run.
 
-    Every metric is a result, whatever its name; see `metrics_of`. Raises CardError where the record is neither.
+    Every metric is a result, whatever its name; see `metrics_of`.
+
+    Raises:
+        CardError: The record is neither.
     """
     try:
         if "task" in record:

@@ -51,7 +51,16 @@ def read_source(path: Path) -> tuple[PreTrainedConfig, Card]:
 
 
 def check_same(config: PreTrainedConfig, expected: PreTrainedConfig, message: str) -> None:
-    """Raises CardError, with what differs, unless both describe models of one class with the same weights."""
+    """Refuse two configurations unless both describe models of one class with the same weights.
+
+    Args:
+        config: Of a checkpoint.
+        expected: Of what it should be.
+        message: The beginning of the sentence.
+
+    Raises:
+        CardError: They differ; the message says in what.
+    """
     inner, other = family_config(config), family_config(expected)
     # What decides the function without deciding the shape of a weight.
     switches = ("use_refinement", "num_attention_heads", "num_heads", "pooling")
@@ -68,7 +77,11 @@ def check_same(config: PreTrainedConfig, expected: PreTrainedConfig, message: st
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The fields in a YAML file. Raises CardError where there are none."""
+    """The fields in a YAML file.
+
+    Raises:
+        CardError: The file cannot be read or holds no fields.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -16,9 +16,10 @@ from .sources import check_same, read_source, read_yaml
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Writes card.yaml, README.md and `.eval_results/` of a checkpoint folder, whose config.json says the rest.
+    """Write card.yaml, README.md and `.eval_results/` of a checkpoint folder, whose config.json says the rest.
 
-    Raises CardError that names an unfilled field; nothing is written then.
+    Raises:
+        CardError: A field is unfilled; nothing is written then.
     """
     folder = Path(folder)
     text, results = render_card(read_config(folder), card), render_results(card)
@@ -35,7 +36,8 @@ def write_card(folder: Path, card: Card) -> None:
 def read_card(folder: Path) -> Card:
     """The card of a checkpoint folder, from its card.yaml. To be published it also has to pass `check_card`.
 
-    Raises CardError where there is none, or it does not say what a card says.
+    Raises:
+        CardError: There is none, or it does not say what a card says.
     """
     path = Path(folder) / CARD_FILE
     if not path.is_file():
@@ -53,17 +55,26 @@ def dump_card(card: Card) -> str:
 
 
 def load_card(path: Path) -> Card:
-    """The card in a YAML file. Raises CardError that names a field which is unknown, missing or of another kind."""
+    """The card in a YAML file.
+
+    Raises:
+        CardError: A field is unknown, missing or of another type; the message names it.
+    """
     content = read_yaml(Path(path))
     return build_card(content, Path(path).name)
 
 
 def update_card(folder: Path, source: Path | None = None, results: Sequence[Path] = (), **facts: Any) -> Card:
-    """Renders the card of a checkpoint folder anew, and returns it.
+    """Render the card of a checkpoint folder anew, and return it.
 
-    source: a file of `model_cards/` about this checkpoint. results: result files, see `results_from`; a number that
-    was measured again replaces the earlier one. facts: further fields of the card.
-    Raises CardError where one of them is wrong, or a field is unfilled; nothing is written then.
+    Args:
+        folder: The checkpoint.
+        source: A file of `model_cards/` about this checkpoint.
+        results: Result files, see `results_from`; a number that was measured again replaces the earlier one.
+        facts: Further fields of the card.
+
+    Raises:
+        CardError: One of them is wrong, or a field is unfilled; nothing is written then.
     """
     card = read_card(folder)
     if source is not None:
