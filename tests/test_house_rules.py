@@ -5,6 +5,7 @@ machines without this package, loaded by transformers, which finds what a file n
 """
 
 import ast
+import graphlib
 import re
 import sys
 from collections.abc import Iterator
@@ -111,6 +112,21 @@ def test_a_configuration_is_read_without_models_and_images(travelling: Path) -> 
         tree = ast.parse(travelling.read_text())
         assert all(node.module.startswith("configuration_") for node in relative_imports(tree))
         assert not {"torch", "torchvision"} & {name for name, _ in imports(tree)}
+
+
+def test_sub_packages_do_not_import_each_other_in_a_circle() -> None:
+    """Wherever the imports stand: whoever reads a package has read those that it needs before."""
+    packages = {path.parent.name: path.parent for path in (ROOT / "locatvit_hf").glob("*/__init__.py")}
+    needed = {name: set() for name in packages}
+    for name, folder in packages.items():
+        for path in folder.rglob("*.py"):
+            for node in relative_imports(ast.parse(path.read_text())):
+                if node.level == len(path.relative_to(folder).parts) + 1:  # as far up as the package
+                    modules = [node.module] if node.module else [alias.name for alias in node.names]
+                    needed[name].update(module.partition(".")[0] for module in modules)
+    found = {name: sorted(others & packages.keys()) for name, others in needed.items()}
+    assert "utils" in found["hub"] and found["utils"] == []
+    graphlib.TopologicalSorter(found).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.fixture(scope="module")
