@@ -364,7 +364,7 @@ class TestRefusals:
         self.refused(model, "must be divisible", num_attention_heads=7)
         self.refused(model, "trained with hidden_act='gelu' and cannot start with 'relu'", hidden_act="relu")
         self.refused(model, "trained with num_attention_heads", num_attention_heads=1)
-        self.refused(model, "trained with num_register_tokens=0; 2", num_register_tokens=2)
+        self.refused(model, "trained with num_register_tokens=0 and cannot start with 2", num_register_tokens=2)
         self.refused(model, "embeddings.patch_embeddings.projection.weight", patch_size=4)
 
 

@@ -78,7 +78,7 @@ def test_a_missing_processor_is_that_of_the_configuration(folder: Path, tmp_path
     found = Checkpoint(str(tmp_path)).load_processor()
     assert type(found) is LocAtViTImageProcessor and found.to_dict() == expected
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         Checkpoint(str(tmp_path)).load_processor()
 
 
