@@ -25,7 +25,7 @@ from training.engine.export import save_pretrained
 from training.engine.schedule import Schedule
 from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 from training.engine.trainer_names import OF_TEXT, OPTIONS, translate
-from training.tasks.checkpoint_loading import load_pretrained, rebuild
+from training.tasks.checkpoint_loading import label_fields, load_pretrained, rebuild, without_num_labels
 from training.tasks.classification import ClassificationAugmentation, train_classifier
 
 
@@ -85,18 +85,14 @@ def build_model(arguments: FinetuneArguments, label_names: list[str]) -> tuple[P
     Raises:
         ValueError: Where the number of classes is given twice and differs, and as `load_pretrained` does.
     """
-    num_labels = arguments.model.get("num_labels", len(label_names))
-    if num_labels != len(label_names):
-        raise ValueError(f"model.num_labels is {num_labels}, but the data has {len(label_names)} classes.")
+    values = without_num_labels(arguments.model, label_names)
     if arguments.unfreeze and not arguments.freeze:
         raise ValueError("unfreeze names exceptions to --freeze, which is not given.")
     if arguments.lora and arguments.freeze:
         raise ValueError("lora already freezes all but the adapters, the classifier and new Gaussians: drop --freeze.")
-    values = {name: value for name, value in arguments.model.items() if name != "num_labels"}
     model, fresh = load_pretrained(AutoModelForImageClassification, arguments.pretrained, values)
     if [model.config.id2label[index] for index in range(model.config.num_labels)] != label_names:
-        names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
-        model = rebuild(model, **names)
+        model = rebuild(model, **label_fields(label_names))
     if arguments.freeze:
         freeze_encoder(model, arguments.unfreeze)
     return model, any(".gaussian." in name for name in fresh)

@@ -15,7 +15,7 @@ from training.engine.arguments import option, run_program
 from training.engine.distributed import create_accelerator
 from training.engine.schedule import Schedule
 from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
-from training.tasks.checkpoint_loading import build_config
+from training.tasks.checkpoint_loading import build_config, label_fields, without_num_labels
 from training.tasks.classification import ClassificationAugmentation, train_classifier
 from training.tasks.distillation import DistillationArguments
 
@@ -46,11 +46,7 @@ def main(arguments: PretrainArguments) -> dict[str, Any]:
 
 def build_model(arguments: PretrainArguments, label_names: list[str]) -> PreTrainedModel:
     """A fresh classifier with the names of the data's classes; unknown fields of `model` are errors."""
-    num_labels = arguments.model.get("num_labels", len(label_names))
-    if num_labels != len(label_names):
-        raise ValueError(f"model.num_labels is {num_labels}, but the data has {len(label_names)} classes.")
-    names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
-    values = {k: v for k, v in arguments.model.items() if k != "num_labels"} | names
+    values = without_num_labels(arguments.model, label_names) | label_fields(label_names)
     return AutoModelForImageClassification.from_config(build_config(arguments.family, arguments.preset, values))
 
 

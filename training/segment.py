@@ -31,7 +31,13 @@ from training.engine.loop import TrainingLoop
 from training.engine.optimization import create_optimizer
 from training.engine.schedule import Schedule
 from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
-from training.tasks.checkpoint_loading import change_config, load_pretrained, read_config
+from training.tasks.checkpoint_loading import (
+    change_config,
+    label_fields,
+    load_pretrained,
+    read_config,
+    without_num_labels,
+)
 from training.tasks.segmentation.augmentation import SegmentationAugmentation, SegmentationTransform
 from training.tasks.segmentation.evaluation import SegmentationCollator, draw_examples, evaluate
 
@@ -147,10 +153,7 @@ def build_model(arguments: SegmentArguments, label_names: list[str] | None) -> P
     """
     if label_names is None:
         raise ValueError("The data does not name its classes: give --label_names, a list or a JSON file {id: name}.")
-    num_labels = arguments.model.get("num_labels", len(label_names))
-    if num_labels != len(label_names):
-        raise ValueError(f"model.num_labels is {num_labels}, but the data has {len(label_names)} classes.")
-    changes = {name: value for name, value in arguments.model.items() if name != "num_labels"}
+    changes = without_num_labels(arguments.model, label_names)
     source = read_config(arguments.pretrained) if arguments.pretrained is not None else None
     backbone = getattr(source, "backbone_config", None)
     if isinstance(backbone, FamilyConfigMixin):
@@ -224,7 +227,7 @@ def build_config(arguments: SegmentArguments, encoder: PreTrainedConfig, label_n
     for name, given in (("semantic_loss_ignore_index", arguments.model), ("loss_ignore_index", arguments.upernet)):
         if given.get(name, IGNORE_INDEX) != IGNORE_INDEX:
             raise ValueError(f"Pixels without a class have the label {IGNORE_INDEX} here: leave out {name}.")
-    names = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    names = label_fields(label_names)
     is_paca = encoder.model_type == "pacavit"
     if arguments.head == "paca" and not is_paca:
         raise ValueError(

@@ -44,6 +44,19 @@ def build_config(family: str, preset: str | None, values: dict[str, Any]) -> Pre
         raise ValueError(describe(error)) from None
 
 
+def without_num_labels(fields: dict[str, Any], label_names: list[str]) -> dict[str, Any]:
+    """Fields of a configuration but for the number of classes. Raises ValueError where it is not that of the names."""
+    num_labels = fields.get("num_labels", len(label_names))
+    if num_labels != len(label_names):
+        raise ValueError(f"model.num_labels is {num_labels}, but the data has {len(label_names)} classes.")
+    return {name: value for name, value in fields.items() if name != "num_labels"}
+
+
+def label_fields(label_names: list[str]) -> dict[str, Any]:
+    """The fields of a configuration that name the classes, in the order of their ids."""
+    return {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+
+
 def read_config(pretrained: str | Path) -> PreTrainedConfig | None:
     """The configuration of a checkpoint of transformers; None where there is none, as in a folder of timm."""
     try:

@@ -1,6 +1,6 @@
 """Images with their boxes and masks: augmented together for training, whole for evaluation."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as tvF
 
 from locatvit_hf.detection.detector import normalize_pixels
 from training.data.images import to_rgb
+from training.engine.arguments import option
 from training.tasks.detection.objects import read_objects
 
 
@@ -21,31 +22,16 @@ from training.tasks.detection.objects import read_objects
 class DetectionAugmentation:
     """Joint augmentation of images, boxes and masks; sides are in pixels."""
 
-    shortest_sides: list[int] = field(
-        default_factory=lambda: [800],
-        metadata={"help": "The short side of a training image is one of these.", "least": 1},
+    shortest_sides: list[int] = option([800], "The short side of a training image is one of these.", least=1)
+    longest_side: int = option(1333, "No side is longer, in training and in evaluation.", least=1)
+    horizontal_flip: float | int = option(0.5, "Probability of mirroring an image.", least=0, most=1)
+    crop: float | int = option(
+        0.0, "Probability of resizing to `crop_shortest_sides` and cropping first.", least=0, most=1
     )
-    longest_side: int = field(
-        default=1333, metadata={"help": "No side is longer, in training and in evaluation.", "least": 1}
+    crop_shortest_sides: list[int] = option(
+        [400, 500, 600], "Short side of an image before that crop, one of these.", least=1
     )
-    horizontal_flip: float | int = field(
-        default=0.5, metadata={"help": "Probability of mirroring an image.", "least": 0, "most": 1}
-    )
-    crop: float | int = field(
-        default=0.0,
-        metadata={
-            "help": "Probability of resizing to `crop_shortest_sides` and cropping first.",
-            "least": 0,
-            "most": 1,
-        },
-    )
-    crop_shortest_sides: list[int] = field(
-        default_factory=lambda: [400, 500, 600],
-        metadata={"help": "Short side of an image before that crop, one of these.", "least": 1},
-    )
-    crop_size: list[int] = field(
-        default_factory=lambda: [384, 600], metadata={"help": "Smallest and largest side of that crop.", "least": 1}
-    )
+    crop_size: list[int] = option([384, 600], "Smallest and largest side of that crop.", least=1)
 
 
 class DetectionTransform:

@@ -1,6 +1,6 @@
 """Both splits of a detection dataset, read and checked before training begins."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -8,6 +8,7 @@ import datasets
 from huggingface_hub.dataclasses import strict
 
 from training.data import subsample_evenly
+from training.engine.arguments import option
 from training.engine.settings import DataArguments
 from training.tasks.detection.coco import read_coco
 from training.tasks.detection.objects import Annotated, dump_objects, size_inside
@@ -24,18 +25,16 @@ class DetectionDataArguments(DataArguments):
 
     train_split: str = "train2017"
     validation_split: str = "val2017"
-    train_images: str | None = field(default=None, metadata={"help": "Folder; by default DATASET/TRAIN_SPLIT."})
-    train_annotations: str | None = field(
-        default=None, metadata={"help": "COCO file; by default DATASET/annotations/instances_TRAIN_SPLIT.json."}
+    train_images: str | None = option(None, "Folder; by default DATASET/TRAIN_SPLIT.")
+    train_annotations: str | None = option(
+        None, "COCO file; by default DATASET/annotations/instances_TRAIN_SPLIT.json."
     )
-    validation_images: str | None = field(default=None, metadata={"help": "As `train_images`."})
-    validation_annotations: str | None = field(default=None, metadata={"help": "As `train_annotations`."})
-    label_orientation: Literal["turned", "stored"] | None = field(
-        default=None,
-        metadata={
-            "help": "Whether boxes belong to images turned as their EXIF orientation says, or to their pixels as they "
-            "are stored and are to be turned too, where sizes do not tell; by default the first, with a warning."
-        },
+    validation_images: str | None = option(None, "As `train_images`.")
+    validation_annotations: str | None = option(None, "As `train_annotations`.")
+    label_orientation: Literal["turned", "stored"] | None = option(
+        None,
+        "Whether boxes belong to images turned as their EXIF orientation says, or to their pixels as they "
+        "are stored and are to be turned too, where sizes do not tell; by default the first, with a warning.",
     )
 
 
