@@ -252,7 +252,7 @@ def test_all_recipes_are_known():
 
 def test_dry_run_draws_boxes(settings, tmp_path):
     results = train({**settings, "dry_run": True}, tmp_path / "run")["dry_run"]
-    assert results["updates"] == 6 and results["loss"] > 0
+    assert results["steps"] == 6 and results["loss"] > 0
     assert min(Image.open(tmp_path / "run" / "dry_run.png").size) > 100
     assert not (tmp_path / "run" / "model").exists()
 

@@ -323,7 +323,7 @@ def test_schedules_of_the_teacher():
 
 def test_dry_run_shows_the_views(settings, tmp_path):
     results = train({**settings, "dry_run": True}, tmp_path / "run")["dry_run"]
-    assert results["updates"] == 8 and results["memory"]["activations"] > 0
+    assert results["steps"] == 8 and results["memory"]["activations"] > 0
     picture = Image.open(tmp_path / "run" / "dry_run.png")
     assert min(picture.size) > 200
     assert not (tmp_path / "run" / "model").exists()

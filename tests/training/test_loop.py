@@ -237,15 +237,15 @@ def test_a_dry_run_tells_what_a_run_would_be(pretrain_settings, tmp_path, capsys
     settings = {**pretrain_settings, "batch_size": 48, "output_dir": str(output), "dry_run": True}
     report = pretrain(build_arguments(PretrainArguments, settings))["dry_run"]
     parameters = report["parameters"]
-    assert report["updates"] == 4 and report["learning_rates"][1] == 1e-3
+    assert report["steps"] == 4 and report["learning_rates"][1] == 1e-3
     memory = report["memory"]
     assert memory["weights"] == memory["gradients"] == memory["averaged weights"] == 4 * parameters
     assert 8 * parameters <= memory["optimizer"] < 9 * parameters  # two moments, and a few counters
     assert memory["activations"] > 48 * 17 * 16 * 4  # at least one hidden state of every image
     printed = capsys.readouterr().out
     assert f"{parameters:,}" in printed and "4 steps" in printed
-    with Image.open(output / "dry_run.png") as picture:
-        assert picture.width > 200 and picture.height > 200
+    with Image.open(output / "dry_run.png") as image:
+        assert image.width > 200 and image.height > 200
     assert [path.name for path in output.iterdir()] == ["dry_run.png"]
 
 

@@ -69,11 +69,11 @@ def describe_dry_run(
     report = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss": loss,
-        "updates": schedule.total,
-        "updates_per_epoch": schedule.steps_per_epoch,
+        "steps": schedule.total,
+        "steps_per_epoch": schedule.steps_per_epoch,
         "learning_rates": {step: schedule.learning_rate_at(step) for step in points if step < schedule.total},
         "memory": memory,
-        "picture": str(path),
+        "image": str(path),
     }
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     image = draw_batch(batch, processor.image_mean, processor.image_std, names)
@@ -92,7 +92,7 @@ def _show(report: dict[str, Any], model: nn.Module, arguments: Any, schedule: Sc
         f"images: {num_processes} processes x {arguments.gradient_accumulation_steps} passes of "
         f"{schedule.images_per_pass:,}.",
         f"Learning rate: {rates}",
-        f"Loss of a fresh batch: {report['loss']:.4f}. The batch as the model sees it: {report['picture']}",
+        f"Loss of a fresh batch: {report['loss']:.4f}. The batch as the model sees it: {report['image']}",
     ):
         console.print(line, markup=False)
 
