@@ -3,8 +3,6 @@
 import argparse
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,9 +12,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.golden import GOLDEN, GoldenCase
+from tests.processes import run_program
 
 # A process that knows nothing of this package loads every folder by the Auto class of its task.
-STRANGER = """
+REMOTE_USER = """
 import json
 import sys
 
@@ -45,7 +44,7 @@ for folder in map(Path, sys.argv[1:]):
 """
 
 
-def strangers_outputs(inputs: Mapping[Path, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+def remote_outputs(inputs: Mapping[Path, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
     """What models say in one process where this package cannot be imported.
 
     inputs: folder of a model -> name -> pixel values, the folders being neighbors. Returns name of the folder -> name
@@ -56,8 +55,7 @@ def strangers_outputs(inputs: Mapping[Path, Mapping[str, torch.Tensor]]) -> dict
         root = folder.parent
     environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules")}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", STRANGER, *map(str, inputs)]
-    process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    process = run_program("-c", REMOTE_USER, *inputs, folder=root, environment=environment)
     assert process.returncode == 0, process.stderr
     return {folder.name: load_file(f"{folder}.outputs") for folder in inputs}
 

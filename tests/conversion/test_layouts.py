@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification
 from locatvit_hf.conversion import locatvit as family
-from tests.conversion.layouts import strangers_outputs, write_mixin, write_run, write_timm
+from tests.conversion.layouts import remote_outputs, write_mixin, write_run, write_timm
 from tests.golden import GOLDEN, VIT_CHECKPOINTS, load_case, load_models, model_input, rule_weights
 
 WRITERS = {"mixin": write_mixin, "timm": write_timm, "run": write_run}
@@ -31,7 +31,7 @@ RULE_CASES = {
 
 
 @pytest.fixture(scope="module")
-def strangers_logits(tmp_path_factory, locatvit) -> dict[str, dict[str, torch.Tensor]]:
+def remote_logits(tmp_path_factory, locatvit) -> dict[str, dict[str, torch.Tensor]]:
     """Logits of every converted checkpoint by one process that has only transformers: folder -> input -> logits."""
     sources, root = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("converted")
     inputs = {}
@@ -47,7 +47,7 @@ def strangers_logits(tmp_path_factory, locatvit) -> dict[str, dict[str, torch.Te
     for name, (source, _) in inputs.items():
         result = locatvit("convert", source, root / name)
         assert result.exit_code == 0, result.output
-    return strangers_outputs({root / name: tensors for name, (_, tensors) in inputs.items()})
+    return remote_outputs({root / name: tensors for name, (_, tensors) in inputs.items()})
 
 
 def write_rule_case(folder: Path, architecture: str, arguments: dict, pool: str) -> Path:
@@ -67,16 +67,16 @@ def write_rule_case(folder: Path, architecture: str, arguments: dict, pool: str)
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_golden_logits_in_a_process_without_the_package(strangers_logits, name, layout):
+def test_golden_logits_in_a_process_without_the_package(remote_logits, name, layout):
     case = load_case(name)
     for index in range(case.num_inputs):
-        assert case.error(f"{index}.logits", strangers_logits[f"{name}-{layout}"][str(index)]) < 1e-5
+        assert case.error(f"{index}.logits", remote_logits[f"{name}-{layout}"][str(index)]) < 1e-5
 
 
 @pytest.mark.parametrize("name", RULE_CASES)
-def test_whole_models_in_timms_layout(strangers_logits, name):
+def test_whole_models_in_timms_layout(remote_logits, name):
     golden = load_models()[RULE_CASES[name][0]]
-    logits = strangers_logits[name]["0"].double()
+    logits = remote_logits[name]["0"].double()
     # Weights and arithmetic are in float32 here, the golden values in float64.
     np.testing.assert_allclose(logits[0, : len(golden["logits_0"])], golden["logits_0"], atol=5e-5)
     assert abs(logits.sum().item() - golden["logits_sum"]) < 5e-3

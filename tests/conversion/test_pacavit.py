@@ -16,7 +16,7 @@ from locatvit_hf import (
     PaCaViTModel,
 )
 from locatvit_hf.conversion import pacavit
-from tests.conversion.layouts import strangers_outputs
+from tests.conversion.layouts import remote_outputs
 from tests.golden import GOLDEN
 
 VARIANTS = {
@@ -179,7 +179,7 @@ def test_backbone_of_a_detector(convert):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_a_stranger_loads_them_by_their_auto_classes(tmp_path, locatvit):
+def test_a_remote_user_loads_them_by_their_auto_classes(tmp_path, locatvit):
     pixel_values = torch.randn(1, 3, 40, 70)
     expected = {}
     for model_class in (PaCaViTModel, PaCaViTForImageClassification, PaCaViTForSemanticSegmentation):
@@ -191,7 +191,7 @@ def test_a_stranger_loads_them_by_their_auto_classes(tmp_path, locatvit):
         assert result.exit_code == 0, result.output
         with torch.no_grad():
             expected[folder] = model(pixel_values)[0]
-    observed = strangers_outputs({folder: {"x": pixel_values} for folder in expected})
+    observed = remote_outputs({folder: {"x": pixel_values} for folder in expected})
     for folder, output in expected.items():
         torch.testing.assert_close(observed[folder.name]["x"], output, rtol=0, atol=1e-5)
         assert not {"attention_locat.py", "locat.py", "triton_locat.py"} & {path.name for path in folder.glob("*.py")}

@@ -11,7 +11,7 @@ from locatvit_hf import LocAtJumboForImageClassification
 from locatvit_hf.conversion import locatjumbo, locatswin
 from locatvit_hf.conversion.errors import ConversionError
 from tests import golden
-from tests.conversion.layouts import strangers_outputs, write_run, write_timm
+from tests.conversion.layouts import remote_outputs, write_run, write_timm
 
 
 def write_timm_of_family(case, folder):
@@ -62,7 +62,7 @@ def converted(tmp_path_factory, locatvit):
         inputs[out] = {"0": golden.model_input(model["input"]).float()}
         result = locatvit("convert", write_rule_case(sources / out.name, model["model"]), out)
         assert result.exit_code == 0, result.output
-    return root, strangers_outputs(inputs)
+    return root, remote_outputs(inputs)
 
 
 @pytest.mark.parametrize("layout", WRITERS)

@@ -1,4 +1,4 @@
-"""Exported models, what the package itself computes with them, and ways to start people on other machines."""
+"""Exported models, what the package itself computes with them, and ways to run programs as on other machines."""
 
 import json
 import os
@@ -14,46 +14,33 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-from locatvit_hf import (
-    LocAtViTBackbone,
-    LocAtViTConfig,
-    LocAtViTForImageClassification,
-    LocAtViTForSemanticSegmentation,
-    LocAtViTImageProcessor,
-)
+from locatvit_hf import LocAtViTImageProcessor
+from tests.factories import FAMILIES, model_class, tiny_config
+from tests.processes import run_program
 
 HERE = Path(__file__).resolve().parent
 LABELS = {0: "tree", 1: "road", 2: "sky"}
+# Of the family that is checked in every respect.
+FIELDS = {"num_register_tokens": 1, "image_mean": [0.4, 0.5, 0.6]}
 
 Answers = dict[str, dict[str, object]]
-AskStranger = Callable[..., Answers]
+AskRemoteUser = Callable[..., list[Answers]]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `classifier/` and `segmenter/` as `save_pretrained` leaves them, and a `photo.png`."""
+    """A folder with `FAMILY/classifier` and `FAMILY/segmenter` as `save_pretrained` leaves them, and a `photo.png`."""
     folder = tmp_path_factory.mktemp("exported")
-    config = LocAtViTConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_register_tokens=1,
-        segmentation_hidden_size=16,
-        id2label=LABELS,
-        image_mean=[0.4, 0.5, 0.6],
-    )
     torch.manual_seed(0)
-    for name, model_class in (
-        ("classifier", LocAtViTForImageClassification),
-        ("segmenter", LocAtViTForSemanticSegmentation),
-    ):
-        model = model_class(config)
-        with torch.no_grad():
-            for parameter in model.parameters():  # as far from the initial values as training goes
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        model.save_pretrained(folder / name)
+    for family in FAMILIES:
+        fields = FIELDS if family == "locatvit" else {}
+        for name, task in (("classifier", "ForImageClassification"), ("segmenter", "ForSemanticSegmentation")):
+            config = tiny_config(family, num_labels=3, id2label=LABELS, segmentation_hidden_size=16, **fields)
+            model = model_class(family, task)(config)
+            with torch.no_grad():
+                for parameter in model.parameters():  # as far from the initial values as training goes
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+            model.save_pretrained(folder / family / name)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     pixels[5:15, 30:50] = 255
     Image.fromarray(pixels).save(folder / "photo.png")
@@ -61,68 +48,75 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(exported: Path) -> dict[str, object]:
-    """The answer that each check of `stranger.py` must give, computed with the package."""
+def expected(exported: Path) -> dict[str, dict[str, object]]:
+    """The answer that each check of `remote_user.py` must give, by family, computed with the package."""
+    answers = {family: expected_answers(exported, family) for family in FAMILIES}
+    # The segmentation must not be trivial, or a wrong one could pass for it.
+    assert len(answers["locatvit"]["segmentation_pipeline"]) > 1
+    return answers
+
+
+@torch.no_grad()
+def expected_answers(exported: Path, family: str) -> dict[str, object]:
     image = Image.open(exported / "photo.png")
-    classifier = LocAtViTForImageClassification.from_pretrained(exported / "classifier")
-    segmenter = LocAtViTForSemanticSegmentation.from_pretrained(exported / "segmenter")
-    backbone = LocAtViTBackbone.from_pretrained(exported / "classifier", out_indices=[1, 2])
-    crop = LocAtViTImageProcessor.from_pretrained(exported / "classifier")
-    whole = LocAtViTImageProcessor.from_pretrained(exported / "segmenter")
-    pixel_values = crop(image, return_tensors="pt").pixel_values
-    with torch.no_grad():
-        classes = classifier(pixel_values).logits
-        pooled = classifier.locatvit(pixel_values).pooler_output
-        features = backbone(pixel_values).feature_maps[-1]
-        scores = segmenter(whole(image, return_tensors="pt").pixel_values).logits
+    folders = [exported / family / name for name in ("classifier", "segmenter")]
+    classifier = model_class(family).from_pretrained(folders[0])
+    segmenter = model_class(family, "ForSemanticSegmentation").from_pretrained(folders[1])
+    backbone = model_class(family, "Backbone").from_pretrained(folders[0], out_indices=[1, 2])
+    crop, whole = map(LocAtViTImageProcessor.from_pretrained, folders)
+    pixel_values, whole_values = (processor(image, return_tensors="pt").pixel_values for processor in (crop, whole))
+    classes = classifier(pixel_values).logits
+    pooled = classifier.base_model(pixel_values).pooler_output
+    scores = segmenter(whole_values).logits
     probabilities = classes.softmax(dim=-1)[0]
     order = probabilities.argsort(descending=True)[:2].tolist()
     segments = pipeline("image-segmentation", model=segmenter, image_processor=whole)(image)
     answers = {
-        "config": {"model_type": "locatvit", "hidden_size": 32, "id2label": LABELS[1]},
+        "config": {"model_type": family, "hidden_size": 32, "id2label": LABELS[1]},
         "image_processor": pixel_values.flatten()[:100].tolist(),
-        # 40 x 60 pixels: the short side becomes 32, the long one 48; class 7 is one class still.
-        "label_maps": [[1, 32, 48], "torch.int64", [7]],
+        # Class 7 is one class still.
+        "label_maps": [[1, *whole_values.shape[-2:]], "torch.int64", [7]],
         "model": pooled.flatten().tolist(),
         "classifier": classes.flatten().tolist(),
         "segmenter": scores.flatten().tolist(),
-        "new_segmentation_head": [1, 5, 4, 4],
-        "backbone": features.flatten().tolist(),
+        "new_segmentation_head": [1, 5, *(side // 8 for side in pixel_values.shape[-2:])],
+        "backbone": backbone(pixel_values).feature_maps[-1].flatten().tolist(),
         "classification_pipeline": [[LABELS[index], probabilities[index].item()] for index in order],
         "segmentation_pipeline": sorted(
             [segment["label"], list(segment["mask"].size), segment["mask"].histogram()[255]] for segment in segments
         ),
         "features_pipeline": pooled[0].tolist(),
-        "save_again": sorted(path.name for path in (exported / "classifier").iterdir()),
+        "save_again": sorted(path.name for path in folders[0].iterdir()),
         "push_again": None,
     }
-    # The segmentation must not be trivial, or a wrong one could pass for it.
-    assert len(answers["segmentation_pipeline"]) > 1
     return answers
 
 
 @pytest.fixture(scope="module")
-def ask_stranger(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> AskStranger:
-    """`ask_stranger(checks, models, target=None, push=None, hub=None, revision=None)`: answers of a new person on a
-    clean machine."""
+def ask_remote_user(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> AskRemoteUser:
+    """`ask_remote_user(*requests, hub=None)`: answers of a person with transformers alone, on a clean machine.
 
-    def ask(
-        checks: list[str],
-        models: dict[str, str],
-        target: Path | None = None,
-        push: str | None = None,
-        hub: str | None = None,
-        revision: str | None = None,
-    ) -> Answers:
+    A request is what `remote_user.py` says; the image and a target are there.
+    """
+
+    def ask(*requests: dict[str, object], hub: str | None = None) -> list[Answers]:
         machine = tmp_path_factory.mktemp("machine")
-        request = {"checks": checks, "models": models, "image": str(exported / "photo.png"), "push": push}
-        request |= {"target": str(target or machine / "saved"), "revision": revision}
-        (machine / "request.json").write_text(json.dumps(request))
-        command = [sys.executable, "-I", HERE / "stranger.py", "request.json", "answer.json"]
-        start(command, machine, hub)
-        return json.loads((machine / "answer.json").read_text())
+        common = {"image": str(exported / "photo.png"), "target": str(machine / "saved")}
+        (machine / "requests.json").write_text(json.dumps([common | request for request in requests]))
+        start(machine, hub, "-I", HERE / "remote_user.py", "requests.json", "answers.json")
+        return json.loads((machine / "answers.json").read_text())
 
     return ask
+
+
+def folders(parent: Path) -> dict[str, str]:
+    """The models of a request, from a folder that holds both."""
+    return {name: str(parent / name) for name in ("classifier", "segmenter")}
+
+
+def repositories(prefix: str) -> dict[str, str]:
+    """The models of a request, from two repositories of a Hub."""
+    return {name: f"{prefix}-{name}" for name in ("classifier", "segmenter")}
 
 
 @contextmanager
@@ -156,11 +150,9 @@ def environment_of(machine: Path, hub: str | None) -> dict[str, str]:
     return environment | {"HF_ENDPOINT": hub, "HF_TOKEN": "hf_loopback", "HF_HUB_DISABLE_XET": "1"}
 
 
-def start(command: list[str | Path], machine: Path, hub: str | None) -> None:
-    """Run a program as on another machine, in its own working directory. Fails the test where the program fails."""
-    run = subprocess.run(
-        command, cwd=machine, env=environment_of(machine, hub), capture_output=True, text=True, timeout=300
-    )
+def start(machine: Path, hub: str | None, *arguments: str | Path) -> None:
+    """Runs `python ARGUMENTS` as on another machine, and fails the test where the program fails."""
+    run = run_program(*arguments, folder=machine, environment=environment_of(machine, hub))
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -1,33 +1,39 @@
-"""An exported folder on a machine without the package: `trust_remote_code=True`, the Auto classes and the pipelines."""
+"""Exported folders on a machine without the package: `trust_remote_code=True`, the Auto classes and the pipelines."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.remote.conftest import Answers, AskStranger, assert_answer
+from tests.factories import FAMILIES
+from tests.remote.conftest import Answers, AskRemoteUser, assert_answer, folders
 
 CHECKS = [
-    "config",
     "image_processor",
-    "label_maps",
     "model",
     "classifier",
     "segmenter",
-    "new_segmentation_head",
     "classification_pipeline",
     "segmentation_pipeline",
     "features_pipeline",
-    "save_again",
 ]
-CHECKS_OF_A_COPY = [
-    "config",
-    "image_processor",
-    "classifier",
-    "segmenter",
-    "segmentation_pipeline",
-    "features_pipeline",
-]
+CHECKS_OF_LOCATVIT = [*CHECKS, "config", "label_maps", "new_segmentation_head", "save_again"]
+CHECKS_OF_A_COPY = ["config", *CHECKS]
+SHARED = {
+    "configuration_utils_locat.py",
+    "image_processing_locatvit.py",
+    "layers_locat.py",
+    "modeling_utils_locat.py",
+}
+GAUSSIAN = {"attention_locat.py", "locat.py"}
+KERNELS = {"blockwise_locat.py", "triton_locat.py"}
+# Swin has a mask in every window, which no kernel takes, and PaCa-ViT has no Gaussian.
+CODE = {
+    "locatvit": SHARED | GAUSSIAN | KERNELS,
+    "locatjumbo": SHARED | GAUSSIAN | KERNELS,
+    "locatswin": SHARED | GAUSSIAN,
+    "pacavit": SHARED,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,38 +42,55 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(exported: Path, saved: Path, ask_stranger: AskStranger) -> Answers:
-    models = {name: str(exported / name) for name in ("classifier", "segmenter")}
-    return ask_stranger(CHECKS, models, target=saved)
+def answers(exported: Path, saved: Path, ask_remote_user: AskRemoteUser) -> dict[str, Answers]:
+    """By family, all in one process."""
+    requests = [
+        {"models": folders(exported / family), "target": str(saved)}
+        | {"checks": CHECKS_OF_LOCATVIT if family == "locatvit" else CHECKS}
+        for family in FAMILIES
+    ]
+    return dict(zip(FAMILIES, ask_remote_user(*requests), strict=True))
 
 
 @pytest.fixture(scope="module")
 def answers_of_a_copy(
-    answers: Answers, saved: Path, ask_stranger: AskStranger, tmp_path_factory: pytest.TempPathFactory
+    answers: dict[str, Answers], saved: Path, ask_remote_user: AskRemoteUser, tmp_path_factory: pytest.TempPathFactory
 ) -> Answers:
     """Another person loads what the first one saved, from another place."""
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "models"
     shutil.move(saved, elsewhere)
-    return ask_stranger(CHECKS_OF_A_COPY, {name: str(elsewhere / name) for name in ("classifier", "segmenter")})
+    return ask_remote_user({"models": folders(elsewhere), "checks": CHECKS_OF_A_COPY})[0]
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_folder_works_without_the_package(check: str, answers: Answers, expected: dict[str, object]) -> None:
-    assert_answer(answers, expected, check)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_works_without_the_package(
+    family: str, check: str, answers: dict[str, Answers], expected: dict[str, dict[str, object]]
+) -> None:
+    assert_answer(answers[family], expected[family], check)
+
+
+@pytest.mark.parametrize("check", [check for check in CHECKS_OF_LOCATVIT if check not in CHECKS])
+def test_a_folder_gives_configurations_label_maps_and_new_heads(
+    check: str, answers: dict[str, Answers], expected: dict[str, dict[str, object]]
+) -> None:
+    assert_answer(answers["locatvit"], expected["locatvit"], check)
 
 
 @pytest.mark.parametrize("check", CHECKS_OF_A_COPY)
-def test_folder_saved_by_a_stranger_works_elsewhere(
-    check: str, answers_of_a_copy: Answers, expected: dict[str, object]
+def test_a_folder_saved_by_a_remote_user_works_elsewhere(
+    check: str, answers_of_a_copy: Answers, expected: dict[str, dict[str, object]]
 ) -> None:
-    assert_answer(answers_of_a_copy, expected, check)
+    assert_answer(answers_of_a_copy, expected["locatvit"], check)
 
 
-def test_folder_holds_what_travels_and_nothing_else(exported: Path, repository_root: Path) -> None:
-    """The Python files beside the weights are the package's own, byte by byte, and none is missing."""
-    for name in ("classifier", "segmenter"):
-        travelled = {path.name: path.read_bytes() for path in (exported / name).glob("*.py")}
-        assert {"configuration_locatvit.py", "modeling_locatvit.py", "image_processing_locatvit.py"} <= travelled.keys()
-        assert "__init__.py" not in travelled
-        for file_name, content in travelled.items():
-            assert content == (repository_root / "locatvit_hf" / file_name).read_bytes(), file_name
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_holds_the_code_of_its_classes_and_no_other(
+    family: str, exported: Path, repository_root: Path
+) -> None:
+    """The Python files beside the weights are the package's own, byte by byte."""
+    for folder in map(Path, folders(exported / family).values()):
+        code = {path.name: path.read_bytes() for path in folder.glob("*.py")}
+        assert code.keys() == CODE[family] | {f"configuration_{family}.py", f"modeling_{family}.py"}
+        for name, content in code.items():
+            assert content == (repository_root / "locatvit_hf" / name).read_bytes(), name

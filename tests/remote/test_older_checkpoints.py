@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 
 import locatvit_hf  # noqa: F401 (registers its classes)
-from tests.conversion.layouts import strangers_outputs
+from tests.conversion.layouts import remote_outputs
 
 OLDER = Path(__file__).resolve().parents[1] / "fixtures" / "before_restructuring"
 NAMES = sorted(path.name for path in OLDER.iterdir() if path.is_dir())
@@ -41,6 +41,6 @@ def test_older_checkpoints_load_with_the_code_that_they_carry(tmp_path: Path) ->
     for name in NAMES:
         shutil.copytree(OLDER / name, tmp_path / name)
         zipfile.ZipFile(OLDER / "code.zip").extractall(tmp_path / name)
-    observed = strangers_outputs({tmp_path / name: {"x": PIXEL_VALUES} for name in NAMES})
+    observed = remote_outputs({tmp_path / name: {"x": PIXEL_VALUES} for name in NAMES})
     for name in NAMES:
         assert_same_logits(observed[name]["x"], name)

@@ -12,17 +12,23 @@ from pathlib import Path
 import torch
 import yaml
 
+from tests.processes import run_program
 from training.engine.arguments import build_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(program: str, settings: dict, *options: str) -> subprocess.Popen:
-    """`python -m training.PROGRAM --config RECIPE OPTIONS`, with the recipe written beside the output folder."""
+def command(program: str, settings: dict, *options: str) -> list[str]:
+    """`-m training.PROGRAM --config RECIPE OPTIONS`, with the recipe written beside the output folder."""
     recipe = Path(settings["output_dir"]).with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(settings))
+    return ["-m", f"training.{program}", "--config", str(recipe), *options]
+
+
+def start(program: str, settings: dict, *options: str) -> subprocess.Popen:
+    """`python -m training.PROGRAM`, which goes on by itself."""
     return subprocess.Popen(
-        [sys.executable, "-m", f"training.{program}", "--config", str(recipe), *options],
+        [sys.executable, *command(program, settings, *options)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -32,9 +38,7 @@ def start(program: str, settings: dict, *options: str) -> subprocess.Popen:
 
 def run(program: str, settings: dict, *options: str) -> subprocess.CompletedProcess:
     """Start and wait; the caller looks at `returncode`."""
-    process = start(program, settings, *options)
-    output, errors = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    return run_program(*command(program, settings, *options), folder=ROOT)
 
 
 def train(

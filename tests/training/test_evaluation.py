@@ -2,10 +2,9 @@
 
 import json
 import math
+import os
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from locatvit_hf import (
     PaCaViTModel,
 )
 from locatvit_hf.hub.card import results_from
+from tests.processes import start_program, wait_for
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, run
 from training.engine.arguments import build_arguments, load_recipe
@@ -363,14 +363,16 @@ def launch_two(program: str, settings: dict) -> dict:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     options = [word for name, value in settings.items() for word in (f"--{name}", json.dumps(value).strip('"'))]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    finished = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "training" / "evaluation" / f"{program}.py"), *options],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr
+    errors = f"{settings['output_dir']}.errors"
+    processes = []
+    for rank in ("0", "1"):
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+        environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        words = "-m", f"training.evaluation.{program}", *options
+        processes.append(
+            start_program(*words, folder=ROOT, environment={**os.environ, **environment}, output=(os.devnull, errors))
+        )
+    assert list(map(wait_for, processes)) == [0, 0], Path(errors).read_text()
     return json.loads((Path(settings["output_dir"]) / f"{program}.json").read_text())
 
 

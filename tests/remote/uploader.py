@@ -1,11 +1,11 @@
-"""The author: publishes checkpoints with the tools of this package on the Hub that `HF_ENDPOINT` names.
+"""The person who has this package, and uploads checkpoints to the Hub that `HF_ENDPOINT` names.
 
 Started in a process of its own, because the address is read at import::
 
-    python author.py FOLDER ANSWER
+    python uploader.py FOLDER ANSWER
 
-FOLDER holds `classifier` and `segmenter`, each with its card.yaml, and `photo.png`. ANSWER, a JSON file, receives what
-the author saw: for each step the text of the terminal, exit statuses, commits and files.
+FOLDER holds `classifier` and `segmenter`, its parent `photo.png`, and the working directory `card.yaml`. ANSWER, a JSON
+file, receives what was seen: for each step the text of the terminal, exit statuses, commits and files.
 """
 
 import json
@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
-from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor
+from locatvit_hf import LocAtViTForImageClassification, LocAtViTForSemanticSegmentation, LocAtViTImageProcessor
 from locatvit_hf.cli import app
 from locatvit_hf.hub import CardCallback
 from locatvit_hf.hub.inspection import inspect
 from locatvit_hf.hub.push import assemble, upload
 
 NAME = "tester/pushed-classifier"
-folder, answer = map(Path, sys.argv[1:])
+exported, answer = map(Path, sys.argv[1:])
 api, terminal, seen = HfApi(), CliRunner(), {}
 
 
@@ -42,6 +42,25 @@ def state(revision: str = "main") -> dict[str, object]:
     info = api.model_info(NAME, revision=revision, files_metadata=True)
     return {"commit": info.sha, "files": {file.rfilename: file.blob_id for file in info.siblings}}
 
+
+# As every model of transformers is pushed; a processor that is there already is kept.
+LocAtViTForImageClassification.from_pretrained(exported / "classifier").push_to_hub("tester/locatvit-classifier")
+segmenter = LocAtViTForSemanticSegmentation.from_pretrained(exported / "segmenter")
+segmenter.push_to_hub("tester/locatvit-segmenter")
+processor = LocAtViTImageProcessor.from_model_config(segmenter.config, segmentation=True, do_reduce_labels=True)
+processor.push_to_hub("tester/processor-first")
+segmenter.push_to_hub("tester/processor-first")
+processor.save_pretrained("one-folder")
+segmenter.save_pretrained("one-folder", push_to_hub=True, repo_id="tester/one-folder")
+seen["reduces labels"] = {}
+for name in ("tester/processor-first", "tester/one-folder"):
+    LocAtViTForSemanticSegmentation.from_pretrained(name)
+    seen["reduces labels"][name] = LocAtViTImageProcessor.from_pretrained(name).do_reduce_labels
+
+folder = Path("cards").resolve()
+for name in ("classifier", "segmenter"):
+    shutil.copytree(exported / name, folder / name)
+    shutil.copy("card.yaml", folder / name)
 
 # Publish, with a tag; look before and after.
 seen["dry run"] = locatvit("push", folder / "classifier", NAME, "--dry-run")
@@ -79,7 +98,7 @@ seen["public"] = locatvit("push", folder / "classifier", NAME, "--private")
 # Trainer, with our card.
 processor = LocAtViTImageProcessor.from_pretrained(folder / "classifier")
 model = LocAtViTForImageClassification.from_pretrained(folder / "classifier")
-photo = processor(Image.open(folder / "photo.png"), return_tensors="pt")["pixel_values"]
+photo = processor(Image.open(exported.parent / "photo.png"), return_tensors="pt")["pixel_values"]
 rows = [{"pixel_values": photo[0] + index, "labels": index % 3} for index in range(4)]
 arguments = TrainingArguments(
     "trained", max_steps=2, per_device_train_batch_size=2, save_strategy="no", report_to=[], use_cpu=True,
