@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ from typer.testing import CliRunner
 from benchmarks import measure, models, report, run
 from benchmarks.measure import Cell
 from locatvit_hf.locat import LocAtGaussian
+from tests.processes import run_program
 
 TINY = Cell("tiny", 32, 1, "forward", goal=1.5)
 
@@ -112,10 +112,9 @@ print(before - kept, kept - resident())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc alone")
 def test_freed_memory_is_kept_until_it_is_given_back():
-    output = subprocess.run(
-        [sys.executable, "-c", RESIDENT], cwd=report.ROOT, capture_output=True, text=True, check=True
-    )
-    freed, given_back = map(float, output.stdout.split())
+    run = run_program("-c", RESIDENT, folder=report.ROOT)
+    assert run.returncode == 0, run.stderr
+    freed, given_back = map(float, run.stdout.split())
     assert freed < 20 and given_back > 200
 
 

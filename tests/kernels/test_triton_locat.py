@@ -17,32 +17,25 @@ from locatvit_hf import triton_locat
 from locatvit_hf.modeling_locatvit import ALL_ATTENTION_FUNCTIONS
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 HAS_TRITON = triton_locat.triton is not None  # there is none for macOS
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])] if HAS_TRITON else []
 
 
-def run_python(*arguments: str, **environment: str) -> str:
-    """Standard output and error of `python ...` in the checkout; fails the test where the process fails."""
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=HERE.parent.parent,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout
-    return result.stdout
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_kernel_against_float64_autograd(device):
-    report = run_python(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "interpreted_triton_locat.py")),
-        LOCATVIT_KERNEL_DEVICE=device,
-        TRITON_INTERPRET="1" if device == "cpu" else "0",
+    """In a process of its own: Triton decides once, when it is imported, whether to interpret."""
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    kernel = {"LOCATVIT_KERNEL_DEVICE": device, "TRITON_INTERPRET": "1" if device == "cpu" else "0"}
+    run = subprocess.run(
+        [*tests, HERE / "interpreted_triton_locat.py"],
+        cwd=ROOT,
+        env={**os.environ, **kernel},
+        capture_output=True,
+        text=True,
     )
-    assert re.search(r"\d\d passed", report) and "skipped" not in report, report
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"\d\d passed", run.stdout) and "skipped" not in run.stdout, run.stdout
 
 
 def test_importing_it_without_triton_says_no_with_the_reason():
@@ -60,8 +53,9 @@ try:
 except ValueError as error:
     print(error)
 """
-    lines = run_python("-c", program).splitlines()
-    assert lines[-2:] == [
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
         "Triton is not installed",
         "The fused attention kernel cannot run: Triton is not installed.",
     ]
