@@ -95,8 +95,8 @@ def load_pretrained(
     if not isinstance(source, FamilyConfigMixin):
         fields = {"use_gaussian": False, **fields} if keep_plain else fields
         model = VIT_CLASSES[auto_class].from_vit(pretrained, **fields)
-        headless = auto_class is AutoModelForImageClassification and open_vit(pretrained).head is None
-        new = (".gaussian.", *(("classifier.",) if headless else ()))
+        without_head = auto_class is AutoModelForImageClassification and open_vit(pretrained).head is None
+        new = (".gaussian.", *(("classifier.",) if without_head else ()))
         return model, [name for name, _ in model.named_parameters() if any(part in name for part in new)]
     if unknown := sorted(set(fields) - {f.name for f in dataclasses.fields(source)}):
         raise ValueError(f"A {source.model_type} configuration has no field {unknown[0]!r}.")
