@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import signal
 import time
@@ -135,7 +136,7 @@ def trained(settings, tmp_path_factory):
     return output, train(settings, output)
 
 
-def test_training_leaves_a_detector_and_its_encoder(trained, coco, tmp_path):
+def test_training_leaves_a_detector_and_its_encoder(trained, coco, tmp_path, monkeypatch, capsys):
     output, results = trained
     stored = json.loads((output / "all_results.json").read_text())
     assert 0 <= results["metrics"]["segm_ap"] <= 1 and 0 <= results["metrics"]["bbox_ap50"] <= 1
@@ -160,6 +161,16 @@ def test_training_leaves_a_detector_and_its_encoder(trained, coco, tmp_path):
     assert_same_objects(again, found)
     (average_precision,) = [result for result in read_card(published).results if result.metric == "segm_ap"]
     assert average_precision.value == pytest.approx(stored["metrics"]["segm_ap"])
+    (snippet,) = [
+        code
+        for code in re.findall(r"```python\n(.*?)```", (published / "README.md").read_text(), re.DOTALL)
+        if "load_detector" in code
+    ]
+    shutil.copy(coco / "val" / "0000.png", tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(snippet.replace("tester/detector", "published"))
+    assert len(capsys.readouterr().out.splitlines()) == len(again["boxes"])
 
 
 def test_as_many_proposals_as_the_framework_of_the_paper_keeps():
