@@ -1,4 +1,4 @@
-"""What the verbs share: one console, and errors that are a sentence instead of a traceback."""
+"""What the verbs share: two consoles, and errors that are a sentence instead of a traceback."""
 
 import functools
 from collections.abc import Callable
@@ -23,8 +23,13 @@ def escape_terminal(value: object) -> Text:
     return Text("".join(shown))
 
 
+def warn(sentence: str) -> None:
+    """Print a sentence about what was left out, refused or tried again."""
+    error_console.print(escape_terminal(sentence), style="yellow")
+
+
 def friendly_errors(verb: Callable) -> Callable:
-    """Prints what a verb raises because of its input in red and exits with 1; a bug keeps its traceback."""
+    """Print what a verb raises because of its input in red, and exit with 1; a bug keeps its traceback."""
 
     @functools.wraps(verb)
     def wrapped(*args, **kwargs):
@@ -37,4 +42,21 @@ def friendly_errors(verb: Callable) -> Callable:
     return wrapped
 
 
-__all__ = ["MAX_MEGAPIXELS", "MaxMegapixels", "console", "error_console", "friendly_errors", "escape_terminal"]
+def silence_transformers() -> None:
+    """Keep progress bars and remarks of transformers out of what a verb prints."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+__all__ = [
+    "MAX_MEGAPIXELS",
+    "MaxMegapixels",
+    "console",
+    "error_console",
+    "escape_terminal",
+    "friendly_errors",
+    "silence_transformers",
+    "warn",
+]

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .console import console, error_console, escape_terminal, friendly_errors
+from .console import console, escape_terminal, friendly_errors, warn
 
 
 @friendly_errors
@@ -22,7 +22,7 @@ def info(
     from ..hub.inspection import inspect
 
     logging.set_verbosity_error()
-    found = inspect(checkpoint, revision, lambda line: error_console.print(escape_terminal(line), style="yellow"))
+    found = inspect(checkpoint, revision, warn)
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .console import MAX_MEGAPIXELS, MaxMegapixels, console, friendly_errors
+from .console import MAX_MEGAPIXELS, MaxMegapixels, console, friendly_errors, silence_transformers
 
 
 @friendly_errors
@@ -26,8 +26,6 @@ def look(
     """Draw where a model looks, how far its Gaussians reach and what its features tell apart."""
     from collections import Counter
 
-    from transformers.utils import logging
-
     from ..inference import Checkpoint
     from ..utils.images import read_image, readable_name
     from ..utils.io import atomic_write, fitting_name
@@ -35,8 +33,7 @@ def look(
     from ..visualization.activations import read_layers
     from ..visualization.html_report import build_report
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_transformers()
     twice = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
     if twice:
         raise ValueError(
@@ -70,27 +67,9 @@ def look(
                     f"patch {row + 1},{column + 1}."
                 )
         patches = chosen or figures.default_queries(ours[index])
-        has_class = any(len(found[0].class_features) for found in layers.values())
-        queries = ([None] if has_class else []) + patches
-        drawn = {
-            "similarity": figures.similarity_figure(image, layers, index, queries),
-            "components": figures.components_figure(image, layers),
-        }
-        if ours[index].attention is not None:
-            drawn["attention"] = figures.attention_figure(image, layers, index, queries)
-        else:
-            console.print(f"Layer {index + 1} of {model} has no attention maps, so none are drawn.", markup=False)
-        if ours[0].gaussian is not None:
-            drawn["gaussians"] = figures.gaussians_figure(image, ours)
-        else:
-            console.print(f"{model} has no Gaussians, so none are drawn.", markup=False)
-        with_class = {name: found for name, found in layers.items() if len(found[0].class_features)}
-        if with_class:
-            drawn["layers"] = figures.class_similarity_figure(with_class)
-        if not len(ours[0].class_features):
-            console.print(f"{model} has no class token: only its patches are asked.", markup=False)
-        if ours[index].assignment is not None:
-            drawn["clusters"] = figures.clusters_figure(image, ours[index])
+        drawn, missing = figures.draw_figures(image, layers, index, patches)
+        for sentence in missing:
+            console.print(sentence, markup=False)
         for name, figure in drawn.items():
             atomic_write(
                 output / fitting_name(stem, f"-{name}.png"), lambda path, figure=figure: figure.savefig(path, dpi=160)

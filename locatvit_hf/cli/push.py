@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .console import console, error_console, escape_terminal, friendly_errors
+from .console import console, error_console, friendly_errors, silence_transformers, warn
 
 
 @friendly_errors
@@ -28,27 +28,24 @@ def push(
         raise ValueError(f"--pull-request and --{other} exclude each other: a pull request proposes a change of main.")
     import tempfile
 
-    from transformers.utils import logging
-
     from ..hub.hub_api import HubError, require_token
     from ..hub.push import assemble, check_target, find_snapshot, upload
     from ..hub.repository import verify_repository
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    options = {"private": private, "revision": revision, "pull_request": pull_request, "tag": tag, "report": _report}
+    silence_transformers()
+    options = {"private": private, "revision": revision, "pull_request": pull_request, "tag": tag, "report": warn}
     if not dry_run:
         require_token()
     with tempfile.TemporaryDirectory(prefix="locatvit-") as place:
         built = Path(place)
-        assemble(folder, built, repository, tag or revision or "main", _report)
+        assemble(folder, built, repository, tag or revision or "main", warn)
         if not dry_run:
             check_target(built, repository, **options)
         with error_console.status("Loading the repository without this package"):
             difference = verify_repository(built)
         console.print(f"The repository loads without this package; largest difference of its output: {difference:.2g}.")
         if dry_run:
-            _print_changes(built, find_snapshot(repository, revision, _report), repository)
+            _print_changes(built, find_snapshot(repository, revision, warn), repository)
             console.print("Nothing was uploaded.")
             try:
                 check_target(built, repository, **options)
@@ -88,7 +85,7 @@ def _print_changes(built: Path, snapshot, repository: str) -> None:
     for name in changes.added:
         table.add_row("added", name, decimal((built / name).stat().st_size), "", style="green")
     for name in changes.changed:
-        lines = None if name.endswith(".safetensors") else count_lines(built, snapshot, name, _report)
+        lines = None if name.endswith(".safetensors") else count_lines(built, snapshot, name, warn)
         counted = "+{} -{}".format(*lines) if lines else ""
         table.add_row("changed", name, decimal((built / name).stat().st_size), counted, style="yellow")
     for name in changes.removed:
@@ -96,10 +93,6 @@ def _print_changes(built: Path, snapshot, repository: str) -> None:
     for name in changes.unchanged:
         table.add_row("unchanged", name, decimal((built / name).stat().st_size), "", style="dim")
     console.print(table, soft_wrap=False)
-
-
-def _report(line: str) -> None:
-    error_console.print(escape_terminal(line), style="yellow")
 
 
 __all__ = ["push"]

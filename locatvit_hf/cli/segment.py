@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .console import MAX_MEGAPIXELS, MaxMegapixels, console, error_console, escape_terminal, friendly_errors
+from .console import (
+    MAX_MEGAPIXELS,
+    MaxMegapixels,
+    console,
+    error_console,
+    friendly_errors,
+    silence_transformers,
+    warn,
+)
 
 
 @friendly_errors
@@ -43,15 +51,12 @@ def segment(
     """Write label maps and color overlays of images, folders, videos or a dataset."""
     if bool(inputs) == bool(dataset):
         raise ValueError("Name images, videos or folders to segment, or a --dataset, and not both.")
-    from transformers.utils import logging
-
     from ..inference import Checkpoint, InferenceArguments
     from ..inference.files import find_sources
     from ..inference.outputs import OutputFolder
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    sources = find_sources(inputs or [], output, _remark)
+    silence_transformers()
+    sources = find_sources(inputs or [], output, warn)
     checkpoint = Checkpoint(model, revision)
     windows = InferenceArguments(inference="sliding", window_size=window) if window is not None else None
     # Of a dataset, each process moves the model to a device of its own.
@@ -70,10 +75,6 @@ def segment(
         _segment_sources(segmenter, sources, folder, batch_size, frame_maps, max_megapixels)
 
 
-def _remark(sentence: str) -> None:
-    error_console.print(escape_terminal(sentence), style="yellow")
-
-
 def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bool, max_megapixels: float) -> None:
     from ..inference.files import is_video, segment_files
     from ..inference.video import count_frames, segment_video
@@ -87,10 +88,10 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
     with _progress() as progress:
         if waiting_images:
             task = progress.add_task("images", total=len(waiting_images))
-            options = {"advance": lambda: progress.advance(task), "max_megapixels": max_megapixels, "report": _remark}
+            options = {"advance": lambda: progress.advance(task), "max_megapixels": max_megapixels, "report": warn}
             for error in segment_files(segmenter, waiting_images, output, batch_size, **options):
                 corrupt += 1
-                progress.console.print(escape_terminal(f"Skipped: {error}"), style="yellow")
+                warn(f"Skipped: {error}")
         for source in waiting_videos:
             task = progress.add_task(source.path.name, total=count_frames(source.path))
             try:
@@ -104,7 +105,7 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
                 )
             except CorruptImageError as error:
                 corrupt += 1
-                progress.console.print(escape_terminal(f"Skipped: {error}"), style="yellow")
+                warn(f"Skipped: {error}")
     waiting = len(waiting_images) + len(waiting_videos)
     _summarize(waiting - corrupt, len(sources) - waiting, corrupt, output.folder)
 
@@ -116,7 +117,7 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
         import datasets
         from accelerate import PartialState
 
-        from ..inference.dataset import count_empty, open_dataset, segment_dataset, shard_path
+        from ..inference.dataset import count_empty, open_dataset, rows_of, segment_dataset, shard_path
     except ImportError as error:
         raise ValueError(f"--dataset needs {error.name}: pip install 'locatvit-hf[training]'") from error
     from ..inference.outputs import OutputFolder
@@ -132,20 +133,19 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
         "processes": state.num_processes,
     }
     with state.main_process_first():
-        report = _remark if state.is_main_process else lambda sentence: None
+        report = warn if state.is_main_process else lambda sentence: None
         rows = open_dataset(name, split, column, report)
         output = OutputFolder(folder, segmenter.id2label, settings)
     place = state.process_index, state.num_processes
-    share = len(rows) * (place[0] + 1) // place[1] - len(rows) * place[0] // place[1]
     with _progress(disable=not state.is_local_main_process) as progress:
-        task = progress.add_task("rows", total=share)
+        task = progress.add_task("rows", total=len(rows_of(len(rows), *place)))
         options = {
             "advance": lambda number: progress.advance(task, number),
             "max_megapixels": max_megapixels,
-            "report": _remark,
+            "report": warn,
         }
         for error in segment_dataset(segmenter, rows, column, output, batch_size, *place, **options):
-            progress.console.print(escape_terminal(f"Skipped: {error}"), style="yellow")
+            warn(f"Skipped: {error}")
     state.wait_for_everyone()
     if state.is_main_process:
         empty = sum(count_empty(shard_path(output, process, place[1])) for process in range(place[1]))

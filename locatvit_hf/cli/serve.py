@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .console import console, friendly_errors
+from .console import console, friendly_errors, silence_transformers
 
 
 @friendly_errors
@@ -21,8 +21,6 @@ def serve(
     space: Annotated[Path | None, typer.Option(help="Write the files of a Hub Space here instead of serving.")] = None,
 ) -> None:
     """Open a page that classifies and segments images and shows where each patch looks."""
-    from transformers.utils import logging
-
     try:
         from ..serving import serve as serve_page
         from ..serving import write_space
@@ -31,8 +29,7 @@ def serve(
             raise
         raise ValueError("The page needs gradio: pip install 'locatvit-hf[serve]'") from error
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_transformers()
     if space is not None:
         write_space(space, model)
         console.print(f"Upload it to a Space: [bold]hf upload --repo-type space YOU/NAME {escape(str(space))}[/bold]")

@@ -50,6 +50,11 @@ def shard_path(output: OutputFolder, process: int, num_processes: int) -> Path:
     return output.folder / f"label_maps-{process:05d}-of-{num_processes:05d}.parquet"
 
 
+def rows_of(length: int, process: int, num_processes: int) -> range:
+    """The rows of a process, of a dataset of this length."""
+    return range(*(length * (process + end) // num_processes for end in (0, 1)))
+
+
 def count_empty(path: Path) -> int:
     """How many rows of a finished file have no label map, as its footer says."""
     footer = pq.read_metadata(path)
@@ -88,13 +93,13 @@ def segment_dataset(
         report: Called with a sentence for each image of several frames or pages, of which the first is segmented.
     """
     path = shard_path(output, process, num_processes)
-    start, stop = (len(dataset) * (process + end) // num_processes for end in (0, 1))
+    mine = rows_of(len(dataset), process, num_processes)
     if path.exists():
-        advance(stop - start)
+        advance(len(mine))
         return
     pieces = []
-    for first in range(start, stop, ROWS_AT_ONCE):
-        rows = range(first, min(first + ROWS_AT_ONCE, stop))
+    for first in mine[::ROWS_AT_ONCE]:
+        rows = range(first, min(first + ROWS_AT_ONCE, mine.stop))
         piece = path.with_suffix(".pieces") / f"{first:09d}.parquet"
         pieces.append(piece)
         if not piece.exists():

@@ -68,6 +68,44 @@ def paired_layer(layers: list[Layer], index: int, count: int) -> Layer:
     return layers[round(index * (len(layers) - 1) / max(count - 1, 1))]
 
 
+def draw_figures(
+    image: Image.Image, models: Models, index: int, queries: Sequence[tuple[int, int]]
+) -> tuple[dict[str, Figure], list[str]]:
+    """Draw all figures that the models have something for.
+
+    Args:
+        image: The image.
+        models: The layers of one or two models; figures are drawn of what the first one has.
+        index: The layer that is asked, from 0.
+        queries: Patches; the class token is asked before them where a model has one.
+
+    Returns:
+        The figures by name, and a sentence about each thing that the first model does not have.
+    """
+    (name, ours), missing = next(iter(models.items())), []
+    with_class = {model: layers for model, layers in models.items() if len(layers[0].class_features)}
+    asked = [*([None] if with_class else []), *queries]
+    drawn = {
+        "similarity": similarity_figure(image, models, index, asked),
+        "components": components_figure(image, models),
+    }
+    if ours[index].attention is not None:
+        drawn["attention"] = attention_figure(image, models, index, asked)
+    else:
+        missing.append(f"Layer {index + 1} of {name} has no attention maps, so none are drawn.")
+    if ours[0].gaussian is not None:
+        drawn["gaussians"] = gaussians_figure(image, ours)
+    else:
+        missing.append(f"{name} has no Gaussians, so none are drawn.")
+    if with_class:
+        drawn["layers"] = class_similarity_figure(with_class)
+    if name not in with_class:
+        missing.append(f"{name} has no class token: only its patches are asked.")
+    if ours[index].assignment is not None:
+        drawn["clusters"] = clusters_figure(image, ours[index])
+    return drawn, missing
+
+
 def attention_figure(image: Image.Image, models: Models, index: int, queries: Sequence[Query]) -> Figure:
     """Attention of layer `index`, mean of its heads: a row for each model, a column for each query."""
     return _query_figure(image, models, index, queries, lambda layer, patch: layer.attention_map(patch), top=None)
