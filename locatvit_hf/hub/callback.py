@@ -78,7 +78,7 @@ class CardCallback(TrainerCallback):
                     split=self.split,
                     metric=name,
                     value=value,
-                    protocol=f"by Trainer, at update {last['step']}",
+                    protocol=f"by Trainer, at step {last['step']}",
                 )
                 for name, value in metrics_of(metrics).items()
             ],

@@ -14,7 +14,7 @@ from .card import read_card, write_card
 from .hub_api import HubError, NotThereError, Snapshot, read_snapshot, require_token, with_retries
 from .repository import CHECKSUMS, INDEX, PICKLES, build_repository, write_checksums
 
-# Files of an earlier upload that would contradict the new ones; whatever else is there, such as pictures, stays.
+# Files of an earlier upload that would contradict the new ones; whatever else is there, such as images, stays.
 REPLACED = ("*.py", "*.safetensors", INDEX, CHECKSUMS, *(f"*{suffix}" for suffix in PICKLES))
 
 

@@ -329,7 +329,7 @@ def num_frames(image: Image.Image) -> int:
 
 
 def _count_frames(image: Image.Image) -> int:
-    if image.format in ("MPO", "PSD"):  # a second lens or a map of depths, and layers: the first is the picture
+    if image.format in ("MPO", "PSD"):  # a second lens or a map of depths, and layers: the first is the image
         return 1
     try:
         return getattr(image, "n_frames", 1)

@@ -328,11 +328,18 @@ def test_numbers_of_other_weights_stand_in_the_text_alone():
 
 
 def test_results_are_read_from_what_the_programs_write():
+    beside = {
+        "loss": 1.0,
+        "top_5_accuracy": float("nan"),
+        "per_class": [1],
+        "samples_per_second": 5.0,
+        "converged": True,
+    }
     evaluation = {
         "task": "knn",
         "dataset": "ILSVRC/imagenet-1k",
         "split": "validation",
-        "metrics": {"accuracy": 0.5, "loss": 1.0, "top_5_accuracy": float("nan"), "per_class": [1], "dice": 0.25},
+        "metrics": {"accuracy": 0.5, "dice": 0.25, **beside},
         "num_images": 50_000,
         "versions": {"locatvit-hf": "0.1.0", "torch": "2.15", "timm": "1"},
         "date": "2026-11-25T12:00:00+00:00",
@@ -348,7 +355,7 @@ def test_results_are_read_from_what_the_programs_write():
     assert row.code == "locatvit-hf 0.1.0, torch 2.15"
     run = {"program": "segment", "arguments": {"dataset": str(ROOT / "tests"), "validation_split": "val"}}
     (row,) = results_from(run | {"exported": {"step": 40, "metrics": {"mean_iou": 0.25}}})
-    assert (row.task, row.dataset, row.split) == ("image-segmentation", "tests", "val") and "update 40" in row.protocol
+    assert (row.task, row.dataset, row.split) == ("image-segmentation", "tests", "val") and "step 40" in row.protocol
     with pytest.raises(CardError, match="not a result of a program"):
         results_from({"accuracy": 1.0})
 

@@ -123,7 +123,7 @@ def test_trainer_pushes_what_a_remote_user_loads(seen: dict[str, object], answer
     assert not any("error" in value for value in found.values()), found
     assert CODE | {"LICENSE", "README.md", "preprocessor_config.json"} <= set(seen["files of Trainer"])
     assert f"| me/photos | validation | accuracy | {100 * seen['accuracy']:.2f}" in seen["card"]
-    assert "2 updates of 2 images, one process" in seen["card"]
+    assert "2 steps of 2 images, one process" in seen["card"]
     assert 'pipeline("image-classification", "tester/trained", revision="main"' in seen["card"]
 
 

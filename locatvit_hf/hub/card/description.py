@@ -11,11 +11,11 @@ from ...utils.registry import FAMILIES
 DATA = {
     ("imagenet",): (
         "ImageNet shows what its classes were chosen to show: more than a hundred breeds of dogs, few people, one "
-        "object, mostly in the middle of the picture. Its photographs come from the web, [most of them from North "
+        "object, mostly in the middle of the image. Its photographs come from the web, [most of them from North "
         "America and Europe](https://arxiv.org/abs/1711.08536), and models are right less often about [the household "
         "objects of poorer places](https://arxiv.org/abs/1906.02659). They lean on "
         "[texture](https://arxiv.org/abs/1811.12231) and background. Its [labels are partly "
-        "wrong](https://arxiv.org/abs/2006.07159), and the [people in its pictures were not "
+        "wrong](https://arxiv.org/abs/2006.07159), and the [people in its images were not "
         "asked](https://arxiv.org/abs/2006.16923)."
     ),
     ("ade20k", "adechallenge", "scene_parse_150"): (
@@ -60,7 +60,7 @@ def describe_family(config: PreTrainedConfig) -> tuple[str, list[Paper], dict[st
 
 
 def limits_of_data(names: list[str]) -> list[str]:
-    """What to know of a model that learned from these data sets, a paragraph each; nothing for those not known here."""
+    """What to know of a model that learned from these datasets, a paragraph each; nothing for those not known here."""
     names = [name.lower().replace("-", "") for name in names]
     return [text for words, text in DATA.items() if any(word in name for word in words for name in names)]
 

@@ -84,8 +84,8 @@ class Training:
     Attributes:
         program: Of `training/`.
         version: Of this package.
-        updates: Of the whole run.
-        step: The update whose weights these are.
+        updates: Steps of the whole run.
+        step: The step whose weights these are.
         batch_size: Images of all processes.
         processes: How many there were.
         start: The weights it began with, None for random ones.

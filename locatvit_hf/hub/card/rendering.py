@@ -79,7 +79,7 @@ def render_card(config: PreTrainedConfig, card: Card) -> str:
 
 
 def render_results(card: Card) -> dict[str, str]:
-    """File name in `.eval_results/` -> its content: results on data sets of the Hub, as its leaderboards read them."""
+    """File name in `.eval_results/` -> its content: results on datasets of the Hub, as its leaderboards read them."""
     rows = {"measured": _entries(card.results), "published": []}
     if card.conversion is not None:
         rows["published"] = _entries(card.published)

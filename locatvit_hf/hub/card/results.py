@@ -1,6 +1,7 @@
 """Numbers that programs measured, as the results of a card."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ HUB_TASKS = {
     "hummingbird": "image-segmentation",
     "detect": "object-detection",
 }
-# What programs report beside their metrics: losses, times and speeds.
-NOT_METRICS = ("loss", "runtime", "_per_second", "_time")
+# Words in the names of what programs report beside their metrics: losses, times and speeds.
+NOT_METRICS = re.compile(r"(?:^|_)(?:loss|runtime|per_second|time)(?:_|$)")
 
 
 def results_from(record: dict[str, Any]) -> list[Result]:
@@ -39,7 +40,7 @@ def results_from(record: dict[str, Any]) -> list[Result]:
                 protocol += f", {record['num_images']:,} images"
         else:
             settings, kind, metrics = record["arguments"], record["program"], record["exported"]["metrics"]
-            protocol = f"while training, at update {record['exported']['step']:,}"
+            protocol = f"while training, at step {record['exported']['step']:,}"
             split = settings.get("validation_split") or "validation"
         return [
             Result(
@@ -60,11 +61,12 @@ def results_from(record: dict[str, Any]) -> list[Result]:
 
 def metrics_of(values: dict[str, Any]) -> dict[str, float]:
     """The metrics among what a program reports of an evaluation: finite numbers but losses, times and speeds."""
-    return {
-        name: round(value, 5)
+    numbers = {
+        name: value
         for name, value in values.items()
-        if isinstance(value, int | float) and math.isfinite(value) and not name.endswith(NOT_METRICS)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
+    return {name: round(value, 5) for name, value in numbers.items() if not NOT_METRICS.search(name)}
 
 
 def is_fraction(metric: str) -> bool:
@@ -73,7 +75,7 @@ def is_fraction(metric: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """A data set or model as a reader may see it: of a path of this machine only the last part."""
+    """A dataset or model as a reader may see it: of a path of this machine only the last part."""
     path = Path(name).expanduser()
     return path.resolve().name if path.exists() else name
 
