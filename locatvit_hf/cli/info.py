@@ -19,7 +19,7 @@ def info(
 
     from transformers.utils import logging
 
-    from ..hub.inspection import inspect
+    from ..hub.audit import inspect
 
     logging.set_verbosity_error()
     found = inspect(checkpoint, revision, warn)
@@ -38,7 +38,7 @@ def _print_model(found) -> None:
     from rich import box
     from rich.table import Table
 
-    from ..hub.inspection import GPU_KERNEL
+    from ..hub.audit import GPU_KERNEL
 
     table = Table(
         title=escape_terminal(found.name), title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False

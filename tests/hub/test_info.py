@@ -15,8 +15,8 @@ from locatvit_hf import LocAtSwinConfig, LocAtViTConfig, LocAtViTForImageClassif
 from locatvit_hf import LocAtSwinForImageClassification as Swin
 from locatvit_hf import PaCaViTForImageClassification as PaCa
 from locatvit_hf.cli import app
+from locatvit_hf.hub.audit import Inspection, inspect
 from locatvit_hf.hub.config import RepositoryError, build_config
-from locatvit_hf.hub.inspection import Inspection, inspect
 from locatvit_hf.hub.repository import build_repository, write_checksums
 
 TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -182,7 +182,7 @@ TROUBLE = """
 import json, os, sys
 from pathlib import Path
 from locatvit_hf.hub import hub_api
-from locatvit_hf.hub.inspection import inspect
+from locatvit_hf.hub.audit import inspect
 from locatvit_hf.hub.push import upload
 
 folder, answer, *steps = sys.argv[1:]

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from locatvit_hf import LocAtViTForImageClassification, LocAtViTForSemanticSegmentation, LocAtViTImageProcessor
 from locatvit_hf.cli import app
 from locatvit_hf.hub import CardCallback
-from locatvit_hf.hub.inspection import inspect
+from locatvit_hf.hub.audit import inspect
 from locatvit_hf.hub.push import assemble, upload
 
 NAME = "tester/pushed-classifier"
