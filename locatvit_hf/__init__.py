@@ -1,6 +1,6 @@
 """LocAtViT for Hugging Face Transformers: vision transformers that see where things are.
 
-Importing the package registers its models with the Auto classes; this file never travels to the Hub.
+Importing the package registers its models with the Auto classes; this file is not remote code.
 """
 
 from pathlib import Path

@@ -93,7 +93,7 @@ def build_repository(folder: Path, destination: Path) -> PreTrainedConfig:
         processor = destination / processor.name
     settings = read_object(processor)
     settings["auto_map"] = PROCESSOR_MAP
-    # All that can travel with a model of transformers around our backbone.
+    # All the code that goes with a model of transformers around our backbone.
     code = files_with_imports("image_processing_locatvit")
     if isinstance(config, FamilyConfigMixin):
         family = FAMILIES[config.model_type]

@@ -18,7 +18,7 @@ TYPES = {
     list[str]: ("a list of texts", 'it as ["first", "second"]'),
     float: ("a number", "it without quotes and units, as 0.5"),
     int: ("a whole number", "it without quotes and units, as 100"),
-    dict[str, Any]: ("fields with their values", "one field a line, indented"),
+    dict[str, Any]: ("fields with their values", "one field per line, indented"),
 }
 
 
@@ -211,7 +211,7 @@ def build_card(content: dict[str, Any], where: str) -> Card:
     for name, row in rows.items():
         listed = built.get(name) or []
         if not isinstance(listed, list):
-            raise CardError(f"{where}: {name} must be a list, one entry a number.")
+            raise CardError(f"{where}: {name} must be a list, one entry per number.")
         built[name] = [_build(row, entry, f"{where}: {name} {index}") for index, entry in enumerate(listed, 1)]
     return _build(Card, built, where)
 
