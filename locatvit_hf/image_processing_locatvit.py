@@ -133,8 +133,8 @@ class LocAtViTImageProcessor(TorchvisionBackend):
                 class.
 
         Raises:
-            ValueError: for an image without pixels or with values that are not finite, and for a map whose size differs
-                from its image's.
+            ValueError: for an image without pixels, with two channels, of int8 or with values that are not finite, and
+                for a map whose size differs from its image's.
         """
         if isinstance(images, list | tuple):
             if not images:
@@ -154,6 +154,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         else:
             if get_image_type(image) == ImageType.NUMPY:  # torch reads neither reversed views nor other orders of bytes
                 image = image.astype(image.dtype.newbyteorder("="), order="C", copy=False)
+            _check_channels(image.shape, kwargs.get("input_data_format"), do_convert_rgb)
             image = _array_to_8_bits(image) if do_convert_rgb else image
         processed = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
         if processed.numel() == 0:
@@ -409,12 +410,22 @@ def pil_to_rgb(image) -> torch.Tensor:
     return tvF.pil_to_tensor(image.convert("RGB"))
 
 
+def _check_channels(shape: tuple[int, ...], axis: ChannelDimension | None, do_convert_rgb: bool | None) -> None:
+    """Raises ValueError for an array that cannot become RGB, or whose channels cannot be found without `axis`."""
+    places = {None: [0, -1], "channels_first": [0], "channels_last": [-1]}[axis and ChannelDimension(axis).value]
+    if (do_convert_rgb or axis is None) and not {1, 3, 4}.intersection(shape[place] for place in places):
+        remedy = "give one or three of them" if do_convert_rgb else "name their axis with input_data_format"
+        raise ValueError(f"An image of shape {tuple(shape)} does not have 1, 3 or 4 channels: {remedy}.")
+
+
 def _array_to_8_bits(image):
-    """uint8 values of an array or a tensor of bools or wide integers; 8 bits and floats are returned as they are."""
+    """uint8 values of an array or a tensor of bools or wide integers; uint8 and floats are returned as they are."""
     pixels = image if isinstance(image, torch.Tensor) else torch.from_numpy(image)
+    if pixels.dtype == torch.int8:
+        raise ValueError("An image of int8 does not say which of its values is black: give uint8, from 0 to 255.")
     if pixels.dtype == torch.bool:
         return pixels.to(torch.uint8) * 255
-    if pixels.is_floating_point() or pixels.dtype in (torch.uint8, torch.int8) or pixels.numel() == 0:
+    if pixels.is_floating_point() or pixels.dtype == torch.uint8 or pixels.numel() == 0:
         return image
     return _scale_to_8_bits(
         pixels, *((0.0, 65535.0) if pixels.dtype == torch.uint16 else _black_and_white(pixels.long()))

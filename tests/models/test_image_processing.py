@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torchvision.transforms.v2 import functional as tvF
 from transformers import pipeline
+from transformers.image_utils import ChannelDimension
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForSemanticSegmentation, LocAtViTImageProcessor
@@ -204,6 +205,28 @@ class TestImageModes:
     def test_an_image_without_pixels_is_one_sentence(self, image):
         with pytest.raises(ValueError, match=r"pixels"):
             LocAtViTImageProcessor()(image)
+
+    @pytest.mark.parametrize(
+        ("shape", "options", "remedy"),
+        [
+            ((2, 16, 16), {}, "give one or three of them"),
+            ((16, 16, 2), {}, "give one or three of them"),
+            ((2, 16, 3), {"input_data_format": "channels_first"}, "give one or three of them"),
+            ((3, 16, 2), {"input_data_format": ChannelDimension.LAST}, "give one or three of them"),
+            ((5, 16, 16), {"do_convert_rgb": False}, "name their axis with input_data_format"),
+        ],
+    )
+    @pytest.mark.parametrize("make", [np.zeros, torch.zeros])
+    def test_channels_that_make_no_color_are_one_sentence(self, shape, options, remedy, make):
+        said = rf"An image of shape \({', '.join(map(str, shape))}\) does not have 1, 3 or 4 channels: {remedy}\.$"
+        with pytest.raises(ValueError, match=said):
+            plain(**options)(make(shape))
+        five = np.full((5, 16, 16), 255, np.uint8)
+        assert values(five, do_convert_rgb=False, input_data_format="channels_first").shape == (5, 16, 16)
+
+    def test_signed_bytes_are_one_sentence(self):
+        with pytest.raises(ValueError, match="int8 does not say which of its values is black: give uint8"):
+            values(RAMP.view(np.int8))
 
 
 def test_evaluation_transform_equals_timms():
