@@ -383,7 +383,7 @@ def test_a_header_tells_size_and_orientation(format, tmp_path):
     for entry in entries:
         assert read_header(entry) == ((20, 10), 8)
     assert read_header(image) == ((20, 10), 1)
-    with pytest.raises(CorruptImageError, match="no image file"):
+    with pytest.raises(CorruptImageError, match="not an image file"):
         read_header(b"nothing")
     with pytest.raises(CorruptImageError, match="No such file"):
         read_header(str(tmp_path / "nowhere"))

@@ -74,7 +74,8 @@ class Header(NamedTuple):
 def read_header(entry: Any) -> Header:
     """Size and orientation of an image without decoding it, for the entries of `decode_image` and for open files.
 
-    Raises CorruptImageError.
+    Raises:
+        CorruptImageError: The image cannot be read.
     """
     path = entry.get("path") if isinstance(entry, dict) and entry.get("bytes") is None else entry
     if isinstance(path, str) and is_local_path(path):
