@@ -14,7 +14,7 @@ from locatvit_hf.visualization import legend_figure
 def test_nothing_is_handed_to_another_program(tmp_path):
     disguised = tmp_path / "image.png"
     disguised.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) run\n")
-    with pytest.raises(CorruptImageError, match="no image file of a known format"):
+    with pytest.raises(CorruptImageError, match="not an image file of a known format"):
         read_image(disguised)
     assert {".png", ".jpg", ".webp", ".tif"} <= SUFFIXES and not {".eps", ".ps", ".wmf"} & SUFFIXES
 
