@@ -1,8 +1,6 @@
 """A checkpoint is opened once, and says in a sentence what is wrong with it."""
 
 import json
-import subprocess
-import sys
 import urllib.request
 from collections import Counter
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForSemanticSegmentation, LocAtViTImageProcessor
 from locatvit_hf.inference import Checkpoint
+from tests.processes import run_program
 from tests.remote.conftest import HERE, serve_hub, start
 
 SMALL = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -49,8 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_is_read_once_and_with_the_package_alone(folder: Path) -> None:
-    command = [sys.executable, "-c", SEGMENT, folder]
-    run = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True)
+    run = run_program("-c", SEGMENT, folder, folder=HERE.parents[1])
     assert run.stdout == "1 1\nset()\n", run.stdout + run.stderr
 
 
@@ -58,9 +56,9 @@ def test_each_file_of_a_repository_is_asked_for_once(folder: Path, tmp_path: Pat
     """Also by a branch: it may move meanwhile, so that all files come from the commit of the first one."""
     segment = f"import sys; sys.path.insert(0, {str(HERE.parents[1])!r})\n{SEGMENT}"
     with serve_hub() as hub:
-        start([sys.executable, "-c", PUSH, folder], tmp_path, hub)
+        start(tmp_path, hub, "-c", PUSH, folder)
         before = len(requests_to(hub))
-        start([sys.executable, "-c", segment, "tester/m"], tmp_path, hub)
+        start(tmp_path, hub, "-c", segment, "tester/m")
         asked = Counter(line.split("/")[-1] for line in requests_to(hub)[before:] if line.startswith("GET"))
     for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
         assert asked[name] == 1, asked
