@@ -1,6 +1,5 @@
 """SOURCE as a Hub id, through a Hub on this machine."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -42,7 +41,7 @@ def test_hub_ids_are_sources(tmp_path):
     machine = tmp_path / "machine"
     machine.mkdir()
     with serve_hub() as hub:
-        start([sys.executable, "-c", PROGRAM, ROOT, tmp_path], machine, hub)
+        start(machine, hub, "-c", PROGRAM, ROOT, tmp_path)
 
     model = LocAtViTForImageClassification.from_pretrained(machine / "from_timm").eval()
     assert case.error("0.logits", model(case.input(0)).logits) < 1e-5
