@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 def additive_attention_mask(
-    attention_mask: torch.Tensor | None, batch_size: int, num_tokens: int, num_heads: int, dtype: torch.dtype
+    attention_mask: torch.Tensor | None, num_heads: int, dtype: torch.dtype, batch_size: int, num_tokens: int
 ) -> torch.Tensor | None:
     """An additive mask of `dtype`, broadcastable to (batch, heads, tokens, tokens).
 
@@ -138,7 +138,7 @@ def flex_attention_forward(
     def add_bias(score, batch, head, query_index, key_index):
         if gaussian is not None:
             patch = (key_index - prefix).clamp(min=0)
-            bias = rows[batch, head, patch // width, query_index] * columns[batch, head, patch % width, query_index]
+            bias = rows[batch, head, patch // width, query_index] * columns[batch, head, patch % width, query_index]  # type: ignore[index] # set with the Gaussian
             score = score + torch.where(key_index >= prefix, bias, 0.0).to(score.dtype)
         if attention_mask is not None:
             score = score + attention_mask[batch, head, query_index, key_index]

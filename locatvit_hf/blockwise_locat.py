@@ -66,13 +66,13 @@ class BlockwiseAttention(torch.autograd.Function):
         per_query = (query, output.transpose(1, 2), sums, largest)
         for (k, v), queries, factors in blocks.walk((key, value), per_query, (rows, columns)):
             q, attended, total, maximum = queries
-            weights = _write_logits(blocks.buffer, q, k, *factors, scaling).exp_()
+            weights = _write_logits(blocks.buffer, q, k, scaling, *factors).exp_()
             torch.sum(weights, dim=1, out=total)
             # Taking off the largest logit first would cost two passes. A sum in range proves that no exponential
             # overflowed, and that what underflowed is nothing beside it; where it is not, do as softmax does.
             if not _is_in_range(total):
                 is_shifted = True
-                weights = _write_logits(blocks.buffer, q, k, *factors, scaling)
+                weights = _write_logits(blocks.buffer, q, k, scaling, *factors)
                 torch.amax(weights, dim=1, out=maximum)
                 torch.sum(weights.sub_(maximum[:, None]).exp_(), dim=1, out=total)
             torch.div(torch.bmm(weights.transpose(1, 2), v), total[..., None], out=attended)
@@ -98,7 +98,7 @@ class BlockwiseAttention(torch.autograd.Function):
         all_factors = (rows, columns, grad_rows, grad_columns)
         for (k, v, grad_k, grad_v), queries, factors in blocks.walk(per_key, per_query, all_factors):
             q, g, mean, maximum, grad_q = queries
-            weights = _write_logits(blocks.buffer, q, k, *factors[:2], ctx.scaling)
+            weights = _write_logits(blocks.buffer, q, k, ctx.scaling, *factors[:2])
             weights = (weights.sub_(maximum[:, None]) if ctx.is_shifted else weights).exp_()
             grad_v += torch.bmm(weights, g)
             grad_logits = second_buffer[: weights.numel()].view_as(weights)
@@ -149,7 +149,7 @@ class _Blocks:
                     yield whole, block[: len(per_query)], block[len(per_query) :]
 
 
-def _write_logits(buffer, query, key, rows, columns, scaling: float) -> torch.Tensor:
+def _write_logits(buffer, query, key, scaling: float, rows, columns) -> torch.Tensor:
     """scaling * key @ query + bias into `buffer`, (slices, keys, queries)."""
     shape = (key.shape[0], key.shape[1], query.shape[1])
     logits = buffer[: math.prod(shape)].view(shape)

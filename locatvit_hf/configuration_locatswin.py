@@ -120,9 +120,9 @@ class LocAtSwinConfig(FamilyConfigMixin, PreTrainedConfig):
         windows = []
         for stage in range(self.num_stages):
             grid = [side // 2**stage for side in self.native_grid]
-            stage_window = tuple(min(sides) for sides in zip(window, grid, strict=True))
-            shift = tuple(length // 2 if side > length else 0 for side, length in zip(grid, stage_window, strict=True))
-            windows.append((stage_window, shift))
+            height, width = (min(sides) for sides in zip(window, grid, strict=True))
+            shift = height // 2 if grid[0] > height else 0, width // 2 if grid[1] > width else 0
+            windows.append(((height, width), shift))
         return windows
 
     def validate_sizes(self):

@@ -32,7 +32,7 @@ LONGEST_SIDE = 16
 MIDDLE = 8
 
 
-class LocAtViTImageProcessorKwargs(ImagesKwargs, total=False):
+class LocAtViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg] # mypy skips this TypedDict
     """
     do_reduce_labels: whether label 0 means "no class": 0 and 255 become `ignore_index`, others go down by one.
     ignore_index: label of pixels without a class and of padding, as `semantic_loss_ignore_index` of the model.
@@ -67,8 +67,8 @@ class LocAtViTImageProcessor(TorchvisionBackend):
     resample = PILImageResampling.BICUBIC
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
-    size = {"shortest_edge": 248}
-    crop_size = {"height": 224, "width": 224}
+    size: SizeDict = {"shortest_edge": 248}  # of an instance; here dicts, which the library turns into it
+    crop_size: SizeDict = {"height": 224, "width": 224}
     default_to_square = False
     do_resize = True
     do_center_crop = True
@@ -78,8 +78,8 @@ class LocAtViTImageProcessor(TorchvisionBackend):
     do_grayscale = False
     do_reduce_labels = False
     ignore_index = IGNORE_INDEX
-    size_divisor = None
-    output_stride = None
+    size_divisor: int | None = None
+    output_stride: list[int] | None = None
 
     _auto_class = "AutoImageProcessor"
 
@@ -222,7 +222,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
 
     def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
         """As the library's, with both sides rounded to multiples of `size_divisor` where it is set."""
-        height, width = self._resized_size(*image.shape[-2:], size, kwargs.pop("size_divisor", self.size_divisor))
+        height, width = self._resized_size(size, kwargs.pop("size_divisor", self.size_divisor), *image.shape[-2:])
         return super().resize(image, SizeDict(height=height, width=width), resample, **kwargs)
 
     def _preprocess(
@@ -241,7 +241,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         A line of 1 x 6000 pixels would be resized to 248 x 1,488,000 before all but 224 of these are cut off. Middle
         and image have one center, so that the crop holds the same pixels but for rounding of the scale.
         """
-        resized = self._resized_size(*image.shape[-2:], size, divisor)
+        resized = self._resized_size(size, divisor, *image.shape[-2:])
         if crop_size is not None:
             sides = list(resized)
             for axis, crop in enumerate((crop_size.height, crop_size.width)):
@@ -252,11 +252,11 @@ class LocAtViTImageProcessor(TorchvisionBackend):
                     image = image.narrow(axis - 2, (side - count) // 2, count)
                     sides[axis] = round(count * target / side)
                     sides[axis] += (target - sides[axis]) % 2
-            resized = tuple(sides)
+            resized = sides[0], sides[1]
         return super().resize(image, SizeDict(height=resized[0], width=resized[1]), resample)
 
     @staticmethod
-    def _resized_size(height: int, width: int, size: SizeDict, divisor: int | None) -> tuple[int, int]:
+    def _resized_size(size: SizeDict, divisor: int | None, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels that an image of that height and width is resized to."""
         if size.shortest_edge and size.longest_edge:
             height, width = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
@@ -328,13 +328,13 @@ class LocAtViTImageProcessor(TorchvisionBackend):
                 target_sizes = target_sizes.tolist()
             if len(target_sizes) != len(logits):
                 raise ValueError(f"There are {len(logits)} images in the outputs but {len(target_sizes)} target_sizes.")
-            target_sizes = [tuple(map(int, target_size)) for target_size in target_sizes]
+            target_sizes = [(int(height), int(width)) for height, width in target_sizes]
             if any(min(target_size) < 1 for target_size in target_sizes):
                 raise ValueError(f"target_sizes must be (height, width) of at least 1 pixel, got {target_sizes}.")
             resized = target_sizes
             if self.do_resize if do_resize is None else do_resize:
                 size = self.size if size is None else SizeDict(**size)
-                resized = [self._resized_size(*target, size, self.size_divisor) for target in target_sizes]
+                resized = [self._resized_size(size, self.size_divisor, *target) for target in target_sizes]
             scores = self._place_on_images(logits, resized, target_sizes)
         if return_segmentation_scores:
             return [BatchFeature({"segmentation": s.argmax(dim=0), "segmentation_scores": s}) for s in scores]

@@ -120,7 +120,8 @@ class LocAtJumboLayer(GradientCheckpointingLayer):
         self.attention = LocAtJumboAttention(config)
         self.layer_scale1 = LayerScale(config.hidden_size, config.layer_scale_init_value)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.hidden_dropout_prob)
+        sizes: tuple[int, int] = config.hidden_size, config.intermediate_size  # type: ignore[assignment] # None is resolved
+        self.mlp = MLP(*sizes, config.hidden_act, config.hidden_dropout_prob)
         self.layer_scale2 = LayerScale(config.hidden_size, config.layer_scale_init_value)
         self.norm3 = nn.LayerNorm(config.jumbo_hidden_size, eps=config.jumbo_layer_norm_eps)
         self.layer_scale3 = LayerScale(config.jumbo_hidden_size, config.layer_scale_init_value)
@@ -184,9 +185,8 @@ class LocAtJumboModel(LocAtJumboPreTrainedModel):
     def __init__(self, config: LocAtJumboConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = LocAtJumboEmbeddings(config)
-        self.jumbo_mlp = MLP(
-            config.jumbo_hidden_size, config.jumbo_intermediate_size, config.hidden_act, config.hidden_dropout_prob
-        )
+        sizes: tuple[int, int] = config.jumbo_hidden_size, config.jumbo_intermediate_size  # type: ignore[assignment] # as above
+        self.jumbo_mlp = MLP(*sizes, config.hidden_act, config.hidden_dropout_prob)
         self.layers = nn.ModuleList([LocAtJumboLayer(config, index) for index in range(config.num_hidden_layers)])
         self.layernorm = nn.LayerNorm(config.jumbo_hidden_size, eps=config.jumbo_layer_norm_eps)
         self.patch_layernorm = nn.Identity()
@@ -218,7 +218,7 @@ class LocAtJumboModel(LocAtJumboPreTrainedModel):
         grid = patch_grid(pixel_values, self.config.patch_shape)
         hidden_states = self.embeddings(pad_to_multiple(pixel_values, self.config.patch_shape), grid)
         num_heads = self.config.num_attention_heads
-        mask = additive_attention_mask(attention_mask, *hidden_states.shape[:2], num_heads, hidden_states.dtype)
+        mask = additive_attention_mask(attention_mask, num_heads, hidden_states.dtype, *hidden_states.shape[:2])
         for layer in self.layers:
             hidden_states = layer(hidden_states, self.jumbo_mlp, grid=grid, attention_mask=mask, **kwargs)
         num_jumbo = self.config.num_jumbo_tokens

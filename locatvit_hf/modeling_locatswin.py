@@ -225,14 +225,13 @@ class LocAtSwinLayer(GradientCheckpointingLayer):
         mask = None
         if any(self.shift):
             feature_map = feature_map.roll((-self.shift[0], -self.shift[1]), dims=(1, 2))
-        num_windows = [-(-side // length) for side, length in zip(grid, self.window, strict=True)]
-        padded = tuple(number * length for number, length in zip(num_windows, self.window, strict=True))
-        if is_tracing() or padded != tuple(grid):
-            feature_map = F.pad(feature_map, (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0]))
+        height, width = [-(-side // length) * length for side, length in zip(grid, self.window, strict=True)]
+        if is_tracing() or (height, width) != tuple(grid):
+            feature_map = F.pad(feature_map, (0, 0, 0, width - grid[1], 0, height - grid[0]))
         if any(self.shift):
-            mask = shift_mask(padded, self.window, self.shift, like=hidden_states)
+            mask = shift_mask((height, width), self.window, self.shift, like=hidden_states)
         windows, _ = self.attention(partition_windows(feature_map, self.window), shift_mask=mask, **kwargs)
-        feature_map = merge_windows(windows, self.window, padded)[:, : grid[0], : grid[1]]
+        feature_map = merge_windows(windows, self.window, (height, width))[:, : grid[0], : grid[1]]
         if any(self.shift):
             feature_map = feature_map.roll(self.shift, dims=(1, 2))
         return feature_map.flatten(1, 2)

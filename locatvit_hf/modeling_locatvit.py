@@ -184,7 +184,7 @@ class LocAtViTLayer(GradientCheckpointingLayer):
         super().__init__()
         # RoPE-ViT shrinks what each layer first writes to the residual stream, more so in deeper layers.
         init_scale = 1 / math.sqrt(2 * (index + 1)) if config.position_embedding_type == "rope_mixed" else 1.0
-        sizes = config.hidden_size, config.intermediate_size
+        sizes: tuple[int, int] = config.hidden_size, config.intermediate_size  # type: ignore[assignment] # None is resolved
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = LocAtViTAttention(config, init_scale)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -275,7 +275,7 @@ class LocAtViTModel(LocAtViTPreTrainedModel):
         grid = patch_grid(pixel_values, self.config.patch_shape)
         hidden_states = self.embeddings(pad_to_multiple(pixel_values, self.config.patch_shape), grid)
         num_heads = self.config.num_attention_heads
-        mask = additive_attention_mask(attention_mask, *hidden_states.shape[:2], num_heads, hidden_states.dtype)
+        mask = additive_attention_mask(attention_mask, num_heads, hidden_states.dtype, *hidden_states.shape[:2])
         cosines, sines = self.rope(grid) if self.rope is not None else ([None] * len(self.layers),) * 2
         for layer, layer_cosines, layer_sines in zip(self.layers, cosines, sines, strict=True):
             # Positional: reentrant checkpointing finds the tensors that need a gradient among these only.

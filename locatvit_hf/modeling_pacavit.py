@@ -384,7 +384,7 @@ class PaCaViTMLP(MLP):
         super().__init__(channels, inner, config.hidden_act, config.hidden_dropout_prob)
         self.depthwise = ResidualDepthwise(inner, inner, kernel_size=3, padding=1, groups=inner)
 
-    def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:  # type: ignore[override] # it mixes patches
         mixed = self.depthwise(channels_last_map(self.up_proj(hidden_states), grid))
         hidden_states = self.activation(feature_map_tokens(mixed))
         return self.dropout(self.down_proj(self.dropout(hidden_states)))

@@ -186,7 +186,7 @@ def optional_outputs(outputs: ModelOutput) -> dict[str, tuple]:
     return {name: value for name, value in outputs.items() if name not in ("last_hidden_state", "pooler_output")}
 
 
-class FreezableBackboneMixin:
+class FreezableBackboneMixin(nn.Module):
     """For a head that reads hidden states of its encoder, which can be frozen while the head trains."""
 
     backbone_is_frozen = False

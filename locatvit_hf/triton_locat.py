@@ -680,7 +680,7 @@ def fused_attention_forward(
     Shapes as in `eager_attention_forward`.
     """
     reason = unsupported_reason(query, key, value, gaussian, attention_mask, dropout)
-    if reason is None:
+    if reason is None and gaussian is not None:
         return fused_attention(query, key, value, gaussian, scaling), None
     logger.warning_once(f"'locat_fused' is not used: {reason}.")
     return sdpa_attention_forward(
