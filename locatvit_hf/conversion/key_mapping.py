@@ -79,7 +79,7 @@ def rename(
         if unknown:
             problems.append(f"holds {_listed(unknown)}, for which the model has no place")
         raise ConversionError(f"The checkpoint {' and '.join(problems)}.")
-    renamed = {}
+    renamed: dict[str, torch.Tensor] = {}
     for source, shape in source_shapes(table, shapes).items():
         if source not in state:
             continue

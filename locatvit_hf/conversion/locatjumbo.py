@@ -54,7 +54,8 @@ def build_config(architecture: str, arguments: Mapping[str, Any], **fields: Any)
     Raises:
         ConversionError: An argument is unknown or asks for what our models do not have.
     """
-    match = NAME.fullmatch(architecture)
+    if (match := NAME.fullmatch(architecture)) is None:
+        raise ConversionError(f"{architecture} is not an architecture of LocAt-Jumbo.")
     found: dict[str, Any] = {"num_labels": 1000, **preset_of(LocAtJumboConfig, match["size"], architecture)}
     if match["locat"]:
         found["use_patch_layernorm"] = True  # also with gaug=False and prr=False

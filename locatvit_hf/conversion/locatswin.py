@@ -11,6 +11,7 @@ import torch
 
 from ..configuration_locatswin import LocAtSwinConfig
 from .arguments import IMAGENET_MEAN, IMAGENET_STD, preset_of, translate
+from .errors import ConversionError
 from .key_mapping import KeyTable, expand, without
 
 # `locatswin_tiny`; `swin_base_patch4_window7_224`.
@@ -53,6 +54,8 @@ def build_config(architecture: str, arguments: Mapping[str, Any], **fields: Any)
     """
     baseline = BASELINE_NAME.fullmatch(architecture)
     match = baseline or LOCAT_NAME.fullmatch(architecture)
+    if match is None:
+        raise ConversionError(f"{architecture} is not an architecture of LocAt-Swin.")
     found: dict[str, Any] = {"num_labels": 1000, **preset_of(LocAtSwinConfig, match["size"], architecture)}
     if baseline:
         found.update(use_gaussian=False, use_refinement=False)

@@ -86,7 +86,7 @@ def default_arguments(architecture: str | None) -> dict[str, Any]:
     if match := LOCAT_NAME.fullmatch(name):
         return {**_size(match["size"], name), "gaug": True, "prr": True, "rope": bool(match["rope"])}
     if match := _baseline(name):
-        arguments = {**_size(match["size"], name), "gaug": False, "prr": False, "rope": bool(match["rope"])}
+        arguments = dict[str, Any](_size(match["size"], name), gaug=False, prr=False, rope=bool(match["rope"]))
         arguments["patch_size"] = int(match["patch"])
         arguments["no_pos_emb"] = bool(match["nopos"])
         arguments["reg_tokens"] = int(match["registers"] or 0)

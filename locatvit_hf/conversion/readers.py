@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..configuration_utils_locat import pair
 from ..utils.io import one_line, read_json
 from .errors import ConversionError
 from .safe_pickle import find_code, protocol_of
@@ -170,7 +171,6 @@ def find(source: str, revision: str | None = None) -> Path:
     repo_id = source.removeprefix("hf-hub:").removeprefix("hf_hub:")
     if not HUB_ID.fullmatch(repo_id):
         raise ConversionError(f"There is no file or folder {source}.")
-    folder = None
     try:
         # Safetensors first: the same weights as a pickle need not be downloaded too.
         for patterns in (["*.json", "args.yaml", "*.safetensors"], ["pytorch_model.bin", "*.pth.tar"]):
@@ -362,9 +362,9 @@ def _preprocessing(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: settings.get(name) for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
     size, side = settings.get("input_size"), settings.get("img_size")
     if size or side:
-        found["size"] = list(size[1:]) if size else [side, side] if isinstance(side, int) else list(side)
-        if min(found["size"]) <= 0:
-            raise ConversionError(f"{file} gives images of {found['size']} pixels, which must be positive.")
+        found["size"] = sides = list(size[1:] if size else pair(side))
+        if min(sides) <= 0:
+            raise ConversionError(f"{file} gives images of {sides} pixels, which must be positive.")
     if found["interpolation"] and found["interpolation"] not in INTERPOLATIONS:
         known = ", ".join(INTERPOLATIONS)
         raise ConversionError(f"{file} gives the unknown interpolation={found['interpolation']!r}; known are {known}.")

@@ -5,7 +5,7 @@ import re
 import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 # torch.save used to write several pickles one after the other, the content last but one.
 LARGEST_NUMBER_OF_PICKLES = 5
@@ -40,7 +40,7 @@ def protocol_of(file: Path) -> int:
     try:
         with _open_pickles(file) as stream:
             for opcode, argument, _ in pickletools.genops(stream):
-                protocol = argument if opcode.name == "PROTO" else protocol
+                protocol = int(argument or 0) if opcode.name == "PROTO" else protocol
     except Exception:  # whatever the damaged byte led to
         return 0
     return protocol
@@ -63,6 +63,7 @@ def _globals_of(stream: IO[bytes]) -> Iterator[str]:
         strings: list[str] = []
         memo: dict[int, str] = {}
         top = ""  # what is on the stack, where it is a string
+        argument: Any
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name in ("GLOBAL", "INST"):
                 yield argument.replace(" ", ".").replace("__builtin__.", "builtins.")

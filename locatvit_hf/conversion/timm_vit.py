@@ -52,7 +52,7 @@ def describe(model: nn.Module, description: str) -> dict[str, Any]:
         "num_heads": block.attn.num_heads,
         "mlp_ratio": Fraction(block.mlp.fc1.out_features, model.embed_dim),
         "act_layer": _activation(block.mlp.act, description),
-        "layer_norm_eps": norm.eps,
+        "layer_norm_eps": block.norm1.eps,
         "qkv_bias": block.attn.qkv.bias is not None,
         "class_token": "cls_token" in names,
         "reg_tokens": model.num_prefix_tokens - ("cls_token" in names),

@@ -159,7 +159,7 @@ def describe(model: PreTrainedModel, preprocessing: Mapping[str, Any], descripti
     if "classifier.weight" not in head or head["classifier.weight"].shape[1] != theirs.hidden_size:
         # DINOv2 also reads the mean of the patches, DeiT's teacher variant averages two heads.
         missing_head_reason = "has a classifier of another form" if head else missing_head_reason
-        head = None
+        head = {}
     base = getattr(model, model.base_model_prefix, model)
     own_prefix = 1 if dinov2 else 1 + registers
 
@@ -192,7 +192,7 @@ def describe(model: PreTrainedModel, preprocessing: Mapping[str, Any], descripti
         key_table=key_table,
         position_name="embeddings.position_embeddings",
         resample=resample,
-        head=head,
+        head=head or None,
         missing_head_reason=missing_head_reason,
     )
 

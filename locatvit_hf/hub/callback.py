@@ -57,7 +57,7 @@ class CardCallback(TrainerCallback):
         evaluations = [row for row in state.log_history if any(name.startswith("eval_") for name in row)]
         last = evaluations[-1] if evaluations else {}
         metrics = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
-        fields = {
+        fields: dict[str, Any] = {
             "title": repository.split("/")[-1],
             "repository": repository,
             "revision": args.hub_revision or "main",

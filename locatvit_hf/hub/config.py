@@ -79,7 +79,7 @@ def model_class(config: PreTrainedConfig, name: str) -> type[transformers.PreTra
         RepositoryError: Its config.json does not name a class that exists and fits its settings.
     """
     architecture = (config.architectures or ["none"])[0]
-    found = getattr(locatvit_hf, architecture, None) or getattr(transformers, architecture, None)
+    found: Any = getattr(locatvit_hf, architecture, None) or getattr(transformers, architecture, None)
     fits = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     if not fits or not isinstance(config, found.config_class or ()):
         raise RepositoryError(f"The config.json of {name} names no model class for its settings, but {architecture}.")

@@ -91,7 +91,8 @@ def with_retries(function: Callable[[], Result], repository: str, report: Callab
     Raises:
         HubError: It stays refused.
     """
-    for wait in (*RETRY_DELAYS, None):
+    waits = iter(RETRY_DELAYS)
+    while True:
         try:
             return function()
         except (HTTP_ERROR, LocalTokenNotFoundError, HFValidationError, OfflineModeIsEnabled, RuntimeError) as error:
@@ -100,7 +101,7 @@ def with_retries(function: Callable[[], Result], repository: str, report: Callab
             if not isinstance(cause, Exception):
                 raise
             sentence = _sentence(cause, repository)
-            if wait is None or not _passes(cause):
+            if (wait := next(waits, None)) is None or not _passes(cause):
                 missing = isinstance(cause, RepositoryNotFoundError | RevisionNotFoundError)
                 raise (NotThereError if missing else HubError)(sentence) from error
             report(f"{sentence} Trying again in {wait} s.")

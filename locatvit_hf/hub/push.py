@@ -169,7 +169,7 @@ def check_target(
     if private and snapshot is not None and not snapshot.private:
         raise HubError(f"{repository} exists and is public: make it private on the Hub first, or choose another name.")
     tagged = None if snapshot is None else _commit_of_tag(repository, tag, report)
-    if tagged is not None and (tagged != snapshot.commit or compare(folder, snapshot)):
+    if snapshot and tagged and (tagged != snapshot.commit or compare(folder, snapshot)):
         raise HubError(f"{repository} has a tag {tag} already, at {tagged[:7]}: choose another tag.")
     return snapshot, tagged
 

@@ -171,7 +171,7 @@ def verify_repository(folder: Path) -> float:
         Image.fromarray(pixels).save(image)
         save_file({"pixel_values": pixel_values}, inputs)
         program = Path(__file__).with_name("clean_load.py")
-        command = [sys.executable, "-I", program, folder.resolve(), name, image, inputs, outputs]
+        command: list[str | Path] = [sys.executable, "-I", program, folder.resolve(), name, image, inputs, outputs]
         command += [] if alone else ["--with-package"]
         run = subprocess.run(command, cwd=machine, env=_clean_environment(machine), capture_output=True, text=True)
         if run.returncode != 0:

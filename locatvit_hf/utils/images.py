@@ -155,7 +155,7 @@ def list_images(folder: str | Path, also: Collection[str] = ()) -> FolderImages:
 
 def choose_images(names: Iterable[str], also: Collection[str] = ()) -> tuple[list[str], list[str]]:
     """Divide names of files: those of images, and a sentence for each kind of the others."""
-    images, heic, others = [], [], []
+    images, heic, others = list[str](), list[str](), list[str]()
     for name in names:
         suffix = os.path.splitext(name)[1].lower()
         kind = images if suffix in SUFFIXES or suffix in also else heic if suffix in HEIC_SUFFIXES else others
@@ -353,7 +353,7 @@ def read_image(
         CorruptImageError: There is a file without an image that can be read.
         OSError: There is no file.
     """
-    name = readable_name(source) if name is None else name
+    name = readable_name(str(source)) if name is None else name
     if isinstance(source, str | Path):
         source = Path(source)
         if not source.exists():

@@ -16,7 +16,7 @@ from typing import Any
 try:
     import fcntl
 except ImportError:  # not on Windows, where leftovers of a killed process stay
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 MAX_NAME = 255
 """Bytes of a file's name on all common systems."""

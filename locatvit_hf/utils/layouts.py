@@ -59,7 +59,7 @@ def split_images(names: list[str]) -> Layout:
         The splits in the order of `SPLIT_WORDS`; `train` alone where there are no folders of splits.
     """
     folders: dict[str, list[str]] = defaultdict(list)
-    direct = []
+    direct: list[str] = []
     for name in names:
         head, slash, _ = name.partition("/")
         (folders[head] if slash else direct).append(name)

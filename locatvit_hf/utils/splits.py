@@ -142,7 +142,7 @@ def _missing(split: str, splits: Any) -> str:
 
 def read_split(found: FoundSplit) -> datasets.Dataset:
     """The rows of a split, copied once into the cache of `datasets` where a builder reads them."""
-    if found.rows is not None:
+    if found.builder is None:
         return found.rows
     found.builder.download_and_prepare()
     return found.builder.as_dataset(split=found.name)
@@ -209,7 +209,7 @@ def _find_in_folder(folder: Path, split: str) -> FoundSplit:
     shards = [name for name in shards if os.path.basename(name) not in METADATA]
     if images and len(images) > len(shards) and len(images) >= len(tables):
         found = _find_images(folder, split, names, remarks, chosen is not None)
-        if listed.empty and chosen is None and "label" in found.rows.column_names:
+        if listed.empty and chosen is None and "label" in read_split(found).column_names:
             found.remarks.append(left_out(listed.empty, "folder without an image", "folders without an image"))
         return found
     if not shards and not tables:
@@ -221,8 +221,8 @@ def _find_in_folder(folder: Path, split: str) -> FoundSplit:
     return _find_tables(folder, split, names, shards or tables, SHARDS if shards else TABLES, remarks, chosen)
 
 
-def _ending(name: str, endings: dict[str, str]) -> str | None:
-    return next((ending for ending in endings if name.lower().endswith(ending)), None)
+def _ending(name: str, endings: dict[str, str]) -> str:
+    return next((ending for ending in endings if name.lower().endswith(ending)), "")
 
 
 def _matching(folder: Path, pattern: str) -> list[str]:
@@ -326,7 +326,7 @@ def _read_metadata(
     images: those of the split. everything: all images in the folder.
     """
     wanted, known = ({_same_name(name): name for name in names} for names in (images, everything))
-    tables, paths, absent = [], {}, []
+    tables, paths, absent = [], dict[str, list[str | None]](), []
     for table_name in metadata:
         table = _read_table(folder / table_name)
         columns = [name for name in table.column_names if name == "file_name" or name.endswith("_file_name")]
@@ -353,18 +353,18 @@ def _read_metadata(
         remarks.append(left_out(absent, *kinds))
     if unnamed := sorted(set(images) - set(paths[key])):
         remarks.append(left_out(unnamed, "image without a row of metadata", "images without a row of metadata"))
-    if repeated := [name for name, count in Counter(paths[key]).items() if count > 1]:
+    if repeated := [name for name, count in Counter(paths[key]).items() if name and count > 1]:
         shown = ", ".join(map(readable_name, repeated[:MAX_NAMED])) + (", …" if len(repeated) > MAX_NAMED else "")
         remarks.append(f"Took several times what has several rows of metadata, {len(repeated)} of the images: {shown}.")
-    features, columns = datasets.Features(), {}
+    features, content = datasets.Features(), dict[str, list]()
     for name, values in paths.items():
         name = name.removesuffix("file_name").removesuffix("_") or "image"
         features[name] = datasets.Image()
-        columns[name] = [None if value is None else image_entry(folder, value) for value in values]
+        content[name] = [None if value is None else image_entry(folder, value) for value in values]
     table = pa.concat_tables(tables, promote_options="permissive")
     for name, feature in datasets.Features.from_arrow_schema(table.schema).items():
-        features[name], columns[name] = feature, table[name].to_pylist()
-    return FoundSplit(datasets.Dataset.from_dict(columns, features=features), None, "", remarks, folder=folder)
+        features[name], content[name] = feature, table[name].to_pylist()
+    return FoundSplit(datasets.Dataset.from_dict(content, features=features), None, "", remarks, folder=folder)
 
 
 def _same_name(path: str) -> str:

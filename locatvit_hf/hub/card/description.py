@@ -32,7 +32,7 @@ DATA = {
 def describe_family(config: PreTrainedConfig) -> tuple[str, list[Paper], dict[str, Any]]:
     """What a model of one of our families is: a sentence, its papers with the most important first, further facts."""
     family = FAMILIES[config.model_type]
-    kind, facts = family.description, {}
+    kind, facts = family.description, dict[str, Any]()
     if hasattr(config, "num_clusters"):
         facts |= {"Clustering": config.clustering_type, "Clusters of each stage": config.num_clusters}
     papers, features = [family.paper], []

@@ -13,7 +13,7 @@ UNKNOWN = "unknown"
 # What people leave where a fact belongs.
 PLACEHOLDERS = ("", "todo", "tbd", "fixme", "...", "[more information needed]")
 # Type of a field -> what it is in words, and how it is written.
-TYPES = {
+TYPES: dict[Any, tuple[str, str]] = {
     **dict.fromkeys((str, str | None), ("text", "it in quotes")),
     list[str]: ("a list of texts", 'it as ["first", "second"]'),
     float: ("a number", "it without quotes and units, as 0.5"),
@@ -182,7 +182,7 @@ def check_card(card: Card) -> None:
     for name in ("title", "repository", "datasets", "weights_license"):
         if not getattr(card, name):
             raise _unfilled(name)
-    if "/" in card.repository and not card.revision:
+    if "/" in (card.repository or "") and not card.revision:
         raise _unfilled("revision")
     if card.training is None and card.conversion is None:
         raise CardError("The card is incomplete: neither training nor conversion says where the weights come from.")
@@ -203,7 +203,7 @@ def build_card(content: dict[str, Any], where: str) -> Card:
         CardError: A field is unknown, missing or of another type; the message names it.
     """
     parts = {"training": Training, "conversion": Conversion}
-    rows = {"results": Result, "published": Published}
+    rows: dict[str, type] = {"results": Result, "published": Published}
     built = dict(content)
     for name, part in parts.items():
         if built.get(name) is not None:

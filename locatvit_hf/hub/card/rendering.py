@@ -110,7 +110,7 @@ def _metadata(config: PreTrainedConfig, card: Card) -> dict[str, Any]:
     ).to_dict()
     groups: dict[Any, list[EvalResult]] = {}
     measured = {}
-    if "/" in card.repository:
+    if "/" in (card.repository or ""):
         measured = {
             "source_name": "measured with these weights",
             "source_url": f"https://huggingface.co/{card.repository}",
@@ -118,9 +118,10 @@ def _metadata(config: PreTrainedConfig, card: Card) -> dict[str, Any]:
     for result in card.results:
         groups.setdefault(None, []).append(_eval_result(result, result.value, **measured))
     if card.conversion is not None:
-        for result in card.published:
-            row = _eval_result(result, _fraction(result), source_name=result.source, source_url=result.url)
-            groups.setdefault((result.source, result.url), []).append(row)
+        for published in card.published:
+            source = {"source_name": published.source, "source_url": published.url}
+            row = _eval_result(published, _fraction(published), **source)
+            groups.setdefault(tuple(source.values()), []).append(row)
     entries = [
         entry for rows in groups.values() for entry in eval_results_to_model_index(card.title, rows)[0]["results"]
     ]
@@ -145,19 +146,15 @@ def _eval_result(result: Result | Published, value: float, **source: str) -> Eva
 def _entries(results: list[Result] | list[Published]) -> list[EvalResultEntry]:
     entries = []
     for result in results:
-        measured = isinstance(result, Result)
-        if "/" in result.dataset:
-            entries.append(
-                EvalResultEntry(
-                    dataset_id=result.dataset,
-                    task_id=result.metric,
-                    value=result.value if measured else _fraction(result),
-                    date=result.date if measured else None,
-                    source_url=None if measured else result.url,
-                    source_name=None if measured else result.source,
-                    notes=f"{'measured with these weights' if measured else 'published'}: {result.protocol}",
-                )
-            )
+        if "/" not in result.dataset:
+            continue
+        if isinstance(result, Result):
+            said: dict[str, Any] = {"value": result.value, "date": result.date, "notes": "measured with these weights"}
+        else:
+            said = {"value": _fraction(result), "source_url": result.url, "source_name": result.source}
+            said["notes"] = "published"
+        said["notes"] += f": {result.protocol}"
+        entries.append(EvalResultEntry(dataset_id=result.dataset, task_id=result.metric, **said))
     return entries
 
 
