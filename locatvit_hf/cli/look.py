@@ -12,7 +12,7 @@ from .console import MAX_MEGAPIXELS, MaxMegapixels, console, friendly_errors, si
 @friendly_errors
 def look(
     images: Annotated[list[Path], typer.Argument(help="Images of any size.", show_default=False)],
-    model: Annotated[str, typer.Option(help="The checkpoint that looks: a folder or a Hub id.")] = ...,
+    model: Annotated[str, typer.Option(help="The checkpoint that looks: a folder or a Hub id.")],
     baseline: Annotated[str | None, typer.Option(help="A second checkpoint to show beside it, as a plain ViT.")] = None,
     patch: Annotated[
         list[str] | None,
@@ -25,6 +25,7 @@ def look(
 ) -> None:
     """Draw where a model looks, how far its Gaussians reach and what its features tell apart."""
     from collections import Counter
+    from functools import partial
 
     from ..inference import Checkpoint
     from ..utils.images import read_image, readable_name
@@ -71,9 +72,7 @@ def look(
         for sentence in missing:
             console.print(sentence, markup=False)
         for name, figure in drawn.items():
-            atomic_write(
-                output / fitting_name(stem, f"-{name}.png"), lambda path, figure=figure: figure.savefig(path, dpi=160)
-            )
+            atomic_write(output / fitting_name(stem, f"-{name}.png"), partial(figure.savefig, dpi=160))
         page = build_report(readable_name(stem), image, layers, index, patches[0])
         report = output / fitting_name(stem, ".html")
         atomic_write(report, page)

@@ -1,7 +1,7 @@
 """`locatvit push FOLDER REPOSITORY`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,7 +33,7 @@ def push(
     from ..hub.repository import verify_repository
 
     silence_transformers()
-    options = {"private": private, "revision": revision, "pull_request": pull_request, "tag": tag, "report": warn}
+    options = dict[str, Any](private=private, revision=revision, pull_request=pull_request, tag=tag, report=warn)
     if not dry_run:
         require_token()
     with tempfile.TemporaryDirectory(prefix="locatvit-") as place:
@@ -80,8 +80,8 @@ def _print_changes(built: Path, snapshot, repository: str) -> None:
     changes = compare(built, snapshot)
     there = f"{repository} at {snapshot.commit[:7]}" if snapshot else f"{repository}, which is new or not yours to see"
     table = Table(title=f"Upload to {there}", title_justify="left", box=box.SIMPLE)
-    for name, justify in (("", "left"), ("file", "left"), ("size", "right"), ("lines", "right")):
-        table.add_column(name, justify=justify, overflow="fold")
+    for name in ("", "file", "size", "lines"):
+        table.add_column(name, justify="right" if name in ("size", "lines") else "left", overflow="fold")
     for name in changes.added:
         table.add_row("added", name, decimal((built / name).stat().st_size), "", style="green")
     for name in changes.changed:

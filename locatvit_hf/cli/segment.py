@@ -1,7 +1,8 @@
 """`locatvit segment IMAGE|FOLDER|VIDEO... --model M`."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -19,11 +20,11 @@ from .console import (
 
 @friendly_errors
 def segment(
+    model: Annotated[str, typer.Option(help="A segmentation checkpoint: a folder or a Hub id.")],
     inputs: Annotated[
         list[Path] | None,
         typer.Argument(help="Images, videos, and folders of them, which are searched below too.", show_default=False),
     ] = None,
-    model: Annotated[str, typer.Option(help="A segmentation checkpoint: a folder or a Hub id.")] = ...,
     output: Annotated[Path, typer.Option(help="The folder to write; the same command continues in it.")] = Path(
         "segmented"
     ),
@@ -88,21 +89,14 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
     with _progress() as progress:
         if waiting_images:
             task = progress.add_task("images", total=len(waiting_images))
-            options = {"advance": lambda: progress.advance(task), "max_megapixels": max_megapixels, "report": warn}
-            for error in segment_files(segmenter, waiting_images, output, batch_size, **options):
+            advance = partial(progress.advance, task)
+            for error in segment_files(segmenter, waiting_images, output, batch_size, advance, max_megapixels, warn):
                 corrupt += 1
                 warn(f"Skipped: {error}")
         for source in waiting_videos:
             task = progress.add_task(source.path.name, total=count_frames(source.path))
             try:
-                segment_video(
-                    segmenter,
-                    source,
-                    output,
-                    batch_size,
-                    frame_maps,
-                    lambda task=task: progress.advance(task),
-                )
+                segment_video(segmenter, source, output, batch_size, frame_maps, partial(progress.advance, task))
             except CorruptImageError as error:
                 corrupt += 1
                 warn(f"Skipped: {error}")
@@ -139,13 +133,9 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
     place = state.process_index, state.num_processes
     with _progress(disable=not state.is_local_main_process) as progress:
         task = progress.add_task("rows", total=len(rows_of(len(rows), *place)))
-        options = {
-            "advance": lambda number: progress.advance(task, number),
-            "max_megapixels": max_megapixels,
-            "report": warn,
-        }
-        for error in segment_dataset(segmenter, rows, column, output, batch_size, *place, **options):
-            warn(f"Skipped: {error}")
+        options = dict[str, Any](advance=partial(progress.advance, task), max_megapixels=max_megapixels, report=warn)
+        for skipped in segment_dataset(segmenter, rows, column, output, batch_size, *place, **options):
+            warn(f"Skipped: {skipped}")
     state.wait_for_everyone()
     if state.is_main_process:
         empty = sum(count_empty(shard_path(output, process, place[1])) for process in range(place[1]))

@@ -13,7 +13,7 @@ from .console import console, friendly_errors, silence_transformers
 def serve(
     model: Annotated[
         list[str], typer.Option(help="A checkpoint: a folder or a Hub id. Twice, and they stand side by side.")
-    ] = ...,
+    ],
     examples: Annotated[Path | None, typer.Option(help="A folder of images to begin with.")] = None,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="By default the first free one from 7860.")] = None,

@@ -160,7 +160,7 @@ class Detector(nn.Module):
             pixels, `labels` (n,), `scores` (n,), and with masks `masks` (n, height, width) of bool.
         """
         if self.training:
-            return self.model(images, [{**target, "labels": target["labels"] + 1} for target in targets])
+            return self.model(images, targets and [{**target, "labels": target["labels"] + 1} for target in targets])
         results = self.model(images)
         for result in results:
             result["labels"] = result["labels"] - 1
@@ -222,14 +222,14 @@ def load_detector(name: str | Path, revision: str | None = None) -> Detector:
         ValueError: The checkpoint is not a detector, or its weights are not whole.
     """
     checkpoint = Checkpoint(str(name), revision)
-    files = [checkpoint.find_file(file) for file in ("detector.json", "detector.safetensors")]
-    if None in files:
+    described, weights = (checkpoint.find_file(file) for file in ("detector.json", "detector.safetensors"))
+    if described is None or weights is None:
         raise ValueError(f"{name} is not a detector: it lacks detector.json or detector.safetensors.")
-    description = read_json(files[0])
+    description = read_json(described)
     encoder = checkpoint.load_model(backbone_class(checkpoint.config), torch.float32, "cpu")
     settings = DetectorSettings(**{**OLDER_SETTINGS, **description["settings"]})
     detector = Detector(encoder, description["categories"], settings)
-    names = detector.model.load_state_dict(load_file(files[1]), strict=False)
+    names = detector.model.load_state_dict(load_file(weights), strict=False)
     lacking = [name for name in names.missing_keys if not _is_of_encoder(name)]
     if lacking or names.unexpected_keys:
         raise ValueError(f"The detector.safetensors of {name} does not fit: {(lacking + names.unexpected_keys)[0]}.")

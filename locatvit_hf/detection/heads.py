@@ -158,7 +158,6 @@ class AlignedRoIHeads(RoIHeads):
         targets: list[dict[str, torch.Tensor]] | None = None,
     ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
         """Detections of every image, with masks (n, 1, side, side) over their boxes, and the terms of the loss."""
-        matches, labels, offsets = None, None, None
         if self.training:
             proposals, matches, labels, offsets = self.select_training_samples(proposals, targets)
         pooled = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
@@ -181,7 +180,7 @@ class AlignedRoIHeads(RoIHeads):
             matches = [of_image[which] for of_image, which in zip(matches, objects, strict=True)]
             logits = self._mask_logits(features, boxes, image_shapes)
             read_at = [of_image - 0.5 for of_image in boxes] if self.aligned else boxes
-            truth = [target["masks"] for target in targets], [target["labels"] for target in targets]
+            truth = ([target[name] for target in targets or ()] for name in ("masks", "labels"))
             losses["loss_mask"] = maskrcnn_loss(logits, read_at, *truth, matches)
         return [], losses
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -68,7 +68,8 @@ class Segmenter:
             self.arguments.inference != "sliding" or self.arguments.test_flip or self.arguments.test_scales != [1.0]
         ):
             raise ValueError("Images of their native size are segmented in windows, at one scale and without a flip.")
-        self.model, self.processor, self.native_size = model.eval(), processor, native_size
+        self.model, self.native_size = model.eval(), native_size
+        self.processor: Any = processor  # whose `size_divisor` and `output_stride` are set, as `check_inference` found
         self.id2label: dict[int, str] = dict(sorted(model.config.id2label.items()))
 
     def __call__(self, images: list[Image.Image]) -> list[np.ndarray]:
@@ -148,11 +149,11 @@ class Segmenter:
         """
         window, divisor, cell = self.arguments.window_size, self.processor.size_divisor, self.processor.output_stride
         stride = self.arguments.window_stride or max(window * 2 // 3, 1)
-        total = count = None
+        total = count = torch.empty(0)
         for top in _window_starts(height, window, stride, divisor):
             for left in _window_starts(width, window, stride, divisor):
                 logits = logits_of(slice(top, top + window), slice(left, left + window))
-                if total is None:
+                if not total.numel():
                     total = logits.new_zeros(*logits.shape[:2], -(-height // cell[0]), -(-width // cell[1]))
                     count = logits.new_zeros(total.shape[-2:])
                 rows = slice(top // cell[0], top // cell[0] + logits.shape[-2])
@@ -214,7 +215,7 @@ def upsampled_argmax(views: list[torch.Tensor], size: tuple[int, int]) -> torch.
     at_once = max(SCORES_AT_ONCE // (num_classes * width), 1)
     strips = []
     for rows in torch.arange(height, device=views[0].device).split(at_once):
-        scores = 0.0
+        scores = torch.zeros(())
         for logits in views:
             cells = logits.shape[1]
             position = ((rows + 0.5) * (cells / height) - 0.5).clamp(min=0)

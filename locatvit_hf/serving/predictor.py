@@ -59,6 +59,8 @@ class Predictor:
 
     def segment(self, image: Image.Image) -> tuple[Image.Image, str]:
         """The image with its classes in color, and a legend in HTML: color, name and fraction of the pixels."""
+        if self.segmenter is None:
+            raise ValueError(f"{self.name} does not segment images.")
         label_map = self.segmenter([image])[0]
         names = self.segmenter.id2label
         colors = class_colors(names)

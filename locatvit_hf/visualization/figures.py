@@ -185,7 +185,7 @@ def clusters_figure(image: Image.Image, layer: Layer, number: int = MOST_CLUSTER
     Raises:
         ValueError: The layer has no clusters.
     """
-    if layer.assignment is None:
+    if layer.assignment is None or layer.attention is None:
         raise ValueError("This layer has no clusters.")
     received = layer.attention.mean(dim=(0, 1))
     chosen = received.argsort(descending=True, stable=True)[: min(number, len(received))].tolist()
