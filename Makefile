@@ -1,5 +1,5 @@
 # make demo       train, export and look: the paper's argument in miniature, into demo_output/
-# make test       ruff and the tests a developer waits for
+# make test       ruff, mypy and the tests a developer waits for
 # make evidence   docs/evidence.md, from the stored runs
 # make docs       the site, from docs/ into site/
 # make test-all   everything: also the slow tests, the test-suite of transformers, the lowest supported versions
@@ -44,6 +44,7 @@ test-floor: $(FLOOR)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 # torch and torchvision are resolved together: each torchvision belongs to one torch.
 $(VENV)/.installed: pyproject.toml
