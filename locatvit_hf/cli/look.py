@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .console import MAX_MEGAPIXELS, MaxMegapixels, console, friendly_errors, silence_transformers
+from .console import MAX_MEGAPIXELS, MaxMegapixels, console, friendly_errors, silence_transformers, warn
 
 
 @friendly_errors
@@ -28,7 +28,7 @@ def look(
     from functools import partial
 
     from ..inference import Checkpoint
-    from ..utils.images import read_image, readable_name
+    from ..utils.images import read_image, readable_name, remark_on_frames
     from ..utils.io import atomic_write, fitting_name
     from ..visualization import figures
     from ..visualization.activations import read_layers
@@ -41,6 +41,9 @@ def look(
             f"Several images are named {readable_name(twice[0])}, and would overwrite each other: look at them apart."
         )
     loaded = {path.stem: read_image(path, max_megapixels=max_megapixels) for path in images}
+    for path in images:
+        for sentence in remark_on_frames(path, loaded[path.stem]):
+            warn(sentence)
     chosen = [_parse_patch(text) for text in patch or []]
 
     models, processors = {}, {}

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 
-from ..utils.images import MAX_MEGAPIXELS, CorruptImageError, num_frames, read_image
+from ..utils.images import MAX_MEGAPIXELS, CorruptImageError, read_image, remark_on_frames
 from ..utils.io import atomic_write
 from ..utils.splits import failures_named, find_split, read_split
 from .outputs import OutputFolder
@@ -90,7 +90,7 @@ def segment_dataset(
         num_processes: How many processes share the rows.
         advance: Called with a number of rows when they are done or were found done.
         max_megapixels: Larger images are not read.
-        report: Called with a sentence for each image of several frames or pages, of which the first is segmented.
+        report: Called with a sentence for each image of several frames or pages, of which the first is used.
     """
     path = shard_path(output, process, num_processes)
     mine = rows_of(len(dataset), process, num_processes)
@@ -134,8 +134,8 @@ def _segment_rows(
                 raise CorruptImageError(f"Row {row} holds no image.")
             source = io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]
             images[row] = read_image(source, f"Row {row}", max_megapixels)
-            if (number := num_frames(images[row])) > 1:
-                report(f"Row {row} holds {number} images: only the first is segmented.")
+            for sentence in remark_on_frames(f"Row {row}", images[row]):
+                report(sentence)
         except (CorruptImageError, OSError) as error:
             label_maps[row] = None
             yield CorruptImageError(str(error))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..utils.images import MAX_MEGAPIXELS, CorruptImageError, list_images, num_frames, read_image, readable_name
+from ..utils.images import MAX_MEGAPIXELS, CorruptImageError, list_images, read_image, readable_name, remark_on_frames
 from .outputs import OutputFolder, Source
 from .segmenter import Segmenter
 
@@ -85,7 +85,7 @@ def segment_files(
         batch_size: Images that are segmented at once.
         advance: Called after each file.
         max_megapixels: Larger images are not read.
-        report: Called with a sentence for each file of several frames or pages, of which the first is segmented.
+        report: Called with a sentence for each file of several frames or pages, of which the first is used.
     """
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -98,8 +98,8 @@ def segment_files(
             for source, future in zip(batch, read, strict=True):
                 try:
                     images[source] = future.result()
-                    if (number := num_frames(images[source])) > 1:
-                        report(f"{readable_name(source.path)} holds {number} images: only the first is segmented.")
+                    for sentence in remark_on_frames(source.path, images[source]):
+                        report(sentence)
                 except CorruptImageError as error:
                     yield error
                     advance()

@@ -12,7 +12,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 from PIL import Image
 
-from ..utils.images import CorruptImageError, list_images, read_image
+from ..utils.images import CorruptImageError, list_images, read_image, remark_on_frames
 from .predictor import LARGEST_SIDE, Predictor
 from .sample_images import draw_sample_images
 
@@ -71,6 +71,8 @@ def build_app(models: list[str], examples: Path | None = None) -> gr.Blocks:
             image = read_image(path, name="This file")
         except (CorruptImageError, OSError) as error:
             raise gr.Error(str(error), title="No image", print_exception=False) from error
+        for sentence in remark_on_frames("This file", image):
+            gr.Warning(sentence, title="One of several")
         image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
         return [update for name in shown for update in _answers(predictors.get(name), image)]
 

@@ -286,12 +286,14 @@ def open_image(source: str | Path | BinaryIO, max_megapixels: float = MAX_MEGAPI
 def load_upright(image: Image.Image) -> Image.Image:
     """Decode the pixels of an image and turn it as its EXIF orientation says, as viewers do.
 
-    `orientation_of` tells afterwards by which orientation it was turned. Damaged EXIF turns nothing.
+    `orientation_of` tells afterwards by which orientation it was turned, and `remark_on_frames` whether it is the first
+    of several frames or pages. Damaged EXIF turns nothing.
 
     Raises:
         CorruptImageError: The pixels cannot be decoded; the message as that of `open_image`.
     """
-    orientation = _read_orientation(image)
+    frames = _count_frames(image)
+    orientation = _read_orientation(image)  # decodes PNG files, which closes them
     try:
         image.load()
     except Exception as error:  # the decoders of Pillow raise errors of a dozen kinds
@@ -301,14 +303,17 @@ def load_upright(image: Image.Image) -> Image.Image:
         orientation, image = remaining, image.transpose(TURNS[remaining])
         for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
             image.info.pop(name, None)
-    return mark_turned(image, orientation)
-
-
-def mark_turned(image: Image.Image, orientation: int) -> Image.Image:
-    """Note in an image for `orientation_of` that it was turned; conversions forget it."""
     if orientation in TURNS:
         image.info[_TURNED_BY] = orientation
+    if frames > 1:
+        image.info[_NUM_FRAMES] = frames
     return image
+
+
+def keep_notes(converted: Image.Image, image: Image.Image) -> Image.Image:
+    """Note in a converted image what `load_upright` noted in the image that it was made of."""
+    converted.info |= {name: image.info[name] for name in (_TURNED_BY, _NUM_FRAMES) if name in image.info}
+    return converted
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -323,13 +328,16 @@ def _read_orientation(image: Image.Image) -> int:
         return 1
 
 
-def num_frames(image: Image.Image) -> int:
-    """Frames of an animation, or pages of a document, in the file that `read_image` read the first of."""
-    return image.info.get(_NUM_FRAMES, 1)
+def remark_on_frames(name: str | Path, image: Image.Image) -> list[str]:
+    """A sentence where the file of an image that was read holds more frames or pages, or none."""
+    frames = image.info.get(_NUM_FRAMES, 1)
+    return [f"{readable_name(name)} holds {frames} images: only the first is used."] if frames > 1 else []
 
 
 def _count_frames(image: Image.Image) -> int:
-    if image.format in ("MPO", "PSD"):  # a second lens or a map of depths, and layers: the first is the image
+    """The frames or pages of an open file; 1 where it is closed, or does not tell."""
+    # A second lens or a map of depths, and layers: the first is the image.
+    if image.format in ("MPO", "PSD") or getattr(image, "fp", None) is None:
         return 1
     try:
         return getattr(image, "n_frames", 1)
@@ -342,7 +350,7 @@ def read_image(
 ) -> Image.Image:
     """An image of any mode as 8-bit RGB, turned as its EXIF orientation says, transparency composited on white.
 
-    Of several frames or pages it is the first; `num_frames` tells how many there are.
+    Of several frames or pages it is the first; `remark_on_frames` says how many there are.
 
     Args:
         source: A file, by its path or opened for reading bytes.
@@ -362,13 +370,11 @@ def read_image(
             raise IsADirectoryError(f"{name} is a folder; an image file is needed here.")
     try:
         with open_image(source, max_megapixels) as image:
-            frames = _count_frames(image)
-            pixels = pil_to_rgb(load_upright(image))
+            upright = load_upright(image)
+            pixels = pil_to_rgb(upright)
     except CorruptImageError as error:
         raise CorruptImageError(f"{name} {error}.") from None
-    read = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    read.info[_NUM_FRAMES] = frames
-    return read
+    return keep_notes(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), upright)
 
 
 def _first_bytes(source: str | Path | BinaryIO) -> bytes:
@@ -411,16 +417,16 @@ __all__ = [
     "FolderImages",
     "NamedImages",
     "choose_images",
+    "keep_notes",
     "left_out",
     "list_files",
     "list_images",
     "load_upright",
-    "mark_turned",
-    "num_frames",
     "open_image",
     "orientation_of",
     "read_image",
     "readable_name",
+    "remark_on_frames",
     "remarks_on_links",
     "stem_of",
 ]

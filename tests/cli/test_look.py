@@ -96,11 +96,12 @@ def test_a_model_beside_its_baseline(checkpoints, photo, tmp_path):
     ],
 )
 def test_what_a_model_lacks_is_said_and_the_rest_is_drawn(name, sentences, images, checkpoints, photo, tmp_path):
-    Image.new("L", (31, 90)).save(tmp_path / "flat.png")
+    flat = Image.new("L", (31, 90))
+    flat.save(tmp_path / "flat.png", save_all=True, append_images=[flat.point(lambda value: 255)])
     output = tmp_path / "out"
     options = ["--layer", 1] if name == "pacavit" else []
     code, said = run(photo, tmp_path / "flat.png", "--model", checkpoints / name, "--output", output, *options)
-    assert code == 0
+    assert code == 0 and said.count("flat.png holds 2 images: only the first is used.") == 1
     for sentence in sentences:
         assert sentence in said
     for stem in ("photo", "flat"):

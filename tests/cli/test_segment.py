@@ -123,7 +123,7 @@ def test_what_a_folder_holds_besides_is_said_and_names_may_be_long(checkpoint, t
     make_image(60, 20).save(photos / "wide.png")
     code, said = run(photos, "--model", checkpoint, "--output", output, "--max-megapixels", 0.001)
     assert code == 0 and "4 segmented, 1 could not be read" in said
-    assert "pages.tif holds 3 images: only the first is segmented." in said
+    assert "pages.tif holds 3 images: only the first is used." in said
     assert "Left out 1 file that is not an image: notes.txt." in said
     assert "wide.png has 0.0012 megapixels, more than the 0.001 that max_megapixels allows." in said
     assert len(list(output.rglob("maps/**/*.png"))) == 4

@@ -58,7 +58,7 @@ def test_other_models_can_be_looked_at(name, checkpoints, images):
         assert predictor.segment(image)[0].size == image.size
 
 
-def test_app_answers_over_http(checkpoints, images):
+def test_app_answers_over_http(checkpoints, images, tmp_path, monkeypatch):
     page = build_app([str(checkpoints / "classifier"), str(checkpoints / "segmenter")])
     page.launch(prevent_thread_lock=True, quiet=True)
     try:
@@ -74,6 +74,12 @@ def test_app_answers_over_http(checkpoints, images):
             client.predict(handle_file(images / "broken.jpg"), "classifier", "nobody", api_name="/show")
         again = str(client.predict(handle_file(images / "tall.jpg"), "classifier", "nobody", api_name="/show"))
         assert "### classifier" in again
+        warned = []
+        monkeypatch.setattr(gr, "Warning", lambda sentence, **_: warned.append(sentence))
+        frames = [Image.new("RGB", (20, 30), color) for color in ("red", "blue")]
+        frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+        client.predict(handle_file(tmp_path / "two.gif"), "classifier", "nobody", api_name="/show")
+        assert warned == ["This file holds 2 images: only the first is used."]
     finally:
         page.close()
 

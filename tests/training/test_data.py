@@ -266,6 +266,29 @@ def test_turned_images_whose_maps_may_be_either_are_named_and_counted(tmp_path, 
         assert option or re.search(r"\d\d.jpg is turned .* \(10 such so far\).*--label_orientation stored", said)
 
 
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_files_of_several_frames_are_named_and_counted(tmp_path, capsys, format):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
+    for number in range(11):
+        path = tmp_path / "train" / str(number % 2) / f"{number:02d}.{format.lower()}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frames[0].save(path, lossless=True, save_all=number > 0, append_images=frames[1:] if number else [])
+    frames[0].save(path.with_suffix(".mpo"), save_all=True, append_images=frames[1:])  # a second lens is no frame
+    options = {"train_split": "train", "validation_split": "train", "streaming": False, "num_workers": 1}
+    arguments = arguments_for(tmp_path, **options)
+    rows, columns = load_splits(arguments).train, columns_of(arguments)
+    samples = TrainingSamples(rows, columns, lambda image, label: (label,), 0)
+    for loader in (
+        create_training_loader(samples, arguments, ONE_PROCESS, 0, 3),
+        create_evaluation_loader(rows, columns, list, arguments, ONE_PROCESS),
+    ):
+        list(loader)
+        said = capsys.readouterr().out.replace("\n", " ")
+        assert said.count("holds 3 images: only the first is used (1 such so far).") == 1
+        assert said.count("holds 3 images: only the first is used (10 such so far).") == 1
+        assert len(loader.several_frames) == 10 and said.count("such so far") == 2
+
+
 def test_pixels_beyond_the_limit_are_not_decoded(folders, capsys):
     arguments = arguments_for(folders["parquet"], max_megapixels=5e-5, max_corrupt_share=1.0, streaming=False)
     splits = load_splits(arguments)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from locatvit_hf.utils.images import MAX_MEGAPIXELS, orientation_of
+from locatvit_hf.utils.images import MAX_MEGAPIXELS, orientation_of, remark_on_frames
 from training.engine.arguments import console
 from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 
@@ -59,13 +59,15 @@ class Loaded(NamedTuple):
 
     Attributes:
         corrupt: Of each image that cannot be decoded its name and what is wrong with it.
-        unclear: Names of turned images whose label map may or may not be made for the turned pixels, see `_is_unclear`.
+        unclear: Names of turned images whose label map may or may not be made for the turned pixels, see `_unclear`.
+        several: A sentence for each file of several frames or pages, of which the first is used.
     """
 
     samples: list[tuple]
     names: list[str]
     corrupt: list[str]
     unclear: list[str]
+    several: list[str]
 
 
 class TrainingSamples(Dataset):
@@ -106,7 +108,7 @@ class TrainingSamples(Dataset):
             return self._load(keys)
 
     def _load(self, keys: list[tuple[int, ...]]) -> Loaded:
-        loaded = samples, names, corrupt, unclear = Loaded([], [], [], [])
+        loaded = samples, names, corrupt, unclear, several = Loaded([], [], [], [], [])
         for key, row in zip(keys, self.reader.read(keys), strict=True):
             for attempt in range(1, MAX_SUBSTITUTES + 2):
                 try:
@@ -114,6 +116,7 @@ class TrainingSamples(Dataset):
                     samples.append(self._augment(key, row, values))
                     names.append(_call(row, self.is_image, f"Training sample {key[1]}"))
                     unclear += _unclear(values, row, self.is_image, f"training sample {key[1]}")
+                    several += _several(values, row, self.is_image, f"Training sample {key[1]}")
                     break
                 except CorruptImageError as error:
                     corrupt.append(str(error))
@@ -145,13 +148,14 @@ class EvaluationSamples(Dataset):
 
     def load(self, indices: list[int]) -> Loaded:
         """The rows; an image that cannot be decoded is left out."""
-        loaded = rows, names, corrupt, unclear = Loaded([], [], [], [])
+        loaded = rows, names, corrupt, unclear, several = Loaded([], [], [], [], [])
         for index, row in zip(indices, self.reader.read([(0, index) for index in indices]), strict=True):
             name = f"evaluation sample {index}"
             try:
                 rows.append(_decode(row, self.is_image, name, self.max_megapixels))
                 names.append(_call(row, self.is_image, f"Evaluation sample {index}"))
                 unclear += _unclear(rows[-1], row, self.is_image, name)
+                several += _several(rows[-1], row, self.is_image, f"Evaluation sample {index}")
             except CorruptImageError as error:
                 corrupt.append(str(error))
         return loaded
@@ -163,12 +167,14 @@ class Part(NamedTuple):
     Attributes:
         corrupt: As in `Loaded`.
         unclear: As in `Loaded`.
+        several: As in `Loaded`.
     """
 
     batch: Any
     num_images: int
-    corrupt: list[str]
-    unclear: list[str]
+    corrupt: list[str] = []
+    unclear: list[str] = []
+    several: list[str] = []
 
 
 class _Parts(Dataset):
@@ -179,13 +185,13 @@ class _Parts(Dataset):
 
     def __getitems__(self, keys: list) -> Part:
         if not keys:
-            return Part(None, 0, [], [])
+            return Part(None, 0)
         if hasattr(self.samples, "load"):
-            samples, names, corrupt, unclear = self.samples.load(keys)
+            samples, names, *remarks = self.samples.load(keys)
         else:
-            samples, names, corrupt, unclear = [self.samples[key] for key in keys], [], [], []
+            samples, names, *remarks = [self.samples[key] for key in keys], [], []
         try:
-            return Part(self.collate(samples) if samples else None, len(samples) + len(corrupt), corrupt, unclear)
+            return Part(self.collate(samples) if samples else None, len(samples) + len(remarks[0]), *remarks)
         except ValueError as error:
             raise ValueError(f"{self._culprit(names, samples)}{error}") from None
 
@@ -200,7 +206,7 @@ class _Parts(Dataset):
 
 
 class ImageLoader:
-    """Batches of one process; counts and names the images that could not be decoded, and those of unclear orientation.
+    """Batches of one process; counts and names the images that could not be decoded, and others to look at.
 
     Args:
         samples: What the keys of the sampler stand for; any dataset that takes them, without the counting.
@@ -229,7 +235,7 @@ class ImageLoader:
         self.loader = DataLoader(_Parts(samples, collate), batch_sampler=sampler, collate_fn=_keep_plain, **options)
         self.parts, self.max_corrupt_share, self.fraction_of = parts, max_corrupt_share, fraction_of
         self.num_images, self.num_corrupt, self.corrupt_images = 0, 0, {}
-        self.ask_orientation, self.unclear_images = ask_orientation, set()
+        self.ask_orientation, self.unclear_images, self.several_frames = ask_orientation, set(), set()
 
     def __len__(self) -> int:
         return len(self.loader) // (len(self.parts[0]) if self.parts is not None else 1)
@@ -258,21 +264,15 @@ class ImageLoader:
             )
         if self.ask_orientation:
             for name in part.unclear:
-                self._ask_orientation(name)
+                _say_rarely(
+                    self.unclear_images,
+                    f"{name} is turned as its EXIF orientation says, its label map, of the same size, is not.",
+                    "Give --label_orientation stored where the maps belong to the pixels as they are stored, turned "
+                    "where they belong to the turned image.",
+                )
+        for sentence in part.several:
+            _say_rarely(self.several_frames, sentence)
         return part.batch
-
-    def _ask_orientation(self, name: str) -> None:
-        """Prints the first such image, the tenth, the hundredth, …"""
-        number = len(self.unclear_images)
-        self.unclear_images.add(name)
-        if len(self.unclear_images) > number and len(self.unclear_images) in (10**power for power in range(10)):
-            console.print(
-                f"{name} is turned as its EXIF orientation says, its label map, of the same size, is not "
-                f"({len(self.unclear_images)} such so far). Give --label_orientation stored where the maps belong to "
-                "the pixels as they are stored, turned where they belong to the turned image.",
-                markup=False,
-                style="yellow",
-            )
 
 
 def create_training_loader(
@@ -399,6 +399,21 @@ def _unclear(values: tuple, row: tuple, is_image: list[bool], name: str) -> list
     quarter = orientation_of(image) >= 5 and image.width != image.height
     same = label_map.size == image.size and orientation_of(label_map) == 1
     return [name_of(entry, name)] if same and not quarter else []
+
+
+def _several(values: tuple, row: tuple, is_image: list[bool], name: str) -> list[str]:
+    """A sentence for each file of a row that holds more images than the one that was read."""
+    images = [(value, entry) for value, entry, image in zip(values, row, is_image, strict=True) if image]
+    return [sentence for value, entry in images for sentence in remark_on_frames(name_of(entry, name), value)]
+
+
+def _say_rarely(said: set[str], sentence: str, remedy: str = "") -> None:
+    """Print the first of such sentences, the tenth, the hundredth, …, with their number; the same one counts once."""
+    number = len(said)
+    said.add(sentence)
+    if len(said) > number and str(len(said)).strip("0") == "1":
+        counted = f"{sentence.removesuffix('.')} ({len(said)} such so far). {remedy}"
+        console.print(counted.rstrip(), markup=False, style="yellow")
 
 
 def _join(parts: list[tuple[Any, np.ndarray]]) -> Any:

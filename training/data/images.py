@@ -17,10 +17,9 @@ from locatvit_hf.image_processing_locatvit import pil_to_rgb
 from locatvit_hf.utils.images import (
     MAX_MEGAPIXELS,
     CorruptImageError,
+    keep_notes,
     load_upright,
-    mark_turned,
     open_image,
-    orientation_of,
 )
 from locatvit_hf.utils.io import one_line
 
@@ -39,7 +38,8 @@ def decode_image(entry: Any, rgb: bool = False, max_megapixels: float = MAX_MEGA
         max_megapixels: Larger images are not decoded.
 
     Returns:
-        The image; `orientation_of` tells by which orientation it was turned.
+        The image; `orientation_of` tells by which orientation it was turned, and `remark_on_frames` whether its file
+        holds more.
 
     Raises:
         CorruptImageError: The image cannot be decoded; the message is the end of a sentence that begins with its name.
@@ -51,12 +51,10 @@ def decode_image(entry: Any, rgb: bool = False, max_megapixels: float = MAX_MEGA
     image = load_upright(image)
     if not rgb:
         return image
-    orientation = orientation_of(image)
     try:
-        image = to_rgb(image)
+        return keep_notes(to_rgb(image), image)
     except Exception as error:  # such as a palette that is not whole
         raise CorruptImageError(f"cannot be decoded: {one_line(error)}") from None
-    return mark_turned(image, orientation)
 
 
 class Header(NamedTuple):
