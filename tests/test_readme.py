@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from PIL import Image
 import locatvit_hf
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification
 from tests.docs.snippets import ROOT, read_blocks, run_blocks
+from tests.processes import run_program
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -36,7 +35,7 @@ def test_snippets_run(reader: Path) -> None:
     assert len(SNIPPETS) == 3
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(reader / "modules")}
     program = "\n".join(SNIPPETS)
-    run = subprocess.run([sys.executable, "-c", program], cwd=reader, env=environment, capture_output=True, text=True)
+    run = run_program("-c", program, folder=reader, environment=environment)
     assert run.returncode == 0, run.stderr
     *answers, again, shapes = run.stdout.splitlines()
     config = json.loads((ROOT / "examples" / "checkpoints" / "locatvit-classification" / "config.json").read_text())

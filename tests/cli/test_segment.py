@@ -27,6 +27,7 @@ from locatvit_hf import (
 from locatvit_hf.cli import app
 from locatvit_hf.inference import Checkpoint, Segmenter, dataset
 from locatvit_hf.inference.outputs import OutputFolder, Source
+from tests.processes import run_program
 from tests.tolerances import assert_same_labels
 
 NAMES = ["background", "road", "sky", "tree", "car"]
@@ -209,13 +210,9 @@ def test_a_killed_run_continues(folder, checkpoint, tmp_path, monkeypatch):
 def test_one_process_from_the_shell(folder, checkpoint, tmp_path):
     """Also that a loaded checkpoint runs none of its own code: what it carries is broken."""
     (Path(checkpoint) / "modeling_locatvit.py").write_text("raise SystemExit('this ran')")
-    done = subprocess.run(
-        [sys.executable, "-m", "locatvit_hf.cli", "segment", folder / "a.png", "--model", checkpoint],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-    )
+    command = "-m", "locatvit_hf.cli", "segment", folder / "a.png", "--model", checkpoint
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = run_program(*command, folder=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "segmented" / "maps" / "a.png").is_file() and "Traceback" not in done.stderr
 

@@ -1,8 +1,6 @@
 """Every layout of the reference, converted by the command and loaded where this package cannot be imported."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification
 from locatvit_hf.conversion import locatvit as family
 from tests.conversion.layouts import remote_outputs, write_mixin, write_run, write_timm
 from tests.golden import GOLDEN, VIT_CHECKPOINTS, load_case, load_models, model_input, rule_weights
+from tests.processes import run_program
 
 WRITERS = {"mixin": write_mixin, "timm": write_timm, "run": write_run}
 # The reference's own `save_pretrained` knows no RoPE: its layout names no architecture.
@@ -117,12 +116,8 @@ def test_folder_is_complete(tmp_path, locatvit):
 
 def test_command_runs_as_a_module(tmp_path):
     source = write_mixin(load_case("vit_baseline"), tmp_path / "source")
-    process = subprocess.run(
-        [sys.executable, "-m", "locatvit_hf.cli", "convert", str(source), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).resolve().parents[2],
-    )
+    command = "-m", "locatvit_hf.cli", "convert", source, tmp_path / "out"
+    process = run_program(*command, folder=Path(__file__).resolve().parents[2])
     assert process.returncode == 0, process.stderr
     assert "reloaded" in process.stdout
     # torch comments on how torchao, where it is installed, calls it; the command itself has nothing to complain of.

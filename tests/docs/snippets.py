@@ -2,9 +2,10 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.processes import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -34,13 +35,6 @@ def run_blocks(blocks: list[tuple[str, str]], folder: Path, **environment: str) 
         "HF_MODULES_CACHE": str(folder / "modules"),
         **environment,
     }
-    run = subprocess.run(
-        [sys.executable, "-c", SESSION % blocks],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-6000:]
+    run = run_program("-c", SESSION % blocks, folder=folder, environment=environment)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return run.stdout

@@ -1,8 +1,6 @@
 """The example checkpoints: small, without code, and sensible on an image that they have not seen."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from experiments.locality.export_examples import PUBLISHED
 from experiments.locality.runs import ROOT
 from locatvit_hf.hub.card import read_card
+from tests.processes import run_program
 
 TINY_IMAGENET = ROOT.parent / "shared" / "data" / "tiny_imagenet"
 CHECKPOINTS = ROOT / "examples" / "checkpoints"
@@ -53,14 +52,13 @@ def answer(tmp_path_factory):
     """What a fresh process with empty caches makes of a photograph of a temple among trees."""
     folder = tmp_path_factory.mktemp("user")
     Image.fromarray(load_sample_image("china.jpg")).save(folder / "photo.png")
-    command = [sys.executable, "-c", USER, str(CHECKPOINTS), str(folder / "photo.png")]
     environment = {
         "HF_HOME": str(folder / "hf"),
         "HF_HUB_OFFLINE": "1",
         "PATH": "/usr/bin:/bin",
         "PYTHONPATH": str(ROOT),
     }
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    run = run_program("-c", USER, CHECKPOINTS, folder / "photo.png", folder=folder, environment=environment)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

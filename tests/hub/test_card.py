@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +42,7 @@ from locatvit_hf.hub.card import (
 )
 from locatvit_hf.hub.config import count_parameters
 from locatvit_hf.image_processing_locatvit import LocAtViTImageProcessor
+from tests.processes import run_program
 from tests.training.test_recipes import PARAMETERS
 from training.engine.arguments import load_recipe
 
@@ -452,7 +451,7 @@ def test_snippets_run_where_the_package_is_missing(checkpoints, tmp_path):
         program += [f"print('snippet')\n{snippet}" for snippet in snippets]
     (tmp_path / "program.py").write_text("\n".join(program))
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = run_program(tmp_path / "program.py", folder=tmp_path, environment=environment)
     assert run.returncode == 0, run.stderr
     _, classify, features, maps, segment, *rest = run.stdout.split("snippet\n")
     assert len(classify.splitlines()) == 3 and "LABEL_" in classify
