@@ -29,11 +29,13 @@ MARKERS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives every test the marker of its folder."""
+    """Gives every test the marker of its folder, and tests of several processes theirs."""
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         if folder in MARKERS:
             item.add_marker(MARKERS[folder])
+        if item.path.stem == "test_distributed" or "two_processes" in item.name:
+            item.add_marker("distributed")
 
 
 @pytest.fixture(autouse=True)

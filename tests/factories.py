@@ -36,6 +36,26 @@ FAMILIES = {
         },
     ),
 }
+# Fields of models that learn within seconds, from images of 16 pixels (pyramids: 32).
+SMALLEST = {
+    "locatvit": {**VIT, "image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2},
+    "locatjumbo": {**VIT, "image_size": 16, "patch_size": 4, "hidden_size": 12, "num_hidden_layers": 2},
+    "locatswin": {
+        "image_size": 32,
+        "patch_size": 2,
+        "embed_dim": 8,
+        "depths": [1] * 4,
+        "num_heads": [1, 2, 2, 2],
+        "window_size": 4,
+    },
+    "pacavit": {
+        "image_size": 32,
+        "hidden_sizes": [8] * 4,
+        "depths": [1] * 4,
+        "num_attention_heads": [2] * 4,
+        "num_clusters": [4, 4, 4, 0],
+    },
+}
 # The same model with both ideas off.
 PLAIN = {"use_gaussian": False, "use_refinement": False}
 

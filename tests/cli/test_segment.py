@@ -27,11 +27,12 @@ from locatvit_hf import (
 from locatvit_hf.cli import app
 from locatvit_hf.inference import Checkpoint, Segmenter, dataset
 from locatvit_hf.inference.outputs import OutputFolder, Source
+from tests.factories import SMALLEST
 from tests.processes import run_program
 from tests.tolerances import assert_same_labels
 
 NAMES = ["background", "road", "sky", "tree", "car"]
-SMALL = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL = {**SMALLEST["locatvit"], "num_hidden_layers": 1}
 
 
 def make_model(num_labels: int = len(NAMES)) -> LocAtViTForSemanticSegmentation:

@@ -18,8 +18,9 @@ from locatvit_hf.cli import app
 from locatvit_hf.hub.audit import Inspection, inspect
 from locatvit_hf.hub.config import RepositoryError, build_config
 from locatvit_hf.hub.repository import build_repository, write_checksums
+from tests.factories import VIT
 
-TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY = {**VIT, "num_hidden_layers": 2}
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ from locatvit_hf.hub.card import (
 )
 from locatvit_hf.hub.config import count_parameters
 from locatvit_hf.image_processing_locatvit import LocAtViTImageProcessor
+from tests.factories import VIT
 from tests.processes import run_program
 from tests.training.test_recipes import PARAMETERS
 from training.engine.arguments import load_recipe
@@ -98,8 +99,7 @@ FILLED = Card(
     published=[PAPER],
     training=TRAINING,
 )
-TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-TINY |= {"segmentation_hidden_size": 16}
+TINY = {**VIT, "num_hidden_layers": 2, "segmentation_hidden_size": 16}
 
 
 def tiny_config(architecture="LocAtViTForImageClassification"):

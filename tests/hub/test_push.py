@@ -20,8 +20,9 @@ from locatvit_hf.hub.hub_api import RemoteFile, Snapshot
 from locatvit_hf.hub.push import assemble, compare
 from locatvit_hf.hub.repository import LARGEST_DIFFERENCE, build_repository, verify_repository
 from locatvit_hf.utils.io import sha256
+from tests.factories import VIT
 
-TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY = {**VIT, "num_hidden_layers": 2}
 CARD = Card(
     title="Tiny",
     datasets=["unknown"],

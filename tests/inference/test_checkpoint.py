@@ -10,10 +10,11 @@ import torch
 
 from locatvit_hf import LocAtViTConfig, LocAtViTForSemanticSegmentation, LocAtViTImageProcessor
 from locatvit_hf.inference import Checkpoint
+from tests.factories import SMALLEST
 from tests.processes import run_program
 from tests.remote.conftest import HERE, serve_hub, start
 
-SMALL = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL = SMALLEST["locatvit"]
 SEGMENT = """
 import sys
 from collections import Counter

@@ -9,15 +9,12 @@ from PIL import Image
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
 from locatvit_hf import (
-    LocAtViTConfig,
-    LocAtViTForSemanticSegmentation,
     LocAtViTImageProcessor,
-    PaCaViTConfig,
-    PaCaViTForSemanticSegmentation,
 )
 from locatvit_hf.inference import InferenceArguments, Segmenter
 from locatvit_hf.inference import segmenter as segmenter_module
 from locatvit_hf.inference.segmenter import upsampled_argmax
+from tests.factories import SMALLEST, model_class, tiny_config
 from tests.tolerances import assert_same_but_for_rounding, assert_same_labels
 from training.data.label_maps import LabelArguments, LabelReader
 from training.tasks.segmentation.evaluation import SegmentationCollator, evaluate
@@ -28,25 +25,18 @@ SIZE = {"shortest_edge": 24, "longest_edge": 96}
 def build(kind: str):
     """(model, processor) with random weights that tell the classes apart."""
     torch.manual_seed(0)
-    common = {"image_size": 16, "segmentation_hidden_size": 8, "num_labels": 5, "initializer_range": 0.5}
+    family = "pacavit" if kind == "pacavit" else "locatvit"
+    fields = {"segmentation_hidden_size": 8, "initializer_range": 0.5, **SMALLEST[family]}
     if kind == "pacavit":
-        sizes = {
-            "hidden_sizes": [8] * 4,
-            "num_attention_heads": [2] * 4,
-            "depths": [1] * 4,
-            "num_clusters": [4, 4, 4, 0],
-            "segmentation_head_type": "linear",
-        }
-        model = PaCaViTForSemanticSegmentation(PaCaViTConfig(**{**common, "image_size": 32}, **sizes))
-        config, options = model.config, {}
+        fields["segmentation_head_type"] = "linear"
     else:
-        vit = {"patch_size": 4, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
-        config, options = LocAtViTConfig(**common, **vit, feature_pyramid=kind == "upernet"), {}
-        if kind == "upernet":
-            upernet = UperNetConfig(backbone_config=config, num_labels=5, hidden_size=8, auxiliary_channels=8)
-            model, options = UperNetForSemanticSegmentation(upernet), {"output_stride": [1, 1]}
-        else:
-            model = LocAtViTForSemanticSegmentation(config)
+        fields |= {"num_hidden_layers": 4, "feature_pyramid": kind == "upernet"}
+    config, options = tiny_config(family, **fields), {}
+    if kind == "upernet":
+        upernet = UperNetConfig(backbone_config=config, num_labels=5, hidden_size=8, auxiliary_channels=8)
+        model, options = UperNetForSemanticSegmentation(upernet), {"output_stride": [1, 1]}
+    else:
+        model = model_class(family, "ForSemanticSegmentation")(config)
     processor = LocAtViTImageProcessor.from_model_config(config, segmentation=True, size=SIZE, **options)
     return model.eval(), processor
 

@@ -8,15 +8,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-SMALL_MODEL = {
-    "image_size": 16,
-    "patch_size": 4,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "segmentation_hidden_size": 16,
-    "crop_pct": 1.0,
-}
+from tests.factories import SMALLEST
+
+SMALL_MODEL = {**SMALLEST["locatvit"], "segmentation_hidden_size": 16, "crop_pct": 1.0}
 # For runs that must learn the same from sums in another order. AdamW scales every gradient to steps of one length, also
 # one that is nothing but rounding, as that of a key's bias, which moves no attention.
 PLAIN_DESCENT = {"optimizer": "sgd", "learning_rate": 0.05}

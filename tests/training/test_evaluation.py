@@ -16,19 +16,14 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from locatvit_hf import (
-    LocAtJumboConfig,
-    LocAtJumboModel,
-    LocAtSwinConfig,
-    LocAtSwinModel,
     LocAtViTConfig,
     LocAtViTForImageClassification,
     LocAtViTForSemanticSegmentation,
     LocAtViTImageProcessor,
     LocAtViTModel,
-    PaCaViTConfig,
-    PaCaViTModel,
 )
 from locatvit_hf.hub.card import results_from
+from tests.factories import SMALLEST, model_class, tiny_config
 from tests.processes import start_program, wait_for
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import ROOT, run
@@ -252,32 +247,17 @@ def test_labels_become_shares():
 
 
 @pytest.mark.parametrize(
-    ("model_class", "config", "shape"),
+    ("family", "fields", "shape"),
     [
-        (LocAtJumboModel, LocAtJumboConfig(**{**SMALL_MODEL, "hidden_size": 12}), (12, 4, 4)),
-        (
-            LocAtSwinModel,
-            LocAtSwinConfig(
-                image_size=64, patch_size=4, embed_dim=8, depths=[1] * 4, num_heads=[1, 2, 2, 2], window_size=2
-            ),
-            (32, 4, 4),
-        ),
-        (
-            PaCaViTModel,
-            PaCaViTConfig(
-                image_size=64,
-                hidden_sizes=[8] * 4,
-                num_attention_heads=[2] * 4,
-                depths=[1] * 4,
-                num_clusters=[4, 4, 4, 0],
-            ),
-            (8, 4, 4),
-        ),
+        ("locatjumbo", {}, (12, 4, 4)),
+        ("locatswin", {"image_size": 64, "patch_size": 4, "window_size": 2}, (32, 4, 4)),
+        ("pacavit", {"image_size": 64}, (8, 4, 4)),
     ],
 )
-def test_features_of_every_family(tmp_path, model_class, config, shape):
+def test_features_of_every_family(tmp_path, family, fields, shape):
     """Patches of the last layer, of pyramids in the third stage: at a sixteenth of the image, or the patch size."""
-    model_class(config).save_pretrained(tmp_path)
+    config = tiny_config(family, **SMALLEST[family] | fields)
+    model_class(family, "Model")(config).save_pretrained(tmp_path)
     backbone = hummingbird.load_backbone(str(tmp_path), None)
     side = config.image_size
     with torch.no_grad():

@@ -24,17 +24,10 @@ from transformers import (
 )
 
 from locatvit_hf import (
-    LocAtJumboConfig,
-    LocAtJumboForImageClassification,
-    LocAtSwinConfig,
-    LocAtSwinForImageClassification,
-    LocAtViTConfig,
-    LocAtViTForImageClassification,
     LocAtViTModel,
-    PaCaViTConfig,
-    PaCaViTForImageClassification,
 )
 from locatvit_hf.inference import Segmenter
+from tests.factories import FAMILIES, SMALLEST, model_class, tiny_config
 from tests.tolerances import assert_same_but_for_rounding, assert_same_labels
 from tests.training.conftest import PLAIN_DESCENT
 from tests.training.programs import run, start, train
@@ -46,35 +39,7 @@ from training.segment import LabelReader, SegmentArguments, build_model, build_p
 from training.tasks.segmentation.evaluation import SegmentationCollator, draw_examples
 
 NAMES = ["background", "red", "green"]
-VIT = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 3, "num_attention_heads": 2}
-SOURCES = {
-    "locatvit": (LocAtViTForImageClassification, LocAtViTConfig, {**VIT, "hidden_size": 16}),
-    "locatjumbo": (LocAtJumboForImageClassification, LocAtJumboConfig, {**VIT, "hidden_size": 12}),
-    "locatswin": (
-        LocAtSwinForImageClassification,
-        LocAtSwinConfig,
-        {
-            "image_size": 32,
-            "patch_size": 2,
-            "embed_dim": 8,
-            "depths": [1] * 4,
-            "num_heads": [1, 2, 2, 2],
-            "window_size": 4,
-        },
-    ),
-    "pacavit": (
-        PaCaViTForImageClassification,
-        PaCaViTConfig,
-        {
-            "image_size": 32,
-            "hidden_sizes": [8] * 4,
-            "num_attention_heads": [2] * 4,
-            "depths": [1] * 4,
-            "num_clusters": [4, 4, 4, 0],
-        },
-    ),
-}
-HEADS = [(family, head) for family in SOURCES for head in ("probe", "upernet")] + [("pacavit", "paca")]
+HEADS = [(family, head) for family in FAMILIES for head in ("probe", "upernet")] + [("pacavit", "paca")]
 SMALL_HEAD = {
     "model": {"segmentation_hidden_size": 8},
     "upernet": {"hidden_size": 8, "auxiliary_channels": 8},
@@ -85,10 +50,12 @@ SMALL_HEAD = {
 def sources(tmp_path_factory) -> dict[str, Path]:
     """A saved classifier of each family, with two classes and random weights."""
     folder = tmp_path_factory.mktemp("sources")
-    for family, (model_class, config_class, fields) in SOURCES.items():
+    for family in FAMILIES:
         torch.manual_seed(0)
-        model_class(config_class(**fields, drop_path_rate=0.3, num_labels=2)).save_pretrained(folder / family)
-    return {family: folder / family for family in SOURCES}
+        fields = SMALLEST[family] | ({} if family in ("locatswin", "pacavit") else {"num_hidden_layers": 3})
+        config = model_class(family, "Config")(**fields, drop_path_rate=0.3, num_labels=2)
+        model_class(family)(config).save_pretrained(folder / family)
+    return {family: folder / family for family in FAMILIES}
 
 
 def arguments_for(source: Path, head: str = "probe", **settings) -> SegmentArguments:
@@ -214,7 +181,7 @@ def test_changed_fields_start_anew_and_are_named(sources, capsys):
 
 def test_an_encoder_alone_is_a_source_too(tmp_path):
     """As `AutoModel` saves it: without the prefix of a head."""
-    encoder = LocAtViTModel(LocAtViTConfig(**VIT, hidden_size=16))
+    encoder = LocAtViTModel(tiny_config("locatvit", **SMALLEST["locatvit"]))
     encoder.save_pretrained(tmp_path / "encoder")
     model = build_model(arguments_for(tmp_path / "encoder"), NAMES)
     assert all(
