@@ -267,7 +267,7 @@ def test_features_of_every_family(tmp_path, family, fields, shape):
         hummingbird.load_backbone(str(tmp_path), "stage9")
 
 
-def test_segmentation_is_what_the_pipeline_says(dense, squares, segmenter):
+def test_segmentation_is_what_the_pipeline_says(dense, squares, segmenter, capsys):
     result = evaluate(segmentation, dense | {"pretrained": str(segmenter)})
     answer = pipeline("image-segmentation", str(segmenter))
     predicted, true = np.zeros((10, 16, 16), int), np.zeros((10, 16, 16), int)
@@ -278,6 +278,11 @@ def test_segmentation_is_what_the_pipeline_says(dense, squares, segmenter):
     ious = [((predicted == c) & (true == c)).sum() / ((predicted == c) | (true == c)).sum() for c in range(3)]
     assert list(result["metrics"]["per_category_iou"].values()) == pytest.approx(ious)
     assert result["num_images"] == 10 and result["images_per_second"] > 0
+    assert "classes differently" not in capsys.readouterr().out
+    renamed = {"pretrained": str(segmenter), "label_names": [CLASSES[0], *CLASSES[:0:-1]]}
+    assert evaluate(segmentation, dense | renamed)["metrics"] == result["metrics"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"name 2 of 3 classes differently, the first {CLASSES[2]!r} and {CLASSES[1]!r}: label maps are read" in said
 
 
 @pytest.mark.parametrize("program", [segmentation, hummingbird])

@@ -41,9 +41,16 @@ def main(arguments: SegmentationArguments) -> dict[str, Any]:
         arguments, dtype=torch.float32, device=accelerator.device
     )
     validation, label_names = load_validation(arguments, segmentation=True)
-    num_labels = len(segmenter.id2label)
+    own = list(segmenter.id2label.values())
+    num_labels = len(own)
     if label_names is not None and len(label_names) != num_labels:
         raise ValueError(f"{arguments.pretrained} has {num_labels} classes, but the data has {len(label_names)}.")
+    differing = [pair for pair in zip(label_names or [], own, strict=False) if pair[0] != pair[1]]
+    if differing:
+        tell(accelerator)(
+            f"The data and {arguments.pretrained} name {len(differing)} of {num_labels} classes differently, the first "
+            f"{differing[0][0]!r} and {differing[0][1]!r}: label maps are read by the model's names and their order."
+        )
     collator = SegmentationCollator(segmenter.processor, LabelReader(arguments, num_labels), arguments)
     columns = [arguments.image_column, arguments.label_column]
     loader = create_evaluation_loader(validation, columns, collator, arguments, accelerator)
