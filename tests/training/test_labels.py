@@ -104,6 +104,12 @@ def test_classes_without_an_image_are_named(load, capsys):
     assert "No training image is of 1 of the 4 classes: '1'." in capsys.readouterr().out
 
 
+def test_names_that_differ_in_case_alone_are_said(load, capsys):
+    assert load(["dog", "Dog", "cat"], streaming=True)[1] == ["Dog", "cat", "dog"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("Names of classes differ in case alone") == 1 and "in two ways: 'Dog' and 'dog'." in said
+
+
 def test_one_class_can_be_evaluated(tmp_path):
     """A folder of ants tells how many of them a model knows; so do labels with gaps."""
     for number in range(3):

@@ -59,6 +59,18 @@ def missing_classes(train: Split, column: str, names: list[str]) -> list[str]:
     return [f"No training image is of {len(missing)} of the {len(names)} classes: {shown}."]
 
 
+def names_alike(names: list[str]) -> list[str]:
+    """A sentence about classes whose names differ in case alone, or none."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.casefold(), []).append(name)
+    groups = [" and ".join(map(repr, found)) for found in alike.values() if len(found) > 1]
+    if not groups:
+        return []
+    shown = ", ".join(groups[:MAX_NAMED]) + (", …" if len(groups) > MAX_NAMED else "")
+    return [f"Names of classes differ in case alone, which may be one class written in two ways: {shown}."]
+
+
 def _distinct(split: Split, column: str) -> list:
     if isinstance(split, StreamedRows):
         return list(split.unique(column))

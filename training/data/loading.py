@@ -15,7 +15,7 @@ from locatvit_hf.utils.splits import MissingSplitError, failures_named, find_spl
 from training.engine.arguments import console
 from training.engine.settings import DataArguments
 
-from .labels import missing_classes, number_labels
+from .labels import missing_classes, names_alike, number_labels
 from .streaming import StreamedRows, find_file, open_shards
 
 Split = datasets.Dataset | StreamedRows
@@ -67,7 +67,7 @@ def load_splits(arguments: DataArguments, segmentation: bool = False, evaluation
             (whole,), label_names = number_labels({"training": whole}, column, label_names, evaluation)
             train, validation = _divide(whole, arguments)
         remarks += [] if evaluation else missing_classes(train, column, label_names)
-    announce(remarks)
+    announce(remarks + names_alike(label_names or []))
     return Splits(train, validation, label_names)
 
 
