@@ -3,6 +3,7 @@
 import os
 import threading
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -189,6 +190,15 @@ def left_out(names: list[str], one: str, several: str, remedy: str = "") -> str:
     """
     shown = ", ".join(map(readable_name, names[:MAX_NAMED])) + (", …" if len(names) > MAX_NAMED else "")
     return f"Left out {len(names)} {one if len(names) == 1 else several}: {shown}{remedy and '; '}{remedy}."
+
+
+def remark_on_repeats(names: Iterable[str | None]) -> list[str]:
+    """A sentence about images that a list or a table names several times, or none."""
+    repeated = [readable_name(name) for name, count in Counter(names).items() if name and count > 1]
+    if not repeated:
+        return []
+    shown = ", ".join(repeated[:MAX_NAMED]) + (", …" if len(repeated) > MAX_NAMED else "")
+    return [f"Took several times what is named several times, {len(repeated)} of the images: {shown}."]
 
 
 def readable_name(name: str | Path) -> str:
@@ -427,6 +437,7 @@ __all__ = [
     "read_image",
     "readable_name",
     "remark_on_frames",
+    "remark_on_repeats",
     "remarks_on_links",
     "stem_of",
 ]

@@ -23,12 +23,12 @@ import pyarrow.parquet
 
 from .images import (
     HEIC_SUFFIXES,
-    MAX_NAMED,
     NamedImages,
     choose_images,
     left_out,
     list_files,
     readable_name,
+    remark_on_repeats,
     remarks_on_links,
 )
 from .io import one_line, read_lines, read_text
@@ -295,6 +295,7 @@ def _find_images(folder: Path, split: str, names: list[str], remarks: list[str],
             raise MissingSplitError(_missing(split, layout.splits))
     if metadata:
         return _read_metadata(folder, images, everything, metadata, remarks)
+    remarks += remark_on_repeats(images)
     columns: dict[str, list] = {"image": [image_entry(folder, name) for name in images]}
     features = datasets.Features({"image": datasets.Image()})
     classes = find_classes(images, skip)
@@ -353,9 +354,7 @@ def _read_metadata(
         remarks.append(left_out(absent, *kinds))
     if unnamed := sorted(set(images) - set(paths[key])):
         remarks.append(left_out(unnamed, "image without a row of metadata", "images without a row of metadata"))
-    if repeated := [name for name, count in Counter(paths[key]).items() if name and count > 1]:
-        shown = ", ".join(map(readable_name, repeated[:MAX_NAMED])) + (", …" if len(repeated) > MAX_NAMED else "")
-        remarks.append(f"Took several times what has several rows of metadata, {len(repeated)} of the images: {shown}.")
+    remarks += remark_on_repeats(paths[key])
     features, content = datasets.Features(), dict[str, list]()
     for name, values in paths.items():
         name = name.removesuffix("file_name").removesuffix("_") or "image"

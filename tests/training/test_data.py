@@ -515,6 +515,21 @@ def test_why_images_in_folders_have_no_labels(tmp_path, files, share, reason):
     assert "column" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["list.csv", "list.txt"])
+def test_files_that_a_list_names_twice_are_said(tmp_path, capsys, name):
+    for number in range(4):
+        path = tmp_path / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(number))
+    named = ["a/0.png", "b/1.png", "a/2.png", "a/0.png"]
+    rows = ["image,label", *(f"{line},{line[0]}" for line in named)] if name == "list.csv" else named
+    (tmp_path / name).write_text("\n".join(rows))
+    arguments = arguments_for(tmp_path, train_split=name, validation_split=name, streaming=False)
+    assert len(load_splits(arguments).train) == 4
+    said = " ".join(capsys.readouterr().out.split())
+    assert said == "Took several times what is named several times, 1 of the images: a/0.png."
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_files_that_a_table_names_are_found_beside_it(tmp_path, streaming):
     for number in range(12):

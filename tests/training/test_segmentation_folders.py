@@ -71,16 +71,17 @@ def pairs(root, images, masks):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_lists_as_people_write_them(tmp_path, end, encoding):
+def test_lists_as_people_write_them(tmp_path, capsys, end, encoding):
     """With blanks in names, with or without suffixes and folders, with empty lines."""
     names = ["my photo 1", "café", "city/c.1", "d"]
     pairs(tmp_path, names, names)
-    lines = ["my photo 1 ", "", "cafe\u0301.jpg", "./city\\c.1", "d.JPG"]
+    lines = ["my photo 1 ", "", "cafe\u0301.jpg", "./city\\c.1", "d.JPG", "d"]
     (tmp_path / "train.txt").write_text(end.join(lines), encoding=encoding, newline="")
     (tmp_path / "val.txt").write_text("d", encoding=encoding)
     lists = {"train_split": "train.txt", "validation_split": "val.txt"}
     splits = load_splits(DataArguments(dataset=str(tmp_path), **lists), segmentation=True)
-    assert [np.asarray(row["label"]).max() for row in splits.train] == [0, 1, 2, 3] and len(splits.validation) == 1
+    assert [np.asarray(row["label"]).max() for row in splits.train] == [0, 1, 2, 3, 3] and len(splits.validation) == 1
+    assert "several times, 1 of the images: d.jpg." in " ".join(capsys.readouterr().out.split())
     (tmp_path / "val.txt").write_text("d", encoding="utf-16")
     with pytest.raises(ValueError, match=r"val\.txt is in UTF-16"):
         load_splits(DataArguments(dataset=str(tmp_path), **lists), segmentation=True)

@@ -125,7 +125,7 @@ def test_metadata_in_every_form(tmp_path):
     (root / "metadata.csv").write_text("file_name, label\na.jpg, x\nb.jpg,\na.jpg,y \n")
     rows, remarks = load(root)
     assert rows["label"][:] == ["x", None, "y"]
-    assert remarks == ["Took several times what has several rows of metadata, 1 of the images: a.jpg."]
+    assert remarks == ["Took several times what is named several times, 1 of the images: a.jpg."]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
-from locatvit_hf.utils.images import NamedImages, left_out, list_images, stem_of
+from locatvit_hf.utils.images import NamedImages, left_out, list_images, remark_on_repeats, stem_of
 from locatvit_hf.utils.io import read_json, read_lines, sha256
 from locatvit_hf.utils.layouts import split_word
 from locatvit_hf.utils.splits import MissingSplitError, failures_named, find_split, image_entry, read_split
@@ -122,11 +122,13 @@ def load_split(
                 f"The column {column!r} of the split {split!r} of {arguments.dataset} must hold images, but it holds "
                 f"{_describe(rows.features[column])}; see --image_column and --label_column."
             )
+    named = [column for column in images if _holds_text(rows.features[column])]
+    if images[0] in named and not isinstance(rows, StreamedRows):
+        said += remark_on_repeats(rows[images[0]][:])
     if remarks is None:
         announce(said)
     else:
         remarks += said
-    named = [column for column in images if _holds_text(rows.features[column])]
     if isinstance(rows, StreamedRows):
         rows.features = datasets.Features(rows.features | dict.fromkeys(images, datasets.Image(decode=False)))
         rows.files = dict.fromkeys(named, folder)
@@ -255,6 +257,7 @@ def _pair_folders(
         column: [image_entry(files.folder, file) for file in files.find(names)]
         for column, files in zip(columns, found, strict=True)
     }
+    remarks += remark_on_repeats(found[0].find(names))
     return datasets.Dataset.from_dict(rows, features=datasets.Features(dict.fromkeys(columns, datasets.Image())))
 
 
