@@ -28,7 +28,7 @@ from training.engine.loop import TrainingLoop
 from training.engine.optimization import create_optimizer
 from training.engine.plotting import caption, restore_image
 from training.engine.schedule import Schedule
-from training.engine.settings import OptimizationArguments, RunArguments
+from training.engine.settings import ProgramArguments
 from training.metrics import compute_over_processes, load_metric
 from training.tasks.checkpoint_loading import build_config
 from training.tasks.detection import (
@@ -46,9 +46,7 @@ NUM_DRAWN = 10
 
 @strict
 @dataclass(kw_only=True)
-class DetectArguments(
-    DetectionDataArguments, OptimizationArguments, DetectorSettings, DetectionAugmentation, RunArguments
-):
+class DetectArguments(DetectionDataArguments, ProgramArguments, DetectorSettings, DetectionAugmentation):
     """Settings of `detect`; the defaults are the 1x schedule of Mask R-CNN with AdamW."""
 
     pretrained: str | None = option(None, "Folder or Hub name of the encoder to start from.")

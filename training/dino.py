@@ -19,7 +19,7 @@ from training.engine.distributed import create_accelerator
 from training.engine.loop import TrainingLoop
 from training.engine.optimization import VECTORS, create_optimizer
 from training.engine.schedule import Schedule
-from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
+from training.engine.settings import ProgramArguments
 from training.tasks.checkpoint_loading import build_config
 from training.tasks.dino import (
     NUM_GLOBAL_CROPS,
@@ -37,9 +37,7 @@ from training.tasks.dino import (
 
 @strict
 @dataclass(kw_only=True)
-class DinoArguments(
-    DataArguments, OptimizationArguments, MultiCropAugmentation, SelfDistillationArguments, RunArguments
-):
+class DinoArguments(ProgramArguments, MultiCropAugmentation, SelfDistillationArguments):
     """Settings of `dino`; the defaults are those of the reference for 256 images per step.
 
     `batch_size`, `mixed_precision` and stochastic depth (`model`) have those of all programs; the recipes give them.

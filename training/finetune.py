@@ -23,15 +23,14 @@ from training.engine.arguments import option, run_program
 from training.engine.distributed import create_accelerator
 from training.engine.export import save_pretrained
 from training.engine.schedule import Schedule
-from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 from training.engine.trainer_names import OF_TEXT, OPTIONS, translate
 from training.tasks.checkpoint_loading import label_fields, load_pretrained, rebuild, without_num_labels
-from training.tasks.classification import ClassificationAugmentation, train_classifier
+from training.tasks.classification import ClassifierArguments, train_classifier
 
 
 @strict
 @dataclass(kw_only=True)
-class FinetuneArguments(DataArguments, OptimizationArguments, ClassificationAugmentation, RunArguments):
+class FinetuneArguments(ClassifierArguments):
     """Settings of `finetune`; the defaults are our choice for a few thousand images or more."""
 
     other_names: ClassVar[dict[str, str]] = OPTIONS
@@ -67,7 +66,7 @@ def main(arguments: FinetuneArguments) -> dict[str, Any]:
     splits = load_splits(arguments)
     schedule = Schedule.resolve(arguments, len(splits.train), accelerator.num_processes)
     torch.manual_seed(arguments.seed)
-    model, new_gaussians = build_model(arguments, splits.label_names)
+    model, new_gaussians = build_model(arguments, splits.label_names or [])
     if new_gaussians:
         factors = {"gaussian": arguments.new_gaussian_factor, **arguments.learning_rate_factors}
         arguments = replace(arguments, learning_rate_factors=factors)

@@ -14,17 +14,14 @@ from training.data import load_splits
 from training.engine.arguments import option, run_program
 from training.engine.distributed import create_accelerator
 from training.engine.schedule import Schedule
-from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
 from training.tasks.checkpoint_loading import build_config, label_fields, without_num_labels
-from training.tasks.classification import ClassificationAugmentation, train_classifier
+from training.tasks.classification import ClassifierArguments, train_classifier
 from training.tasks.distillation import DistillationArguments
 
 
 @strict
 @dataclass(kw_only=True)
-class PretrainArguments(
-    DataArguments, OptimizationArguments, ClassificationAugmentation, DistillationArguments, RunArguments
-):
+class PretrainArguments(ClassifierArguments, DistillationArguments):
     """Settings of `pretrain`; the defaults are the paper's ImageNet-1k recipe, in full precision.
 
     Stochastic depth (`model`) grows with the size of the model there: the recipes give it.
@@ -41,7 +38,7 @@ def main(arguments: PretrainArguments) -> dict[str, Any]:
     splits = load_splits(arguments)
     schedule = Schedule.resolve(arguments, len(splits.train), accelerator.num_processes)
     torch.manual_seed(arguments.seed)
-    return train_classifier(arguments, accelerator, schedule, splits, build_model(arguments, splits.label_names))
+    return train_classifier(arguments, accelerator, schedule, splits, build_model(arguments, splits.label_names or []))
 
 
 def build_model(arguments: PretrainArguments, label_names: list[str]) -> PreTrainedModel:

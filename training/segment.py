@@ -30,7 +30,7 @@ from training.engine.distributed import create_accelerator
 from training.engine.loop import TrainingLoop
 from training.engine.optimization import create_optimizer
 from training.engine.schedule import Schedule
-from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
+from training.engine.settings import ProgramArguments
 from training.tasks.checkpoint_loading import (
     change_config,
     label_fields,
@@ -44,9 +44,7 @@ from training.tasks.segmentation.evaluation import SegmentationCollator, draw_ex
 
 @strict
 @dataclass(kw_only=True)
-class SegmentArguments(
-    DataArguments, OptimizationArguments, SegmentationAugmentation, InferenceArguments, RunArguments
-):
+class SegmentArguments(ProgramArguments, SegmentationAugmentation, InferenceArguments):
     """Settings of `segment`; the defaults are the paper's frozen probe.
 
     But for the model's own mean and std, and label maps that are resized by the nearest center.
@@ -108,7 +106,7 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
     collator = SegmentationCollator(processor, LabelReader(arguments, num_labels), arguments)
     validation = create_evaluation_loader(splits.validation, columns, collator, arguments, accelerator)
 
-    counts = LabelCounts("training", splits.label_names, arguments)
+    counts = LabelCounts("training", splits.label_names or [], arguments)
     told: set[str] = set()
 
     def tell_once(sentence: str) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from locatvit_hf.utils.images import MAX_MEGAPIXELS, orientation_of, remark_on_frames
 from training.engine.arguments import console
-from training.engine.settings import DataArguments, OptimizationArguments, RunArguments
+from training.engine.settings import ProgramArguments
 
 from .images import CorruptImageError, decode_image, name_of
 from .samplers import StepSampler, StreamSampler, reseed, sample_randomness
@@ -86,10 +86,10 @@ class TrainingSamples(Dataset):
         self, dataset: datasets.Dataset | StreamedRows, columns: list[str], transform: Callable[..., tuple], seed: int
     ):
         self.dataset, self.columns, self.transform, self.seed = dataset, columns, transform, seed
-        self.max_megapixels = MAX_MEGAPIXELS
+        self.max_megapixels: float = MAX_MEGAPIXELS
         self.is_image = [isinstance(dataset.features[column], datasets.Image) for column in columns]
         if isinstance(dataset, StreamedRows):
-            self.reader = ForwardReader(dataset, columns, 1, READ_AHEAD, seed)
+            self.reader: ForwardReader | IndexedReader = ForwardReader(dataset, columns, 1, READ_AHEAD, seed)
         else:
             self.reader = IndexedReader(dataset, columns, seed)
 
@@ -142,7 +142,10 @@ class EvaluationSamples(Dataset):
     """Rows as they are, each a tuple of the values of `columns`; those with a corrupt image are left out."""
 
     def __init__(
-        self, reader: IndexedReader | ForwardReader, is_image: list[bool], max_megapixels: float = MAX_MEGAPIXELS
+        self,
+        reader: IndexedReader | ForwardReader | NumberedReader,
+        is_image: list[bool],
+        max_megapixels: float = MAX_MEGAPIXELS,
     ):
         self.reader, self.is_image, self.max_megapixels = reader, is_image, max_megapixels
 
@@ -234,8 +237,8 @@ class ImageLoader:
             options["worker_init_fn"] = _use_one_thread
         self.loader = DataLoader(_Parts(samples, collate), batch_sampler=sampler, collate_fn=_keep_plain, **options)
         self.parts, self.max_corrupt_share, self.fraction_of = parts, max_corrupt_share, fraction_of
-        self.num_images, self.num_corrupt, self.corrupt_images = 0, 0, {}
-        self.ask_orientation, self.unclear_images, self.several_frames = ask_orientation, set(), set()
+        self.num_images, self.num_corrupt, self.corrupt_images = 0, 0, dict[str, int]()
+        self.ask_orientation, self.unclear_images, self.several_frames = ask_orientation, set[str](), set[str]()
 
     def __len__(self) -> int:
         return len(self.loader) // (len(self.parts[0]) if self.parts is not None else 1)
@@ -277,7 +280,7 @@ class ImageLoader:
 
 def create_training_loader(
     samples: TrainingSamples,
-    arguments: DataArguments | OptimizationArguments | RunArguments,
+    arguments: ProgramArguments,
     accelerator: Accelerator,
     start: int,
     stop: int,
@@ -331,13 +334,14 @@ def create_evaluation_loader(
     dataset: datasets.Dataset | StreamedRows,
     columns: list[str],
     collate: Callable[[list[tuple]], Any],
-    arguments: DataArguments | RunArguments,
+    arguments: Any,
     accelerator: Accelerator,
     numbered: bool = False,
 ) -> ImageLoader:
     """This process's part of a split, no sample twice; `collate` gets a list of rows (image, label).
 
     Args:
+        arguments: With `eval_batch_size` and the settings of data that loaders read.
         numbered: Rows end with their index in the split: (image, label, index).
     """
     is_image = [isinstance(dataset.features[column], datasets.Image) for column in columns]
@@ -345,7 +349,7 @@ def create_evaluation_loader(
     if isinstance(dataset, StreamedRows):
         # Every worker reads a stream of its own; batches are dealt out to the workers in turn, some of them empty.
         workers = max(arguments.num_workers, 1)
-        reader = ForwardReader(dataset, columns, processes * workers, READ_AHEAD, seed=None)
+        reader: Any = ForwardReader(dataset, columns, processes * workers, READ_AHEAD, seed=None)
         streams = list(pairwise(reader.bounds))[rank * workers : (rank + 1) * workers]
         longest = max(stop - first for first, stop in streams)
         batches = [

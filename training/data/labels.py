@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 
 from .streaming import StreamedRows
 
-Split = datasets.Dataset | StreamedRows
+Split: TypeAlias = datasets.Dataset | StreamedRows
 MAX_NAMED = 5
 """Names of classes in a sentence."""
 
@@ -154,7 +154,7 @@ def _ids(
         values: All that occur; None where nobody has looked, and any that may occur gets an id.
         given: Whether the user gave the names, which may rename the classes of the data in their order.
     """
-    by_name = {label_name: label for label, label_name in enumerate(names)}
+    by_name: dict[Hashable, int] = {label_name: label for label, label_name in enumerate(names)}
     own = _class_names(split, column)
     if own is not None:
         ids = _ids_of_classes(own, by_name, name, given)
@@ -182,7 +182,7 @@ def _ids(
     return {value: ids[value] for value in values}
 
 
-def _ids_of_classes(own: list[str], by_name: dict[str, int], name: str, given: bool) -> dict[Hashable, int]:
+def _ids_of_classes(own: list[str], by_name: dict[Hashable, int], name: str, given: bool) -> dict[Hashable, int]:
     """The ids of classes that the data names: by name, or where the user names them otherwise by number or place."""
     if all(class_name in by_name for class_name in own):
         return {place: by_name[class_name] for place, class_name in enumerate(own)}

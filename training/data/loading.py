@@ -15,10 +15,8 @@ from locatvit_hf.utils.splits import MissingSplitError, failures_named, find_spl
 from training.engine.arguments import console
 from training.engine.settings import DataArguments
 
-from .labels import missing_classes, names_alike, number_labels
+from .labels import Split, missing_classes, names_alike, number_labels
 from .streaming import StreamedRows, find_file, open_shards
-
-Split = datasets.Dataset | StreamedRows
 
 
 class Splits(NamedTuple):
@@ -273,9 +271,10 @@ def _divide(whole: Split, arguments: DataArguments) -> tuple[datasets.Dataset, d
     """Training and validation split of a dataset without the second one, the same in every run."""
     if isinstance(whole, StreamedRows):
         raise ValueError("validation_share needs all of the data at hand: leave out --streaming.")
-    if not 1 <= arguments.validation_share * len(whole) < len(whole):
+    share = float(arguments.validation_share or 0)
+    if not 1 <= share * len(whole) < len(whole):
         raise ValueError(f"validation_share={arguments.validation_share} leaves nothing of {len(whole)} images.")
-    parts = whole.train_test_split(test_size=float(arguments.validation_share), seed=0)
+    parts = whole.train_test_split(test_size=share, seed=0)
     limits = arguments.max_train_samples, arguments.max_validation_samples
     return subsample_evenly(parts["train"], limits[0]), subsample_evenly(parts["test"], limits[1])
 
@@ -286,7 +285,7 @@ def read_label_names(arguments: DataArguments) -> list[str] | None:
     Raises:
         ValueError: For a file that does not name the labels from 0 on, and for one name of several labels.
     """
-    names = arguments.label_names
+    names: Any = arguments.label_names
     if isinstance(names, str):
         try:
             names = read_json(names)

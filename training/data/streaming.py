@@ -15,7 +15,7 @@ one row group of a parquet file, or one tar file.
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -93,10 +93,8 @@ def open_shards(builder: datasets.DatasetBuilder, split: str) -> "StreamedRows":
         if isinstance(feature, datasets.Image):
             stream = stream.cast_column(column, datasets.Image(decode=False))
     if isinstance(builder, Parquet):
-        shards = ParquetShards(list(builder.config.data_files[split]))
-    else:
-        shards = OtherShards(builder, split, stream)
-    return StreamedRows(shards, stream.features)
+        return StreamedRows(ParquetShards(list(builder.config.data_files[split])), stream.features)
+    return StreamedRows(OtherShards(builder, split, stream), stream.features)
 
 
 class StreamedRows:
@@ -107,7 +105,8 @@ class StreamedRows:
 
     def __init__(self, shards: ParquetShards | OtherShards, features: datasets.Features):
         self.shards, self.features = shards, features
-        self.label_column, self.label_ids = None, {}
+        self.label_column: str | None = None
+        self.label_ids: dict[Hashable, int] = {}
         self.files: dict[str, Path | None] = {}
         self.lengths = np.asarray(shards.lengths, dtype=np.int64)
 
@@ -133,7 +132,7 @@ class StreamedRows:
         shard = int(np.flatnonzero(self.lengths)[0])
         return next(iter(self.shards.read(shard, [column])))[column]
 
-    def number_labels(self, column: str, label_ids: dict[str | int, int]) -> None:
+    def number_labels(self, column: str, label_ids: dict[Hashable, int]) -> None:
         """Replace the labels of a column by their ids; a label without one is a ValueError where it is read."""
         self.label_column, self.label_ids = column, label_ids
 
@@ -303,7 +302,7 @@ def _count_samples_of_tar(file: str) -> int:
     try:
         with xopen(file, "rb") as source, tarfile.open(fileobj=source) as archive:
             for member in archive:
-                archive.members = []  # an archive remembers every member
+                archive.members = []  # type: ignore[attr-defined] # an archive remembers every member
                 if member.isreg() and not PurePosixPath(member.name).name.startswith((".", "__")):
                     key = base_plus_ext(member.name)[0]
                     count, last = count + (key is not None and key != last), key or last

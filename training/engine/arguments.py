@@ -82,7 +82,7 @@ NULLS = ("", "~", "null", "Null", "NULL")
 class TextLoader(yaml.SafeLoader):
     """YAML in which every scalar is the text that stands there."""
 
-    yaml_implicit_resolvers = {}
+    yaml_implicit_resolvers: dict[str, list] = {}
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -152,9 +152,8 @@ def build_arguments(cls: type[Arguments], values: dict[str, Any]) -> Arguments:
     A class may know options by other names: its `other_names` says which option each means, and its
     `translate(values)` replaces them.
     """
-    if hasattr(cls, "translate"):
-        values = cls.translate(values)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = getattr(cls, "translate", dict)(values)
+    fields = options_of(cls)
     for name in values:
         if name not in fields:
             raise ValueError(_unknown_option(str(name), fields))
@@ -228,11 +227,10 @@ def _parse_command_line(argv: list[str], cls: type) -> dict[str, Any]:
     given: dict[str, Any] = {}
     words = list(argv)
     while words:
-        key, has_value, value = words.pop(0).partition("=")
+        key, has_value, text = words.pop(0).partition("=")
         if not key.startswith("--") or key == "--":
             raise ValueError(f"Expected an option that starts with '--', got {key!r}.")
-        if not has_value:
-            value = words.pop(0) if words and not words[0].startswith("--") else True
+        word = text if has_value else words.pop(0) if words and not words[0].startswith("--") else None
         *parents, name = key[2:].replace("-", "_").split(".")
         target = given
         for parent in parents:
@@ -241,7 +239,7 @@ def _parse_command_line(argv: list[str], cls: type) -> dict[str, Any]:
                 raise ValueError(f"{key} is an entry of {parent}, which was given as {target!r} before.")
         meant = others.get(name, name)
         annotation = hints[meant] if not parents and meant in fields else str if name == "config" else Any
-        target[name] = value if value is True else _read_word(value, annotation)
+        target[name] = True if word is None else _read_word(word, annotation)
     return given
 
 

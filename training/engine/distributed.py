@@ -8,7 +8,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, get_int_from_env
 
 from training.engine.arguments import console
-from training.engine.settings import OptimizationArguments, RunArguments
+from training.engine.settings import ProgramArguments
 from training.engine.tracking import check_trackers
 from training.engine.trainer_names import WORLD_SIZES
 
@@ -40,7 +40,7 @@ def create_processes(**options: Any) -> Accelerator:
     return accelerator
 
 
-def create_accelerator(arguments: OptimizationArguments | RunArguments) -> Accelerator:
+def create_accelerator(arguments: ProgramArguments) -> Accelerator:
     """The processes and devices that `accelerate launch` gives, with the precision that the recipe asks for.
 
     Raises:

@@ -16,7 +16,7 @@ from locatvit_hf.hub.repository import license_text, write_checksums
 from locatvit_hf.utils.io import atomic_directory, write_json
 from training.engine.arguments import runtime_options
 from training.engine.run_folder import RESULTS
-from training.engine.settings import RunArguments
+from training.engine.settings import ProgramArguments
 
 
 def save_pretrained(model: nn.Module, processor: BaseImageProcessor, folder: Path) -> None:
@@ -44,7 +44,7 @@ def save_model(
         raise OSError(f"Cannot write the model {folder}: {error}") from None
 
 
-def write_card(folder: Path, arguments: RunArguments, results: dict[str, Any]) -> None:
+def write_card(folder: Path, arguments: ProgramArguments, results: dict[str, Any]) -> None:
     """Write the card of an exported model of one of our families; leave other models alone.
 
     Args:
@@ -87,7 +87,7 @@ def write_card(folder: Path, arguments: RunArguments, results: dict[str, Any]) -
 
 
 def write_results(
-    output: Path, arguments: RunArguments, results: dict[str, Any], report: Callable[[str], None]
+    output: Path, arguments: ProgramArguments, results: dict[str, Any], report: Callable[[str], None]
 ) -> None:
     """Write `all_results.json` and the card of the exported model, and push the model where that is asked for.
 

@@ -30,7 +30,8 @@ class FiniteGuard:
 
     def __init__(self, placement: Placement, state: RunState, output: Path, holders: Sequence[Any] = ()):
         self.placement, self.state, self.output, self.holders = placement, state, output, holders
-        self.accelerator, self._checked_step = placement.accelerator, None
+        self.accelerator = placement.accelerator
+        self._checked_step: int | None = None
 
     def check_step(self, losses: dict[str, torch.Tensor], loss: float, norm: float, batches: list[Any]) -> None:
         """Refuse a step that would spoil the weights, and write what led to it.

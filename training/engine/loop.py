@@ -28,7 +28,7 @@ from training.engine.progress import ProgressLog, RunState
 from training.engine.resuming import FILE, compare_runs, describe_run, program_of
 from training.engine.run_folder import INTERRUPTED, SETTINGS, open_run_folder, stored_settings
 from training.engine.schedule import Schedule
-from training.engine.settings import OptimizationArguments, RunArguments
+from training.engine.settings import ProgramArguments
 from training.engine.tracking import GaussianReader, Trackers
 
 
@@ -45,7 +45,7 @@ class TrainingLoop:
 
     Args:
         accelerator: From `create_accelerator`.
-        arguments: Settings of the program, a dataclass with those of `OptimizationArguments` and `RunArguments`.
+        arguments: Settings of the program.
         schedule: Of the run, resolved from the settings.
         model: Not yet prepared by the accelerator.
         processor: Exported beside the model.
@@ -64,7 +64,7 @@ class TrainingLoop:
     def __init__(
         self,
         accelerator: Accelerator,
-        arguments: OptimizationArguments | RunArguments,
+        arguments: ProgramArguments,
         schedule: Schedule,
         model: PreTrainedModel,
         processor: BaseImageProcessor,
@@ -100,7 +100,7 @@ class TrainingLoop:
             self._resume()
         settings = dry_run_settings(arguments, schedule, accelerator) if arguments.dry_run else arguments
         self.loader = create_training_loader(samples, settings, accelerator, self.state.step, schedule.total, collate)
-        self._counted_corrupt = 0
+        self._counted_corrupt, self._step_complete, self._began = 0, False, 0.0
 
     def __enter__(self) -> "TrainingLoop":
         self._open = contextlib.ExitStack()
@@ -257,7 +257,8 @@ class TrainingLoop:
     def _begin_step(self) -> None:
         # Dropout, drop path and mixing depend on the step alone, so a continued run repeats them.
         seed_everything(self.arguments.seed, self.state.step, self.accelerator.process_index)
-        self._losses, self._batches, self._step_complete = {}, [], False
+        self._losses, self._batches = dict[str, torch.Tensor](), list[Any]()
+        self._step_complete = False
         self._began = time.perf_counter()
         optimizer = self.placement.optimizer
         set_learning_rate(optimizer, self.schedule.learning_rate_at(self.state.step))

@@ -1,6 +1,7 @@
 """Optimizer and averaged weights."""
 
 import re
+from typing import Any
 
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
@@ -91,7 +92,7 @@ def group_trainable_parameters(model: nn.Module, arguments: OptimizationArgument
         factor = arguments.learning_rate_factors[max(fitting, key=len)] if fitting else 1.0
         scale = layer_scales.get(name, 1.0) * factor
         weight_decay = arguments.weight_decay if decayed else 0.0
-        group = {"params": [], "decayed": decayed, "weight_decay": weight_decay, "lr_scale": scale}
+        group: dict[str, Any] = {"params": [], "decayed": decayed, "weight_decay": weight_decay, "lr_scale": scale}
         groups.setdefault((decayed, scale), group)["params"].append(parameter)
     return list(groups.values())
 

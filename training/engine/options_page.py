@@ -59,7 +59,7 @@ def _section(title: str, cls: type, also: str = "") -> str:
     rows = ["| option | default | takes | meaning |", "|---|---|---|---|"]
     noted, hints = options_of(cls), typing.get_type_hints(cls)
     for f in _own(cls):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         cells = f"`{f.name}`", f"`{_spell(default)}`", _takes(hints[f.name], noted[f.name]), noted[f.name]["help"]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([f"## {title}\n", " ".join(filter(None, (text, also))) + "\n", *rows, ""])

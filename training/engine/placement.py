@@ -55,7 +55,8 @@ class Placement:
         if arguments.channels_last:
             model.to(memory_format=torch.channels_last)
         self.ema = create_ema(model, arguments)
-        self._whole, self._gathered_step = None, None
+        self._whole: PreTrainedModel | None = None
+        self._gathered_step: int | None = None
         if accelerator.is_fsdp2 and evaluated is None:
             # A sharded model runs in all processes at once or not at all, but these evaluate parts of their own.
             self._whole = copy.deepcopy(model).eval()

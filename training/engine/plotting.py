@@ -28,7 +28,7 @@ def draw_batch(batch: Any, mean: Sequence[float], std: Sequence[float], names: d
         std: Of the channels, in 0 to 1.
         names: Of the classes.
     """
-    images, labels = [], []
+    images, labels = list[Any](), list[Any]()
     _collect(batch, images, labels)
     tiles = []
     for group in images:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from training.engine.arguments import console
 from training.engine.schedule import Schedule
-from training.engine.settings import OptimizationArguments, RunArguments
+from training.engine.settings import ProgramArguments
 from training.engine.tracking import Trackers
 
 
@@ -85,7 +85,7 @@ class ProgressLog:
     def __init__(
         self,
         accelerator: Accelerator,
-        arguments: OptimizationArguments | RunArguments,
+        arguments: ProgramArguments,
         schedule: Schedule,
         state: RunState,
     ):

@@ -130,3 +130,9 @@ class RunArguments:
     dry_run: bool = option(
         False, "Print model, parameters, schedule and memory, draw one augmented batch, and stop.", runtime=True
     )
+
+
+@strict
+@dataclass(kw_only=True)
+class ProgramArguments(DataArguments, OptimizationArguments, RunArguments):
+    """What every training program takes."""

@@ -190,7 +190,7 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in values.items() if name not in WITHOUT_COUNTERPART}
     if "evaluation_strategy" in values:  # its name before transformers 4.41
         values.setdefault("eval_strategy", values.pop("evaluation_strategy"))
-    changed = {}
+    changed: dict[str, Any] = {}
     if {"adam_beta1", "adam_beta2"} & values.keys():
         changed["betas"] = [values.pop("adam_beta1", 0.9), values.pop("adam_beta2", 0.999)]
     if "adam_epsilon" in values:

@@ -29,12 +29,12 @@ class ClassificationArguments(EvaluationArguments):
 
 def main(arguments: ClassificationArguments) -> dict[str, Any]:
     """Evaluate on the validation split; returns the content of `classification.json`."""
-    accelerator = start_evaluation(arguments)
-    model = load_classifier(arguments.pretrained).to(accelerator.device).eval()
+    accelerator, name = start_evaluation(arguments), str(arguments.pretrained)
+    model = load_classifier(name).to(accelerator.device).eval()
     validation, label_names = load_validation(arguments)
-    classes = match_labels(label_names, model.config, arguments.pretrained)
+    classes = match_labels(label_names or [], model.config, name)
     columns = [arguments.image_column, arguments.label_column]
-    processor = load_processor(arguments.pretrained, model.config)
+    processor = load_processor(name, model.config)
     loader = create_evaluation_loader(validation, columns, partial(collate, processor), arguments, accelerator)
     meter = Meter(accelerator)
     with meter.measure():

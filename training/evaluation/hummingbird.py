@@ -21,7 +21,7 @@ Hungarian method; pixels without a class are left out, where it counts them as c
 taken at the size of the labels.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,7 +70,7 @@ def main(arguments: HummingbirdArguments) -> dict[str, Any]:
     if splits.label_names is None:
         raise ValueError("The data does not name its classes: give --label_names, a list or a JSON file {id: name}.")
     num_labels = len(splits.label_names)
-    model = load_backbone(arguments.pretrained, arguments.stage).to(accelerator.device)
+    model = load_backbone(str(arguments.pretrained), arguments.stage).to(accelerator.device)
     columns = [arguments.image_column, arguments.label_column]
     read_labels = LabelReader(arguments, num_labels)
     meter = Meter(accelerator)
@@ -80,7 +80,7 @@ def main(arguments: HummingbirdArguments) -> dict[str, Any]:
         for epoch in range(arguments.epochs):
             settings = arguments.augment, arguments.label_interpolation
             transform = JointTransform(model.config, read_labels, arguments.seed, epoch, *settings)
-            collate = partial(collate_patches, transform)
+            collate: Callable = partial(collate_patches, transform)
             loader = create_evaluation_loader(splits.train, columns, collate, arguments, accelerator, numbered=True)
             quotas = memory_quotas(arguments, len(splits.train), epoch)
             batches = counted(loader, remembered)
@@ -88,8 +88,8 @@ def main(arguments: HummingbirdArguments) -> dict[str, Any]:
         remembered.check(accelerator, tell(accelerator), least=2)
         if not sum(len(keys) for keys, *_ in parts):
             raise ValueError("No training patch of this process has a label: nothing can be remembered.")
-        memory = gather_in_order(accelerator, *(torch.cat(entries) for entries in zip(*parts, strict=True)))
-        bank = MemoryBank(*memory, k=arguments.k, temperature=arguments.temperature)
+        features, fractions = gather_in_order(accelerator, *map(torch.cat, zip(*parts, strict=True)))
+        bank = MemoryBank(features, fractions, arguments.k, arguments.temperature)
 
         transform = JointTransform(model.config, read_labels, arguments.seed, 0, augment=False)
         collate = partial(collate_queries, transform)

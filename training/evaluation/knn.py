@@ -32,8 +32,8 @@ def main(arguments: KNNArguments) -> dict[str, Any]:
         raise ValueError("k is empty: give at least one number of neighbors.")
     accelerator = start_evaluation(arguments)
     splits = load_splits(arguments)
-    model = load_encoder(arguments.pretrained).to(accelerator.device)
-    collate = partial(collate_numbered, load_processor(arguments.pretrained, model.config))
+    model = load_encoder(str(arguments.pretrained)).to(accelerator.device)
+    collate = partial(collate_numbered, load_processor(str(arguments.pretrained), model.config))
     columns = [arguments.image_column, arguments.label_column]
     meter = Meter(accelerator)
     with meter.measure():
@@ -51,7 +51,7 @@ def main(arguments: KNNArguments) -> dict[str, Any]:
                 train_labels=train_labels,
                 k=k,
                 temperature=arguments.temperature,
-                num_labels=len(splits.label_names),
+                num_labels=len(splits.label_names or ()),
             )
             metric.add_batch(predictions=queries, references=labels.cpu())
             scores = compute_over_processes(accelerator, metric)

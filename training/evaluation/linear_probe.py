@@ -49,7 +49,7 @@ def main(arguments: LinearProbeArguments) -> dict[str, Any]:
     if arguments.dry_run:
         return results
     accelerator = create_accelerator(arguments)
-    model = AutoModelForImageClassification.from_pretrained(Path(arguments.output_dir) / "model")
+    model = AutoModelForImageClassification.from_pretrained(Path(str(arguments.output_dir)) / "model")
     measured = Meter(accelerator).report() | {"images_per_second": results["images_per_second"]}
     details = {name: results[name] for name in ("updates", "num_train_images", "num_validation_images")}
     metrics = results["exported"]["metrics"]

@@ -60,8 +60,8 @@ def start_evaluation(arguments: EvaluationArguments) -> Accelerator:
 def load_validation(arguments: EvaluationArguments, segmentation: bool = False) -> tuple[Split, list[str] | None]:
     """The validation split and the names of its classes. There need not be a training split."""
     if arguments.validation_share is None:
-        only = {"train_split": arguments.validation_split, "max_train_samples": arguments.max_validation_samples}
-        arguments = dataclasses.replace(arguments, **only)
+        split, limit = arguments.validation_split, arguments.max_validation_samples
+        arguments = dataclasses.replace(arguments, train_split=split, max_train_samples=limit)
     splits = load_splits(arguments, segmentation, evaluation=True)
     return splits.validation, splits.label_names
 
@@ -123,7 +123,7 @@ def resident_peak() -> int | None:
 
 def write_result(
     accelerator: Accelerator,
-    arguments: EvaluationArguments,
+    arguments: Any,
     task: str,
     split: str,
     metrics: dict[str, Any],

@@ -37,7 +37,7 @@ def main(arguments: SegmentationArguments) -> dict[str, Any]:
     """Evaluate on the validation split; returns the content of `segmentation.json`."""
     accelerator = start_evaluation(arguments)
     # The precision is that of the settings (mixed_precision), not the one in which the weights are stored.
-    segmenter = Checkpoint(arguments.pretrained).load_segmenter(
+    segmenter = Checkpoint(str(arguments.pretrained)).load_segmenter(
         arguments, dtype=torch.float32, device=accelerator.device
     )
     validation, label_names = load_validation(arguments, segmentation=True)

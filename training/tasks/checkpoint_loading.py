@@ -66,7 +66,7 @@ def read_config(pretrained: str | Path) -> PreTrainedConfig | None:
 
 
 def load_pretrained(
-    auto_class: type, pretrained: str | Path | None, fields: dict[str, Any] | None = None, keep_plain: bool = False
+    auto_class: Any, pretrained: str | Path | None, fields: dict[str, Any] | None = None, keep_plain: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model of a checkpoint, and the names of its parameters that the checkpoint does not have.
 

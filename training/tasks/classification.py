@@ -29,9 +29,9 @@ from training.engine.loop import TrainingLoop
 from training.engine.optimization import create_optimizer
 from training.engine.plotting import caption, restore_image
 from training.engine.schedule import Schedule
-from training.engine.settings import OptimizationArguments, RunArguments
+from training.engine.settings import ProgramArguments
 from training.metrics import compute_over_processes, load_metric
-from training.tasks.distillation import Distillation
+from training.tasks.distillation import Distillation, DistillationArguments
 
 NUM_EXAMPLES = 16
 
@@ -77,6 +77,12 @@ class ClassificationAugmentation:
     image_sizes: list[int] = option(
         [], "Progressive size: the run's equal parts train at these sizes in pixels, as [128, 176, 224].", least=1
     )
+
+
+@strict
+@dataclass(kw_only=True)
+class ClassifierArguments(ProgramArguments, ClassificationAugmentation):
+    """What every program that trains a classifier takes."""
 
 
 class ClassificationTransform:
@@ -188,7 +194,7 @@ def classification_objective(
 
 
 def train_classifier(
-    arguments: OptimizationArguments | RunArguments,
+    arguments: ClassifierArguments,
     accelerator: Accelerator,
     schedule: Schedule,
     splits: Splits,
@@ -198,8 +204,7 @@ def train_classifier(
     """Train, evaluate and export a classifier; returns the content of `all_results.json`.
 
     Args:
-        arguments: Settings with those of data, augmentation, optimization and run, and of distillation where there is a
-            `teacher`.
+        arguments: Settings of the program, with those of distillation where there may be a teacher.
         loop_options: Of `TrainingLoop`.
     """
     columns = [arguments.image_column, arguments.label_column]
@@ -217,7 +222,7 @@ def train_classifier(
         num_epochs=schedule.epochs(schedule.total),
     )
     distill = None
-    if getattr(arguments, "teacher", None) is not None:
+    if isinstance(arguments, DistillationArguments) and arguments.teacher is not None:
         statistics = processor.image_mean, processor.image_std
         distill = Distillation(arguments, model.config.num_labels, *statistics, accelerator)
     samples = TrainingSamples(splits.train, columns, transform, arguments.seed)

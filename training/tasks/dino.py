@@ -218,7 +218,7 @@ class DinoNetwork(nn.Module):
 
 
 def _groups_of_one_size(crops: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    group = []
+    group: list[torch.Tensor] = []
     for crop in crops:
         if group and crop.shape != group[-1].shape:
             yield group

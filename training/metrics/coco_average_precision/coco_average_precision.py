@@ -6,6 +6,7 @@
 import contextlib
 import io
 import itertools
+from typing import Any
 
 import datasets
 import evaluate
@@ -15,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 # In the order of `COCOeval.stats`.
-STATISTICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+STATISTICS: tuple[str, ...] = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 STATISTICS += ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
 
 
@@ -32,7 +33,7 @@ class COCOAveragePrecision(evaluate.Metric):
         super().__init__(*args, **kwargs)
         if not iou_types or set(iou_types) - {"bbox", "segm"}:
             raise ValueError(f"iou_types must be 'bbox', 'segm' or both, got {list(iou_types)}.")
-        self.iou_types, self.records = tuple(iou_types), []
+        self.iou_types, self.records = tuple(iou_types), list[Any]()
 
     def _info(self) -> evaluate.MetricInfo:
         objects = {
@@ -85,7 +86,7 @@ class COCOAveragePrecision(evaluate.Metric):
         for (earlier, *_), (later, *_) in itertools.pairwise(records):
             if earlier == later:
                 raise ValueError(f"The image {later!r} was added twice.")
-        results = {}
+        results: dict[str, Any] = {}
         for iou_type in self.iou_types:
             results |= _evaluate(records, iou_type)
         return results
@@ -111,7 +112,7 @@ def _encode(mask) -> dict:
 
 
 def _evaluate(records: list[tuple[int, dict, dict]], iou_type: str) -> dict:
-    truth, results, images = [], [], []
+    truth, results, images = list[dict](), list[dict](), list[dict]()
     for number, (_, found, there) in enumerate(records):
         masks = found.get("masks", []) + there.get("masks", [])
         height, width = masks[0]["size"] if masks else (0, 0)  # read for masks alone
@@ -147,7 +148,7 @@ def _evaluate(records: list[tuple[int, dict, dict]], iou_type: str) -> dict:
     # (overlaps, recalls, categories, areas, numbers of detections): all areas, and as many detections as allowed.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     per_category = {label: _mean(precision[:, :, index]) for index, label in enumerate(labels)}
-    values = {name: _mean(value) for name, value in zip(STATISTICS, evaluation.stats, strict=True)}
+    values: dict[str, Any] = {name: _mean(value) for name, value in zip(STATISTICS, evaluation.stats, strict=True)}
     values["ap_per_category"] = per_category
     return {f"{iou_type}_{name}": value for name, value in values.items()}
 

@@ -54,7 +54,7 @@ def read_coco(folder: Path, file: Path, masks: bool, label_orientation: str | No
         raise ValueError(
             f"{len(missing)} of the {len(rows)} images of {file} are not in {folder}, for example {missing[0]}."
         )
-    seen = {}
+    seen: dict[str, tuple[Any, dict[str, Any]]] = {}
     for place, annotation in enumerate(annotations):
         number = annotation.get("id")
         name = f"annotation {number}" if number is not None else f"annotation at place {place}"
@@ -90,7 +90,8 @@ class _Finder:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.similar = folder, None
+        self.folder = folder
+        self.similar: dict[str, str] | None = None
         self.present = set(os.listdir(folder)) if folder.is_dir() else set()
 
     def __call__(self, name: str) -> str | None:
@@ -157,5 +158,5 @@ def _read_categories(listed: list[dict[str, Any]], file: Path) -> list[dict[str,
 
 def _read_size(image: dict[str, Any]) -> list[int] | None:
     """Width and height in pixels, or None where a tool left them out or wrote 0."""
-    size = [image.get("width"), image.get("height")]
+    size = [image.get("width", 0), image.get("height", 0)]
     return size if all(type(side) is int and side > 0 for side in size) else None

@@ -47,7 +47,7 @@ def fit_to_images(annotated: Annotated, source: str, label_orientation: str | No
     numbers = [number for number, image in enumerate(annotated.objects) if image["annotations"]]
     for image in annotated.objects:
         image["size"] = image["size"] if image["annotations"] else None  # nothing depends on it
-    frames, wrong = [], []
+    frames, wrong = [], list[tuple[dict, Any, _Frame]]()
     for number, header in zip(numbers, _read_headers(annotated.images, numbers), strict=True):
         image = annotated.objects[number]
         frame = _find_frame(image, header, label_orientation, annotated.notes)
@@ -58,8 +58,8 @@ def fit_to_images(annotated: Annotated, source: str, label_orientation: str | No
         else:
             frames.append((image, frame))
     if wrong:
-        image, header, frame = wrong[0]
-        stored = f", {list(header.size)} before EXIF turns it" if list(header.size) != frame.upright else ""
+        image, file, frame = wrong[0]
+        stored = f", {list(file.size)} before EXIF turns it" if list(file.size) != frame.upright else ""
         raise ValueError(
             f"The annotations are for an image of {image['size']} pixels, but {image['name']} of {source} has "
             f"{frame.upright}{stored}. It is one of {len(wrong)} such of {len(numbers)} images."
@@ -179,7 +179,7 @@ class _Memory(io.RawIOBase):
         self.place = max(offset + (0, self.place, len(self.content))[whence], 0)
         return self.place
 
-    def readinto(self, target: memoryview) -> int:
+    def readinto(self, target: Any) -> int:
         read = self.content[self.place : self.place + len(target)]
         target[: len(read)] = read
         self.place += len(read)
@@ -197,7 +197,7 @@ def _read_headers(images: datasets.Dataset, numbers: list[int]) -> list[Header |
         except CorruptImageError:
             return None
 
-    wanted, headers = set(numbers), []
+    wanted, headers = set(numbers), list[Header | None]()
     rows = images.select_columns(["image"]).with_format("arrow")
     with ThreadPoolExecutor(8) as pool:  # files on a network answer late, but many at once
         for start in range(0, len(rows), 1000):

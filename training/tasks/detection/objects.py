@@ -29,7 +29,7 @@ class Notes:
     """What was left out of a file or changed, by kind."""
 
     def __init__(self, source: str):
-        self.source, self.found = source, {}
+        self.source, self.found = source, dict[str, list]()
 
     def add(self, kind: str, name: Any) -> None:
         """Note one more of a kind, such as "boxes without area, left out"."""
@@ -79,7 +79,7 @@ def create_object(name: str, where: str, box: Any, label: int, details: dict[str
 
 def size_inside(box: list[float], size: list[int]) -> tuple[float, float]:
     """Width and height of the part of a box that lies inside of an image."""
-    return tuple(min(box[2 + axis], size[axis]) - max(box[axis], 0) for axis in range(2))
+    return min(box[2], size[0]) - max(box[0], 0), min(box[3], size[1]) - max(box[1], 0)
 
 
 def dump_objects(image: dict[str, Any]) -> str:

@@ -1,18 +1,25 @@
 """Datasets of the Hub with a column `objects`."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import datasets
 
 from training.data import load_split, read_label_names
 from training.engine.settings import DataArguments
 from training.tasks.detection.frames import fit_to_images
 from training.tasks.detection.objects import Annotated, Notes, create_object
 
+if TYPE_CHECKING:
+    from training.tasks.detection.splits import DetectionDataArguments
+
 BOX_FIELDS = ("bbox", "bboxes", "box", "boxes")
 CATEGORY_FIELDS = ("category", "category_id", "label", "categories", "category_ids", "labels")
 
 
-def read_objects_column(arguments: DataArguments, name: str, categories: list[dict[str, Any]] | None) -> Annotated:
+def read_objects_column(
+    arguments: "DetectionDataArguments", name: str, categories: list[dict[str, Any]] | None
+) -> Annotated:
     """Read a split in the layout of the Hub: `objects` with `bbox` as [left, top, width, height] and `category`.
 
     Args:
@@ -23,7 +30,7 @@ def read_objects_column(arguments: DataArguments, name: str, categories: list[di
     Raises:
         ValueError: The column does not hold a box and a category for every object, or they do not fit the images.
     """
-    split = load_split(arguments, name, [arguments.image_column, "objects"], [arguments.image_column])
+    split: datasets.Dataset = load_split(arguments, name, [arguments.image_column, "objects"], [arguments.image_column])
     source = f"the split {name!r} of {arguments.dataset}"
     inner = _inner(split.features["objects"])
     if not isinstance(inner, dict):
@@ -39,7 +46,7 @@ def read_objects_column(arguments: DataArguments, name: str, categories: list[di
     for index, row in enumerate(rows):
         if len(row[boxes]) != len(row[labels]):
             raise ValueError(f"Row {index} of {source} has {len(row[boxes])} boxes, but {len(row[labels])} categories.")
-        image = {"image_id": index, "name": f"row {index}", "size": None, "annotations": []}
+        image: dict[str, Any] = {"image_id": index, "name": f"row {index}", "size": None, "annotations": []}
         for number, (box, label) in enumerate(zip(row[boxes], row[labels], strict=True)):
             where = f"Object {number} of row {index} of {source}"
             details = {key: row[key][number] for key in ("area", "iscrowd") if len(row.get(key, ())) == len(row[boxes])}

@@ -5,6 +5,7 @@ lengths end before their image does, the rest of the mask is memory that nobody 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ _POINT_TURNS = {
 }
 
 
-def check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[list | dict | None, int]:
+def check_segmentation(segmentation: Any, size: list[int]) -> tuple[list | dict | None, int]:
     """A segmentation without the polygons that cover nothing of the image, and the number of these.
 
     Args:
@@ -50,7 +51,7 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[list |
     return kept or None, len(segmentation) - len(kept)
 
 
-def _has_area(polygon: Any, size: tuple[int, int]) -> bool:
+def _has_area(polygon: Any, size: list[int]) -> bool:
     """Whether a polygon has three points, an extent, and a part inside of the image."""
     if type(polygon) in (int, float):
         raise ValueError("a polygon that is not in a list of polygons, [[x1, y1, x2, y2, …], …]")
@@ -71,7 +72,7 @@ def _has_area(polygon: Any, size: tuple[int, int]) -> bool:
     return inside
 
 
-def _covers_pixels(segmentation: dict, size: tuple[int, int]) -> bool:
+def _covers_pixels(segmentation: dict, size: list[int]) -> bool:
     """Whether run lengths, which must fit the image, have a pixel that is set."""
     for key in ("size", "counts"):
         if key not in segmentation:
@@ -113,7 +114,7 @@ def _read_counts(counts: Any) -> np.ndarray:
     return runs
 
 
-def are_finite(values: list) -> bool:
+def are_finite(values: Sequence) -> bool:
     """Whether all values are numbers, as JSON has them, and none is nan, infinite, or more than a float holds."""
     try:
         return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
@@ -121,7 +122,7 @@ def are_finite(values: list) -> bool:
         return False
 
 
-def run_lengths(segmentation: list | dict, size: tuple[int, int]) -> dict[str, Any]:
+def run_lengths(segmentation: list | dict, size: list[int]) -> dict[str, Any]:
     """A checked segmentation, in any form, as compressed run lengths of pycocotools.
 
     Args:
@@ -136,7 +137,7 @@ def run_lengths(segmentation: list | dict, size: tuple[int, int]) -> dict[str, A
     return segmentation
 
 
-def turn_points(points: list[float], size: tuple[int, int], orientation: int) -> list[float]:
+def turn_points(points: list[float], size: list[int], orientation: int) -> list[float]:
     """Where points of the stored pixels of an image lie once it is turned upright.
 
     Args:
@@ -153,7 +154,7 @@ def turn_points(points: list[float], size: tuple[int, int], orientation: int) ->
     return [value for point in zip(xs, ys, strict=True) for value in point]
 
 
-def turn_segmentation(segmentation: list | dict, size: tuple[int, int], orientation: int) -> list | dict:
+def turn_segmentation(segmentation: list | dict, size: list[int], orientation: int) -> list | dict:
     """A checked segmentation of the stored pixels as that of the upright image; for the arguments see `turn_points`."""
     if isinstance(segmentation, list):
         return [turn_points(polygon, size, orientation) for polygon in segmentation]

@@ -95,16 +95,13 @@ def load_detection_splits(arguments: DetectionDataArguments, masks: bool) -> Det
         raise ValueError(f"The split {arguments.validation_split!r} has no image.")
     limits = arguments.max_train_samples, arguments.max_validation_samples
     chosen = used, list(range(len(validation.objects)))
-    return DetectionSplits(
-        *(
-            subsample_evenly(
-                split.images.select(rows).add_column("objects", [dump_objects(split.objects[i]) for i in rows]), limit
-            )
-            for split, rows, limit in zip(annotated, chosen, limits, strict=True)
-        ),
-        train.categories,
-        notes,
+    train_rows, validation_rows = (
+        subsample_evenly(
+            split.images.select(rows).add_column("objects", [dump_objects(split.objects[i]) for i in rows]), limit
+        )
+        for split, rows, limit in zip(annotated, chosen, limits, strict=True)
     )
+    return DetectionSplits(train_rows, validation_rows, train.categories, notes)
 
 
 def _compare_categories(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> None:
@@ -150,7 +147,7 @@ def _find_coco(
     if annotations is not None:
         if images is None and dataset is None:
             raise ValueError(f"Name the folder with the images of {annotations}: --train_images, --validation_images.")
-        return Path(images) if images is not None else Path(dataset) / split, Path(annotations)
+        return Path(images if images is not None else f"{dataset}/{split}"), Path(annotations)
     if dataset is None:
         return None
     folder = Path(images) if images is not None else Path(dataset) / split

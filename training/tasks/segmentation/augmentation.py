@@ -69,7 +69,8 @@ class SegmentationTransform:
             raise ValueError(f"scale must be [smallest, largest], both above 0, got {arguments.scale}.")
         self.read_labels = LabelReader(arguments, num_labels)
         self.is_gray, self.crop_size = len(mean) == 1, arguments.crop_size
-        crop, distortion = RandomCropOfClasses, PhotometricDistortion
+        crop: Callable[..., v2.Transform] = RandomCropOfClasses
+        distortion: type[v2.Transform] = PhotometricDistortion
         if arguments.augmentation_style == "torchvision":
             fill = {tv_tensors.Image: [255 * channel for channel in mean], tv_tensors.Mask: IGNORE_INDEX}
             crop, distortion = functools.partial(PaddedCropOfClasses, fill=fill), TorchvisionDistortion
