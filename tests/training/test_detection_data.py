@@ -347,7 +347,7 @@ def test_files_of_other_kinds_are_one_sentence(change, message, tmp_path):
     [
         ("[1]", "is not a COCO annotation file .*: it holds a list"),
         ("{", "is not JSON"),
-        ("[" * 99999, "is not a COCO annotation file .*: it holds lists in lists"),
+        ("[" * 99999, "is not JSON that can be read: it is nested too deeply"),
     ],
 )
 def test_files_without_annotations_are_one_sentence(content, message, tmp_path):

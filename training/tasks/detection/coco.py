@@ -130,8 +130,6 @@ def _parse_coco(file: Path) -> list[list[dict[str, Any]]]:
         content = read_json(file)
     except OSError as error:
         raise ValueError(f"Cannot read the annotations {file}: {error.strerror}.") from None
-    except RecursionError:
-        raise ValueError(f"{refusal}: it holds lists in lists without end.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{refusal}: it holds a {type(content).__name__}.")
     lists = []
