@@ -22,7 +22,7 @@ from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 from ..configuration_utils_locat import channel_values, pair
 from ..image_processing_locatvit import pil_to_rgb
 from ..inference import Checkpoint
-from ..utils.images import CorruptImageError, load_upright
+from ..utils.images import CorruptImageError, load_upright, read_image
 from ..utils.io import read_json
 from .heads import NUM_LEVELS, AlignedRoIHeads, DetectorResize, ExactRPNHead, PyramidRoIAlign
 
@@ -167,11 +167,11 @@ class Detector(nn.Module):
         return results
 
     @torch.inference_mode()
-    def detect(self, image: Image.Image) -> dict[str, Any]:
+    def detect(self, image: str | Path | Image.Image) -> dict[str, Any]:
         """Detect what is on one image.
 
         Args:
-            image: An image of any mode and size. It is turned as its EXIF orientation says.
+            image: An image of any mode and size, or its path. It is turned as its EXIF orientation says.
 
         Returns:
             Best first: `boxes` (n, 4), [left, top, right, bottom] in pixels of the turned image, `labels` (n,), their
@@ -179,9 +179,12 @@ class Detector(nn.Module):
 
         Raises:
             ValueError: The image cannot be decoded.
+            OSError: There is no such file.
         """
         config = self.encoder.config
         mean, std = (channel_values(values, config.num_channels) for values in (config.image_mean, config.image_std))
+        if not isinstance(image, Image.Image):
+            image = read_image(image)
         try:
             pixels = normalize_pixels(pil_to_rgb(load_upright(image)), mean, std)
         except CorruptImageError as error:

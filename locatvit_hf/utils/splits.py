@@ -380,7 +380,7 @@ def _resolve(table: str, name: str | None) -> str:
 
 
 def _read_table(path: Path) -> pa.Table:
-    """A table of text; values of CSV are separated by commas, semicolons or tabs, as the first line shows.
+    """A table of text; values are separated by tabs in .tsv, in .csv by what the first line shows.
 
     Blanks around them do not count, and where there is nothing else there is no value.
     """
@@ -392,7 +392,7 @@ def _read_table(path: Path) -> pa.Table:
         if path.suffix == ".jsonl":
             return pa.json.read_json(content)
         first_line = text.partition("\n")[0]
-        separator = max(",;\t", key=first_line.count)
+        separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=first_line.count)
         header = next(csv.reader([first_line.strip()], delimiter=separator), [])
         table = pa.csv.read_csv(
             content,

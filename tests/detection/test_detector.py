@@ -25,6 +25,8 @@ def test_a_saved_detector_answers_the_same(tmp_path):
     expected, observed = detector.detect(image), reloaded.detect(image)
     assert len(expected["boxes"]) == 10
     assert_same_objects(observed, expected)
+    image.save(tmp_path / "image.png")
+    assert_same_objects(reloaded.detect(tmp_path / "image.png"), expected)
     weights = detector.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in reloaded.state_dict().items())
     (tmp_path / "saved" / "detector.json").unlink()

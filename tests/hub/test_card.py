@@ -355,6 +355,12 @@ def test_results_are_read_from_what_the_programs_write():
     run = {"program": "segment", "arguments": {"dataset": str(ROOT / "tests"), "validation_split": "val"}}
     (row,) = results_from(run | {"exported": {"step": 40, "metrics": {"mean_iou": 0.25}}})
     assert (row.task, row.dataset, row.split) == ("image-segmentation", "tests", "val") and "step 40" in row.protocol
+    run = {
+        "program": "dino",
+        "arguments": {"dataset": "photos", "train_split": "train", "validation_split": "validation"},
+    }
+    (row,) = results_from(run | {"exported": {"step": 40, "metrics": {"feature_variance": 0.25}}})
+    assert row.split == "train"  # nothing else is read
     with pytest.raises(CardError, match="not a result of a program"):
         results_from({"accuracy": 1.0})
 

@@ -1,4 +1,4 @@
-"""What `locatvit push` builds, checks and refuses, without a Hub; tests/remote/test_push.py has one."""
+"""What `locatvit push` builds, checks and refuses, without a Hub."""
 
 import json
 import subprocess

@@ -345,8 +345,6 @@ def test_a_file_that_does_not_fit_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        (["cat", "cat"], "label_names gives several classes the name 'cat'"),
-        ({"0": "cat", "1": "cat"}, "label_names gives several classes the name 'cat'"),
         ([{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}], "is not a JSON file of the form"),
         ({"0": "cat", "1": None}, "is not a JSON file of the form"),
         ({"cat": 0, "dog": 1}, "is not a JSON file of the form"),

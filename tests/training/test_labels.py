@@ -28,7 +28,7 @@ def load(tmp_path, monkeypatch):
 
     def load(train, validation=None, **settings):
         root = tmp_path / "rows"
-        root.mkdir()
+        root.mkdir(exist_ok=True)
         for split, labels in (("train", train), ("validation", train if validation is None else validation)):
             if isinstance(labels, Dataset):
                 labels.to_parquet(root / f"{split}.parquet")
@@ -107,7 +107,16 @@ def test_classes_without_an_image_are_named(load, capsys):
 def test_names_that_differ_in_case_alone_are_said(load, capsys):
     assert load(["dog", "Dog", "cat"], streaming=True)[1] == ["Dog", "cat", "dog"]
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("Names of classes differ in case alone") == 1 and "in two ways: 'Dog' and 'dog'." in said
+    assert said.count("Names of classes are equal or differ in case alone") == 1 and "'Dog' and 'dog'." in said
+
+
+def test_numbers_tell_classes_of_one_name_apart(load, capsys):
+    """As the crane of ImageNet, a bird and a machine; of names nobody knows which is meant."""
+    assert load([0, 1, 2], label_names=["crane", "dog", "crane"])[1] == ["crane", "dog", "crane"]
+    assert "may be one class given twice: 'crane' and 'crane'" in " ".join(capsys.readouterr().out.split())
+    for labels in (["crane", "dog"], classes(["crane", "dog"], [0, 1])):
+        with pytest.raises(ValueError, match="gives several classes the name 'crane'"):
+            load(labels, label_names=["crane", "dog", "crane"])
 
 
 def test_one_class_can_be_evaluated(tmp_path):

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -20,6 +21,7 @@ from tests.training.programs import run, start
 from training.data import StepSampler, TrainingSamples, load_splits
 from training.engine.arguments import build_arguments
 from training.engine.checkpoints import list_checkpoints
+from training.engine.run_folder import open_run_folder
 from training.pretrain import PretrainArguments
 from training.pretrain import main as pretrain
 from training.segment import SegmentArguments
@@ -145,6 +147,17 @@ def test_another_recipe_is_not_continued(pretrained, pretrain_settings):
     settings = {**pretrain_settings, "output_dir": str(pretrained[0]), "learning_rate": 0.5}
     with pytest.raises(ValueError, match=r"other settings \(learning_rate\)"):
         pretrain(build_arguments(PretrainArguments, settings))
+
+
+def test_an_option_that_an_older_run_does_not_name_had_its_default(pretrained, pretrain_settings, tmp_path):
+    stored = yaml.safe_load((pretrained[0] / "arguments.yaml").read_text(encoding="utf-8"))
+    del stored["repeated_augmentation"]
+    (tmp_path / "all_results.json").touch()
+    (tmp_path / "arguments.yaml").write_text(yaml.safe_dump(stored), encoding="utf-8")
+    settings = {**pretrain_settings, "output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"other settings \(repeated_augmentation\)"):
+        open_run_folder(Accelerator(), build_arguments(PretrainArguments, {**settings, "repeated_augmentation": 2}))
+    assert open_run_folder(Accelerator(), build_arguments(PretrainArguments, settings)) == tmp_path
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(pretrained, pretrain_settings, tmp_path):

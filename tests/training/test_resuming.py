@@ -256,6 +256,10 @@ def test_labels_and_shards_are_compared(tmp_path, streaming):
     assert compare_data(before, describe(labels, ["b", "a", "c"]))[0] == "class 0 was 'a' and is 'b'"
 
 
+def test_one_class_in_two_unicode_forms_is_one():
+    assert compare_data({"classes": ["cafe\u0301"], "splits": {}}, {"classes": ["caf\u00e9"], "splits": {}}) == []
+
+
 def test_the_names_of_all_files_are_compared(tmp_path):
     def describe(names: list[str]) -> dict:
         images = Dataset.from_dict(

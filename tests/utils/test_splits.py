@@ -167,11 +167,11 @@ def test_tables_and_shards(tmp_path):
 
 def test_a_table_of_texts(tmp_path):
     save(tmp_path, "images/a.jpg", "images/b.jpg", "images/c.jpg")
-    expected = {"image": ["images/a.jpg", "images/b.jpg", "images/c.jpg"], "label": ["x, y", "NA", "None"]}
-    for name, separator in (("list.tsv", "\t"), ("list.csv", ";")):
-        lines = [["image", "label"], *zip(*expected.values(), strict=True)]
+    images, labels = ["images/a.jpg", "images/b.jpg", "images/c.jpg"], ["x, y", "NA", "None"]
+    for name, separator, title in (("list.tsv", "\t", "bird, or other"), ("list.csv", ";", "label")):
+        lines = [("image", title), *zip(images, labels, strict=True)]
         (tmp_path / name).write_text("".join(f"{separator.join(line)}\n" for line in lines), encoding="utf-8-sig")
-        assert load(tmp_path, name)[0].to_dict() == expected
+        assert load(tmp_path, name)[0].to_dict() == {"image": images, title: labels}
 
 
 def test_a_card_that_says_which_files_are_which_split_is_followed(tmp_path):

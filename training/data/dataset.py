@@ -215,8 +215,8 @@ class ImageLoader:
         samples: What the keys of the sampler stand for; any dataset that takes them, without the counting.
         sampler: Of lists of keys, one a batch or a part of a batch.
         parts: Where in their batch the samples of each part stand, for every batch of a cycle; None for whole batches.
-        max_corrupt_share: Of this number of images at least, that many may be corrupt before a ValueError.
-        fraction_of: Of this number of images at least, that many may be corrupt before a ValueError.
+        max_corrupt_share: The fraction of images that may be corrupt before a ValueError.
+        fraction_of: Number of images that it is a fraction of, until more were read.
         ask_orientation: Print the names of turned images whose label map fits the stored pixels as well.
     """
 

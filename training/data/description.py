@@ -1,6 +1,7 @@
 """What tells one dataset from another: so that a run is continued with the data that it began with."""
 
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
@@ -84,9 +85,10 @@ def _values(split: datasets.Dataset, columns: list[str]) -> Iterator[list]:
 
 
 def _compare_classes(then: list[str] | None, now: list[str] | None) -> list[str]:
+    # In one Unicode form: earlier versions took names as the file system writes them.
+    then, now = ([unicodedata.normalize("NFC", name) for name in names or []] for names in (then, now))
     if then == now:
         return []
-    then, now = then or [], now or []
     gone, new = ([name for name in one if name not in set(other)] for one, other in ((then, now), (now, then)))
     if gone or new:
         parts = [

@@ -60,7 +60,7 @@ def missing_classes(train: Split, column: str, names: list[str]) -> list[str]:
 
 
 def names_alike(names: list[str]) -> list[str]:
-    """A sentence about classes whose names differ in case alone, or none."""
+    """A sentence about classes whose names are equal or differ in case alone, or none."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(name.casefold(), []).append(name)
@@ -68,7 +68,7 @@ def names_alike(names: list[str]) -> list[str]:
     if not groups:
         return []
     shown = ", ".join(groups[:MAX_NAMED]) + (", …" if len(groups) > MAX_NAMED else "")
-    return [f"Names of classes differ in case alone, which may be one class written in two ways: {shown}."]
+    return [f"Names of classes are equal or differ in case alone, which may be one class given twice: {shown}."]
 
 
 def _distinct(split: Split, column: str) -> list:
@@ -81,6 +81,10 @@ def _distinct(split: Split, column: str) -> list:
 def _class_names(split: Split, column: str) -> list[str] | None:
     feature = split.features[column]
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _holds_names(split: Split, column: str) -> bool:
+    return getattr(split.features[column], "dtype", "") in ("string", "large_string")
 
 
 def _check_kind(split: Split, column: str, name: str) -> None:
@@ -156,6 +160,12 @@ def _ids(
     """
     by_name: dict[Hashable, int] = {label_name: label for label, label_name in enumerate(names)}
     own = _class_names(split, column)
+    if len(by_name) < len(names) and (own is not None or _holds_names(split, column)):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"label_names gives several classes the name {repeated!r}, by which labels that are names cannot be told "
+            "apart: name each by its own."
+        )
     if own is not None:
         ids = _ids_of_classes(own, by_name, name, given)
     elif values is None or all(isinstance(value, bool) for value in values):
@@ -202,4 +212,5 @@ def _apply(split: datasets.Dataset, column: str, ids: dict[Hashable, int], names
     if whole and all(value == label for value, label in ids.items()):
         return split
     labels = [ids[value] for value in split[column][:]]
-    return split.remove_columns(column).add_column(column, labels, feature=datasets.ClassLabel(names=list(names)))
+    # Without the names, of which two may be equal.
+    return split.remove_columns(column).add_column(column, labels, feature=datasets.ClassLabel(num_classes=len(names)))

@@ -149,6 +149,11 @@ def _read_rows(arguments: DataArguments, split: str, remarks: list[str]) -> tupl
         raise ValueError("Name a dataset with --dataset: a Hub name or a local folder.")
     found = find_split(arguments.dataset, split, arguments.dataset_config)
     remarks += found.remarks
+    if arguments.streaming and found.builder is None:
+        remarks.append(
+            f"The split {split!r} of {arguments.dataset} names its images, which are read one by one in any case: "
+            "--streaming changes nothing."
+        )
     with failures_named(arguments.dataset, split):
         streamed = arguments.streaming and found.builder is not None
         rows = open_shards(found.builder, found.name) if streamed else read_split(found)
@@ -283,7 +288,7 @@ def read_label_names(arguments: DataArguments) -> list[str] | None:
     """The names that the settings give, themselves or in a JSON file; None where they leave them to the data.
 
     Raises:
-        ValueError: For a file that does not name the labels from 0 on, and for one name of several labels.
+        ValueError: For a file that does not name the labels from 0 on.
     """
     names: Any = arguments.label_names
     if isinstance(names, str):
@@ -299,7 +304,4 @@ def read_label_names(arguments: DataArguments) -> list[str] | None:
                 f"{arguments.label_names} is not a JSON file of the form {{'0': name, '1': name}}, or [name, name]."
             )
         names = [str(name) for name in names]
-    if names and len(set(names)) < len(names):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"label_names gives several classes the name {repeated!r}: name each by its own.")
     return names

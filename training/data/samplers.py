@@ -22,8 +22,8 @@ class StepSampler(Sampler[list[tuple[int, ...]]]):
     Args:
         num_samples: Images in the dataset.
         batch_size: Images per step, over all processes and accumulation steps.
-        start: First step, and the one after the last.
-        stop: First step, and the one after the last.
+        start: The first step.
+        stop: The step after the last.
         repeats: Times that an image occurs in its step, each augmented anew (repeated augmentation). An epoch has as
             many steps as without, and so sees a different part of the images.
     """

@@ -70,6 +70,14 @@ def options_of(cls: type) -> dict[str, dict[str, Any]]:
     return found
 
 
+def default_values(cls: type) -> dict[str, Any]:
+    """The default of every option of a dataclass of settings."""
+    return {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(cls)
+    }
+
+
 def runtime_options(cls: type) -> set[str]:
     """The options that may change between an interrupted run and its continuation."""
     return {name for name, noted in options_of(cls).items() if noted.get("runtime")}

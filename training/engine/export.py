@@ -14,7 +14,7 @@ from locatvit_hf.hub.config import family_of
 from locatvit_hf.hub.push import create_repository, upload
 from locatvit_hf.hub.repository import license_text, write_checksums
 from locatvit_hf.utils.io import atomic_directory, write_json
-from training.engine.arguments import runtime_options
+from training.engine.arguments import default_values, runtime_options
 from training.engine.run_folder import RESULTS
 from training.engine.settings import ProgramArguments
 
@@ -55,7 +55,7 @@ def write_card(folder: Path, arguments: ProgramArguments, results: dict[str, Any
         return
     dataset, start = getattr(arguments, "dataset", None), getattr(arguments, "pretrained", None)
     dataset = card.public_name(dataset) if dataset else card.UNKNOWN
-    defaults = {f.name: _default(f) for f in dataclasses.fields(arguments)}
+    defaults = default_values(type(arguments))
     # What is of no use to a reader who wants to repeat the run.
     left_out = runtime_options(type(arguments)) | {"output_dir", "label_names"}
     options = {
@@ -122,7 +122,3 @@ def push(folder: Path, repository: str) -> str:
     """
     write_checksums(folder)
     return upload(folder, repository, message="Upload model, processor and card", report=print).url
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default

@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from training.engine.arguments import options_of
+from training.engine.arguments import default_values, options_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "training_options.md"
 PROGRAMS = ("pretrain", "finetune", "segment", "detect", "dino")
@@ -57,10 +57,14 @@ def _own(cls: type) -> list[dataclasses.Field]:
 def _section(title: str, cls: type, also: str = "") -> str:
     text = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
     rows = ["| option | default | takes | meaning |", "|---|---|---|---|"]
-    noted, hints = options_of(cls), typing.get_type_hints(cls)
+    noted, hints, defaults = options_of(cls), typing.get_type_hints(cls), default_values(cls)
     for f in _own(cls):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        cells = f"`{f.name}`", f"`{_spell(default)}`", _takes(hints[f.name], noted[f.name]), noted[f.name]["help"]
+        cells = (
+            f"`{f.name}`",
+            f"`{_spell(defaults[f.name])}`",
+            _takes(hints[f.name], noted[f.name]),
+            noted[f.name]["help"],
+        )
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([f"## {title}\n", " ".join(filter(None, (text, also))) + "\n", *rows, ""])
 

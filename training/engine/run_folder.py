@@ -8,7 +8,7 @@ import yaml
 from accelerate import Accelerator
 
 from locatvit_hf.utils.io import atomic_write
-from training.engine.arguments import runtime_options
+from training.engine.arguments import default_values, runtime_options
 from training.engine.checkpoints import list_checkpoints
 from training.engine.settings import RunArguments
 
@@ -60,8 +60,10 @@ def _refuse_another_run(output: Path, arguments: RunArguments) -> None:
     earlier = [checkpoints[-1] / SETTINGS] if checkpoints else []
     earlier += [output / SETTINGS] if checkpoints or (output / RESULTS).is_file() else []
     new = yaml.safe_load(stored_settings(arguments))
+    # A run of an earlier version does not name the options that came later, and ran as their defaults do.
+    defaults = {name: value for name, value in default_values(type(arguments)).items() if name in new}
     for file in (file for file in earlier if file.is_file()):
-        old = yaml.safe_load(file.read_text(encoding="utf-8"))
+        old = defaults | yaml.safe_load(file.read_text(encoding="utf-8"))
         changed = sorted(name for name in new.keys() | old.keys() if new.get(name) != old.get(name))
         if changed:
             raise ValueError(

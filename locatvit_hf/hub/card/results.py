@@ -41,7 +41,7 @@ def results_from(record: dict[str, Any]) -> list[Result]:
         else:
             settings, kind, metrics = record["arguments"], record["program"], record["exported"]["metrics"]
             protocol = f"while training, at step {record['exported']['step']:,}"
-            split = settings.get("validation_split") or "validation"
+            split = settings["train_split"] if kind == "dino" else settings.get("validation_split") or "validation"
         return [
             Result(
                 task=HUB_TASKS.get(kind, kind),

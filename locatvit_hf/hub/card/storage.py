@@ -90,7 +90,8 @@ def update_card(folder: Path, source: Path | None = None, results: Sequence[Path
 
 
 def _measurement(result: Result) -> tuple[str, ...]:
-    return result.task, result.dataset, result.split, result.metric, result.protocol
+    protocol = (result.protocol or "").replace("at update", "at step")  # as cards said before
+    return result.task, result.dataset, result.split, result.metric, protocol
 
 
 def _read_record(path: Path) -> dict[str, Any]:
