@@ -12,8 +12,9 @@ WORKERS ?= 2
 VENV := .venv
 FLOOR := .venv-floor
 BIN := $(VENV)/bin
-# loadfile: the tests of one file share their fixtures in one worker. One thread each: the workers share the cores.
-PARALLEL := -n $(WORKERS) --dist loadfile
+# loadfile: the tests of one file share their fixtures in one worker, and files begin in the order of tests/conftest.py.
+# One thread each: the workers share the cores.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test test-slow test-official test-floor: export OMP_NUM_THREADS = 1
 
 .PHONY: demo evidence docs test test-all test-slow test-official test-floor lint clean

@@ -28,8 +28,13 @@ MARKERS = {
 }
 
 
+# Few tests that take long: begun first, so that no worker ends with one while the others wait.
+LONGEST = ("test_hub", "test_triton_locat", "test_readme", "test_extend", "test_push", "test_gpu_check", "test_layouts")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives every test the marker of its folder, and tests of several processes theirs."""
+    """Gives every test the marker of its folder, and tests of several processes theirs; puts the longest first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         if folder in MARKERS:

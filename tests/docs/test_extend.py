@@ -5,13 +5,13 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.processes import run_program
 
 from .snippets import ROOT
 
@@ -54,8 +54,8 @@ def test_a_family_is_two_files_and_one_entry(checkout: Path) -> None:
     printed = []
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
-        program = [sys.executable] if program == "python" else [sys.executable, "-m", "locatvit_hf.cli"]
-        run = subprocess.run([*program, *arguments], cwd=checkout, env=environment, capture_output=True, text=True)
+        command = arguments if program == "python" else ["-m", "locatvit_hf.cli", *arguments]
+        run = run_program(*command, folder=checkout, environment=environment)
         assert run.returncode == 0, run.stdout + run.stderr
         printed.append(run.stdout)
     assert json.loads((checkout / "runs" / "cpvt" / "all_results.json").read_text())["updates"] == 1
