@@ -100,7 +100,7 @@ def main(arguments: DinoArguments) -> dict[str, Any]:
         metric="feature_variance",
         evaluated=teacher.backbone,
         data=partial(describe_data, columns, training=images),
-        state=[teacher, criterion],
+        state={"teacher": teacher, "criterion": criterion},
         before_step=freeze_last_layer,
     )
     with loop:

@@ -5,16 +5,15 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
+from ..utils.console import PublicConsole
 from ..utils.images import MAX_MEGAPIXELS
 
 MaxMegapixels = Annotated[
     float, typer.Option(min=0, help="Larger images are not read, in millions of pixels, for they may fill the memory.")
 ]
-console = Console(highlight=False, soft_wrap=True)
-error_console = Console(stderr=True, highlight=False, soft_wrap=True)
+console, error_console = PublicConsole(), PublicConsole(stderr=True)
 
 
 def escape_terminal(value: object) -> Text:

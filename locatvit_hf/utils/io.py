@@ -2,16 +2,22 @@
 
 import codecs
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import socket
+import sys
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 try:
     import fcntl
@@ -20,6 +26,8 @@ except ImportError:  # not on Windows, where leftovers of a killed process stay
 
 MAX_NAME = 255
 """Bytes of a file's name on all common systems."""
+ORPHANS_END = 30
+"""Seconds in which the processes that a killed one started have ended too."""
 
 
 def read_text(path: str | Path) -> str:
@@ -70,20 +78,159 @@ def read_json(path: str | Path) -> Any:
 
 
 def atomic_write(path: Path, content: str | Callable[[Path], Any]) -> None:
-    """Write a file that is whole or as before; its folder is made where it is missing.
+    """Write a file that is whole or as before, also after a power failure; its folder is made where it is missing.
 
     Args:
         path: The file.
         content: Its text, or what fills a temporary file beside `path`, which then gets its name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix tells libraries the format.
-    temporary = path.with_name(fitting_name(f".partial-{path.stem}", path.suffix))
+    make_folder(path.parent)
+    # The suffix tells libraries the format; the process, that writers of one file do not share it.
+    temporary = path.with_name(fitting_name(f".partial-{os.getpid()}-{path.stem}", path.suffix))
     try:
         temporary.write_text(content, encoding="utf-8") if isinstance(content, str) else content(temporary)
-        os.replace(temporary, path)
+        durable_rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing, so that a power failure does not take them away."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _flush(path.parent)
+
+
+def durable_rename(source: Path, target: Path) -> None:
+    """Rename a file, or a folder with all that is in it, so that a power failure leaves it whole or as before.
+
+    Args:
+        source: What was written; it reaches the disk before its new name does.
+        target: In the same folder. A file there is replaced; a folder is exchanged in one operation on Linux and macOS.
+    """
+    for folder, _, files in os.walk(source):
+        for name in files:
+            _flush(Path(folder, name))
+        _flush(Path(folder))
+    replaced = _hidden_name(target, "replaced")
+    if not source.is_dir():
+        _flush(source)
+        os.replace(source, target)
+    elif not target.is_dir():
+        source.rename(target)
+    elif _exchange(source, target):
+        source.rename(replaced)
+    else:
+        target.rename(replaced)
+        try:
+            source.rename(target)
+        except OSError:
+            replaced.rename(target)
+            raise
+    _flush(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one operation; False where the system cannot."""
+    paths = os.fsencode(one), os.fsencode(other)
+    try:
+        if sys.platform == "linux":
+            current, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+            return ctypes.CDLL(None).renameat2(current, paths[0], current, paths[1], exchange) == 0
+        if sys.platform == "darwin":
+            return ctypes.CDLL(None).renamex_np(*paths, 2) == 0  # RENAME_SWAP
+    except AttributeError:  # a C library without it
+        pass
+    return False
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or the list of the files of a folder, reach the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and writes their lists by itself
+    # Windows flushes only what is open for writing.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, which is whole until it is gone: a crash in between leaves parts under a hidden name alone."""
+    if folder.is_dir():
+        hidden = _hidden_name(folder, "replaced")
+        folder.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _hidden_name(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{kind}")
+
+
+@contextlib.contextmanager
+def claim_folder(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Hold a folder as its only writer inside this block; the folder is made where it is missing.
+
+    The process may claim it again. When it ends, however it does, the folder is free.
+
+    Args:
+        folder: Where results are written.
+        report: Called with a sentence where the file system knows no locks.
+
+    Raises:
+        OSError: The folder cannot be written.
+        ValueError: Another process holds it; the message names the process and its host.
+    """
+    make_folder(folder)
+    lock, note = FileLock(folder / ".lock", is_singleton=True), folder / ".writer"
+    deadline = time.monotonic() + ORPHANS_END
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            break
+        except Timeout:
+            host, number = _read_writer(note)
+            # What a killed process started, such as a process that loads data, ends some seconds after it.
+            if host != socket.gethostname() or _is_alive(number) or time.monotonic() > deadline:
+                raise ValueError(
+                    f"{folder} is being written by process {number} on {host}: wait until it ends, or choose another "
+                    "folder."
+                ) from None
+            time.sleep(0.2)
+        except NotImplementedError:
+            report(f"The file system of {folder} knows no locks: see to it that nothing else writes there.")
+            yield
+            return
+    try:
+        note.write_text(f"{socket.gethostname()}\n{os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def _read_writer(note: Path) -> tuple[str, int]:
+    """Host and process that hold a folder; empty and 0 where it does not say."""
+    try:
+        host, number = note.read_text(encoding="utf-8").split()
+        return host, int(number)
+    except (OSError, ValueError):
+        return "an unknown host", 0
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this machine runs."""
+    if os.name == "nt":
+        return True  # os.kill would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -107,25 +254,16 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
     `folder` removes it.
     """
     folder = Path(folder).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    partial, replaced = (folder.parent / f".{folder.name}.{mark}.{kind}" for kind in ("partial", "replaced"))
+    make_folder(folder.parent)
+    partial = _hidden_name(folder, "partial")
     partial.mkdir()
     lock = _lock(partial)
     try:
         yield partial
-        if folder.is_dir():
-            os.rename(folder, replaced)
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            if replaced.is_dir():
-                os.rename(replaced, folder)
-            raise
+        durable_rename(partial, folder)
         _remove_leftovers(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
@@ -184,11 +322,15 @@ def one_line(error: BaseException) -> str:
 __all__ = [
     "atomic_directory",
     "atomic_write",
+    "claim_folder",
+    "durable_rename",
     "fitting_name",
+    "make_folder",
     "one_line",
     "read_json",
     "read_lines",
     "read_text",
+    "remove",
     "sha256",
     "write_json",
 ]

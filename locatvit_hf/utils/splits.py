@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from .images import (
     HEIC_SUFFIXES,
@@ -33,6 +34,7 @@ from .images import (
 )
 from .io import one_line, read_lines, read_text
 from .layouts import find_classes, split_images, split_tables
+from .tar import read_members
 
 SHARDS = {
     ".parquet": "parquet",
@@ -144,6 +146,10 @@ def read_split(found: FoundSplit) -> datasets.Dataset:
     """The rows of a split, copied once into the cache of `datasets` where a builder reads them."""
     if found.builder is None:
         return found.rows
+    if isinstance(found.builder, WebDataset) and not os.path.isdir(found.builder.cache_dir):
+        for file in found.builder.config.data_files[found.name]:
+            for _ in read_members(str(file)):
+                pass  # `datasets` takes a file that was cut for a shorter one
     found.builder.download_and_prepare()
     return found.builder.as_dataset(split=found.name)
 

@@ -25,14 +25,15 @@ def command(program: str, settings: dict, *options: str) -> list[str]:
     return ["-m", f"training.{program}", "--config", str(recipe), *options]
 
 
-def start(program: str, settings: dict, *options: str) -> subprocess.Popen:
-    """`python -m training.PROGRAM`, which goes on by itself."""
+def start(program: str, settings: dict, *options: str, group: bool = False) -> subprocess.Popen:
+    """`python -m training.PROGRAM`, which goes on by itself; in a process group of its own where that is asked for."""
     return subprocess.Popen(
         [sys.executable, *command(program, settings, *options)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=group,
     )
 
 

@@ -97,7 +97,7 @@ def test_the_teacher_is_exported(trained, unlabelled):
     assert {"teacher_entropy", "feature_variance"} <= stored["validation_curve"][0].keys()
     assert results["num_train_images"] == 20
 
-    teacher = torch.load(output / "checkpoints" / "step_00000008" / "custom_checkpoint_1.pkl", weights_only=True)
+    teacher = load_file(output / "checkpoints" / "step_00000008" / "teacher.safetensors")
     model = AutoModel.from_pretrained(output / "model")
     assert all(torch.equal(weight, teacher[f"backbone.{name}"]) for name, weight in model.state_dict().items())
     assert model(torch.zeros(1, 3, 16, 16)).pooler_output.shape == (1, 16)
@@ -152,9 +152,9 @@ def assert_same_run(output, expected):
         weights = [load_file(path / file) for path in (output, folder)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     states = [
-        torch.load(path / "checkpoints" / "step_00000008" / f"custom_checkpoint_{number}.pkl", weights_only=True)
+        load_file(path / "checkpoints" / "step_00000008" / f"{name}.safetensors")
         for path in (output, folder)
-        for number in (1, 2)  # teacher and centre
+        for name in ("teacher", "criterion")
     ]
     for mine, theirs in zip(states[:2], states[2:], strict=True):
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)

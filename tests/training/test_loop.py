@@ -1,3 +1,4 @@
+import contextlib
 import json
 import resource
 import shutil
@@ -155,9 +156,11 @@ def test_an_option_that_an_older_run_does_not_name_had_its_default(pretrained, p
     (tmp_path / "all_results.json").touch()
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump(stored), encoding="utf-8")
     settings = {**pretrain_settings, "output_dir": str(tmp_path)}
-    with pytest.raises(ValueError, match=r"other settings \(repeated_augmentation\)"):
-        open_run_folder(Accelerator(), build_arguments(PretrainArguments, {**settings, "repeated_augmentation": 2}))
-    assert open_run_folder(Accelerator(), build_arguments(PretrainArguments, settings)) == tmp_path
+    with contextlib.ExitStack() as held:
+        other = build_arguments(PretrainArguments, {**settings, "repeated_augmentation": 2})
+        with pytest.raises(ValueError, match=r"other settings \(repeated_augmentation\)"):
+            open_run_folder(Accelerator(), other, held)
+        assert open_run_folder(Accelerator(), build_arguments(PretrainArguments, settings), held) == tmp_path
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(pretrained, pretrain_settings, tmp_path):
@@ -167,16 +170,6 @@ def test_a_checkpoint_of_another_recipe_is_refused(pretrained, pretrain_settings
     settings = {**pretrain_settings, "output_dir": str(output), "ema_decay": None}
     with pytest.raises(ValueError, match=r"other settings \(ema_decay\)"):
         pretrain(build_arguments(PretrainArguments, settings))
-
-
-def test_a_damaged_checkpoint_is_one_sentence(pretrained, pretrain_settings, tmp_path):
-    output = tmp_path / "run"
-    shutil.copytree(pretrained[0] / "checkpoints", output / "checkpoints")
-    weights = list_checkpoints(output / "checkpoints")[-1] / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ValueError, match="Cannot continue from the checkpoint") as caught:
-        pretrain(build_arguments(PretrainArguments, {**pretrain_settings, "output_dir": str(output)}))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk_leaves_the_checkpoint_intact(pretrain_settings, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from locatvit_hf.utils.images import MAX_MEGAPIXELS, orientation_of, remark_on_frames
 from training.engine.arguments import console
 from training.engine.settings import ProgramArguments
+from training.engine.shutdown import ignore_shutdown
 
 from .images import CorruptImageError, decode_image, name_of
 from .samplers import StepSampler, StreamSampler, reseed, sample_randomness
@@ -234,7 +235,7 @@ class ImageLoader:
         # A generator of its own: a loader without one draws from the global stream, which dropout also reads.
         options = {"num_workers": num_workers, "generator": torch.Generator(), "pin_memory": torch.cuda.is_available()}
         if num_workers:
-            options["worker_init_fn"] = _use_one_thread
+            options["worker_init_fn"] = _begin_worker
         self.loader = DataLoader(_Parts(samples, collate), batch_sampler=sampler, collate_fn=_keep_plain, **options)
         self.parts, self.max_corrupt_share, self.fraction_of = parts, max_corrupt_share, fraction_of
         self.num_images, self.num_corrupt, self.corrupt_images = 0, 0, dict[str, int]()
@@ -440,5 +441,6 @@ def _keep_plain(part: Part) -> Part:
     return part
 
 
-def _use_one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    ignore_shutdown()

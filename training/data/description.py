@@ -1,6 +1,7 @@
 """What tells one dataset from another: so that a run is continued with the data that it began with."""
 
 import json
+import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
@@ -8,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 
 from locatvit_hf.utils.io import sha256
 
@@ -36,6 +38,7 @@ def describe_data(columns: list[str], classes: list[str] | None = None, **splits
     Returns:
         `classes`, and for every split its number of images, the kind of each column, a digest of the labels and, where
         images are files, of their names, and digests of some rows; of streamed rows the lengths of the shards instead.
+        Of files also digests of their sizes and of the times of their last change.
     """
     return {"classes": classes, "splits": {name: _describe_split(split, columns) for name, split in splits.items()}}
 
@@ -47,9 +50,15 @@ def compare_data(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         before, after = then.get("splits", {}).get(name), now.get("splits", {}).get(name)
         if before is None or after is None:
             found.append(f"there is {'a' if before is None else 'no'} {name} split now")
-        elif before != after:
+        elif {**before, "times": None} != {**after, "times": None}:
             found.append(f"the {name} split {_compare_splits(before, after)}")
     return found
+
+
+def changed_times(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Splits whose files have other times than before, which a copy has too, while `compare_data` finds no change."""
+    before, after = then.get("splits", {}), now.get("splits", {})
+    return [name for name in before.keys() & after.keys() if before[name].get("times") != after[name].get("times")]
 
 
 def _describe_split(split: Split, columns: list[str]) -> dict[str, Any]:
@@ -59,8 +68,8 @@ def _describe_split(split: Split, columns: list[str]) -> dict[str, Any]:
         "columns": {column: type(split.features[column]).__name__ for column in columns},
     }
     if isinstance(split, StreamedRows):
-        files = [PurePath(file).name for file in getattr(split.shards, "files", [])]
-        return described | {"shards": _digest([*map(int, split.lengths), *files])}
+        names = [PurePath(file).name for file in split.shards.files]
+        return described | {"shards": _digest([*map(int, split.lengths), *names])} | _describe_files(split.shards.files)
     images = [column for column in columns if isinstance(split.features[column], datasets.Image)]
     labels = [column for column in columns if column not in images]
     described["labels"] = _digest(_values(split, labels)) if labels else None
@@ -70,10 +79,12 @@ def _describe_split(split: Split, columns: list[str]) -> dict[str, Any]:
     # The names of all files are at hand only where the images themselves do not stand beside them.
     first = rows[chosen[0]][columns.index(images[0])] if images else None
     if isinstance(first, dict) and first.get("bytes") is None and first.get("path") is not None:
-        described["files"] = _digest(
-            ["/".join((entry["path"] or "").rsplit("/", 2)[-2:]) for entry in entries if entry is not None]
-            for entries in _values(reader.split, images)
-        )
+        files = [entry["path"] or "" for entries in _values(reader.split, images) for entry in entries if entry]
+        described["files"] = _digest("/".join(file.rsplit("/", 2)[-2:]) for file in files)
+        described |= _describe_files(files)
+    elif images and reader.split._indices is None:  # with indices, the rows themselves would have to be read
+        bytes_of = [pc.struct_field(reader.split.data.column(column), "bytes") for column in images]
+        described["sizes"] = _digest(pc.binary_length(column).to_pylist() for column in bytes_of)
     described["rows"] = {str(index): [_name_of_row(row), _digest(map(_content, row))] for index, row in rows.items()}
     return described
 
@@ -82,6 +93,15 @@ def _values(split: datasets.Dataset, columns: list[str]) -> Iterator[list]:
     """The values of some columns, many rows at once and as they are stored, which is faster than row by row."""
     for table in subsample_evenly(split, MAX_NAMED).select_columns(columns).with_format("arrow").iter(READ_AT_ONCE):
         yield from (column.to_pylist() for column in table.columns)
+
+
+def _describe_files(files: list[str]) -> dict[str, str]:
+    """Digests of sizes and times of those files that are on this machine."""
+    found = [os.stat(file) if os.path.isfile(file) else None for file in files]
+    return {
+        "sizes": _digest(status and status.st_size for status in found),
+        "times": _digest(status and status.st_mtime_ns for status in found),
+    }
 
 
 def _compare_classes(then: list[str] | None, now: list[str] | None) -> list[str]:
@@ -116,7 +136,10 @@ def _compare_splits(then: dict[str, Any], now: dict[str, Any]) -> str:
         return f"has other rows: number {changed[0]} {what}"
     if then.get("labels") != now.get("labels"):
         return "has other labels"
-    return "has other files" if then.get("files") != now.get("files") else "has other shards"
+    for what in ("files", "shards"):
+        if then.get(what) != now.get(what):
+            return f"has other {what}"
+    return "has files of other sizes"
 
 
 def _columns(described: dict[str, Any]) -> str:

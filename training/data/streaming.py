@@ -14,7 +14,6 @@ one row group of a parquet file, or one tar file.
 
 import json
 import os
-import tarfile
 from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +28,8 @@ import pyarrow.parquet as pq
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 from datasets.utils.file_utils import xopen
+
+from locatvit_hf.utils.tar import read_members
 
 MIN_STREAMS = 8
 """Streams that are made even of fewer shards, which costs reading these several times, but keeps the workers busy."""
@@ -61,6 +62,7 @@ class OtherShards:
 
     def __init__(self, builder: datasets.DatasetBuilder, split: str, stream: datasets.IterableDataset):
         self.stream = stream
+        self.files = list(map(str, (getattr(builder.config, "data_files", None) or {}).get(split, [])))
         # Counting may take a pass over the data, so it is done once; the name of the folder changes with the data.
         known = Path(f"{builder.cache_dir}-{split}-rows.json")
         if known.is_file():
@@ -299,13 +301,8 @@ def _read_parquet_metadata(file: str) -> pq.FileMetaData:
 def _count_samples_of_tar(file: str) -> int:
     """Samples of a shard: neighboring members of one name but for the extension, as `datasets` groups them."""
     count, last = 0, None
-    try:
-        with xopen(file, "rb") as source, tarfile.open(fileobj=source) as archive:
-            for member in archive:
-                archive.members = []  # type: ignore[attr-defined] # an archive remembers every member
-                if member.isreg() and not PurePosixPath(member.name).name.startswith((".", "__")):
-                    key = base_plus_ext(member.name)[0]
-                    count, last = count + (key is not None and key != last), key or last
-    except tarfile.TarError as error:
-        raise ValueError(f"{file} is not a tar file that can be read: {error}.") from None
+    for member in read_members(file):
+        if member.isreg() and not PurePosixPath(member.name).name.startswith((".", "__")):
+            key = base_plus_ext(member.name)[0]
+            count, last = count + (key is not None and key != last), key or last
     return count

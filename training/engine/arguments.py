@@ -24,15 +24,15 @@ from typing import Any, Literal, TypeVar
 import transformers
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from locatvit_hf.utils.console import PublicConsole, hide_credentials
 from locatvit_hf.utils.io import one_line, read_text
 from training.engine import trainer_names
 
 Arguments = TypeVar("Arguments")
-console = Console(soft_wrap=True, highlight=False)
+console, error_console = PublicConsole(), PublicConsole(stderr=True)
 
 
 def option(
@@ -199,6 +199,11 @@ def _check_ranges(arguments: Any) -> None:
                 raise ValueError(f"{name} must be {bounds}, got {number}.")
 
 
+def public_settings(arguments: Any) -> dict[str, Any]:
+    """All settings by name, as they are written down: addresses without what may give access to them."""
+    return hide_credentials(dataclasses.asdict(arguments))
+
+
 def describe(error: StrictDataclassError) -> str:
     """The last line of a type or range error, which names the field and what was expected, as one sentence."""
     return str(error.__cause__ or error).strip().splitlines()[-1].strip().rstrip(".") + "."
@@ -220,7 +225,7 @@ def run_program(main: Callable[[Arguments], Any], cls: type[Arguments]) -> None:
     except (ValueError, OSError) as error:
         # An error from a data-loading process carries that process's traceback; the sentence is its last line.
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        Console(stderr=True, soft_wrap=True, highlight=False).print(sentence, style="red", markup=False)
+        error_console.print(sentence, style="red", markup=False)
         raise SystemExit(1) from None
 
 

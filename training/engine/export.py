@@ -1,6 +1,5 @@
 """A trained model as a Hub folder: weights, code, processor, license and a card filled with what was measured."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from locatvit_hf.hub.config import family_of
 from locatvit_hf.hub.push import create_repository, upload
 from locatvit_hf.hub.repository import license_text, write_checksums
 from locatvit_hf.utils.io import atomic_directory, write_json
-from training.engine.arguments import default_values, runtime_options
+from training.engine.arguments import default_values, public_settings, runtime_options
 from training.engine.run_folder import RESULTS
 from training.engine.settings import ProgramArguments
 
@@ -60,7 +59,7 @@ def write_card(folder: Path, arguments: ProgramArguments, results: dict[str, Any
     left_out = runtime_options(type(arguments)) | {"output_dir", "label_names"}
     options = {
         option: card.public_name(value) if isinstance(value, str) else value
-        for option, value in dataclasses.asdict(arguments).items()
+        for option, value in public_settings(arguments).items()
         if option not in left_out and value != defaults[option]
     }
     repository = arguments.push_to_hub

@@ -1,7 +1,7 @@
 """Ends a run before a loss, a gradient or a weight that is not finite spoils what the run keeps."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,7 +9,7 @@ import torch
 
 from locatvit_hf.utils.io import atomic_write
 from training.engine.checkpoints import list_checkpoints
-from training.engine.finite import are_finite, first_not_finite, tensors_in
+from training.engine.finite import are_finite, first_not_finite
 from training.engine.placement import Placement
 from training.engine.progress import RunState
 
@@ -25,10 +25,10 @@ class FiniteGuard:
         placement: The model and its average.
         state: Of the run.
         output: The folder of the run.
-        holders: What else has a state that checkpoints keep.
+        holders: What else has a state that checkpoints keep, by name.
     """
 
-    def __init__(self, placement: Placement, state: RunState, output: Path, holders: Sequence[Any] = ()):
+    def __init__(self, placement: Placement, state: RunState, output: Path, holders: Mapping[str, Any]):
         self.placement, self.state, self.output, self.holders = placement, state, output, holders
         self.accelerator = placement.accelerator
         self._checked_step: int | None = None
@@ -85,8 +85,8 @@ class FiniteGuard:
         yield from self.placement.unwrapped.state_dict().items()
         if (ema := self.placement.ema) is not None:
             yield from ((f"average of {name}", tensor) for name, tensor in ema.module.state_dict().items())
-        for holder in self.holders:
-            yield from ((type(holder).__name__, tensor) for tensor in tensors_in(holder.state_dict()))
+        for holder, kept in self.holders.items():
+            yield from ((f"{name} of the {holder}", tensor) for name, tensor in kept.state_dict().items())
 
     def _end(self, what: str, losses: dict[str, torch.Tensor], batches: list[Any]) -> NoReturn:
         folder = self._dump_batch(losses, batches)

@@ -1,10 +1,9 @@
 """The loop that every program shares: steps, evaluation points, checkpoints, export."""
 
 import contextlib
-import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from training.data import TrainingSamples, create_training_loader
 from training.data.samplers import seed_everything
-from training.engine.checkpoints import GracefulShutdown, list_checkpoints, load_newest, save_checkpoint
+from training.engine.arguments import public_settings
+from training.engine.checkpoints import Checkpoints, list_checkpoints
 from training.engine.distributed import reduce_losses
 from training.engine.dry_run import ActivationMeter, describe_dry_run, dry_run_settings
 from training.engine.export import open_repository, save_model, save_pretrained, write_results
@@ -26,9 +26,10 @@ from training.engine.placement import Placement
 from training.engine.plotting import tile
 from training.engine.progress import ProgressLog, RunState
 from training.engine.resuming import FILE, compare_runs, describe_run, program_of
-from training.engine.run_folder import INTERRUPTED, SETTINGS, open_run_folder, stored_settings
+from training.engine.run_folder import INTERRUPTED, OVERWRITTEN, SETTINGS, open_run_folder, stored_settings
 from training.engine.schedule import Schedule
 from training.engine.settings import ProgramArguments
+from training.engine.shutdown import GracefulShutdown, ended_loader, report_ended_loaders_late
 from training.engine.tracking import GaussianReader, Trackers
 
 
@@ -56,7 +57,7 @@ class TrainingLoop:
         mix: Applied to the entries of every batch on the device, such as mixup; returns the entries of the batch.
         evaluated: What is evaluated and exported instead of `model` or its average, such as a teacher.
         data: Describes the data of the run, see `describe_data`; a checkpoint of other data is not continued.
-        state: Objects with `state_dict` and `load_state_dict` that checkpoints keep too, such as a teacher.
+        state: Objects with `state_dict` and `load_state_dict` of tensors that checkpoints keep too, by name.
         before_step: Called between the backward pass and the clipping of gradients of every step.
         save: Writes the evaluated model and its processor into an empty folder; by default with `save_pretrained`.
     """
@@ -76,14 +77,15 @@ class TrainingLoop:
         mix: Callable[..., tuple] | None = None,
         evaluated: PreTrainedModel | None = None,
         data: Callable[[], dict[str, Any]] | None = None,
-        state: Sequence[Any] = (),
+        state: Mapping[str, Any] | None = None,
         before_step: Callable[[], None] | None = None,
         save: Callable[[nn.Module, BaseImageProcessor, Path], None] = save_pretrained,
     ):
         self.accelerator, self.arguments, self.schedule = accelerator, arguments, schedule
         self.processor, self.metric = processor, metric
         self.mix, self.before_step, self.save = mix, before_step, save
-        self.output = open_run_folder(accelerator, arguments)
+        self._held = contextlib.ExitStack()
+        self.output = open_run_folder(accelerator, arguments, self._held)
         if arguments.push_to_hub is not None and accelerator.is_main_process and not arguments.dry_run:
             open_repository(arguments.push_to_hub)
         self.state = RunState()
@@ -94,13 +96,19 @@ class TrainingLoop:
             self._described = describe_run(accelerator, arguments, model, optimizer, described)
         self.placement = Placement(accelerator, arguments, schedule, model, optimizer, evaluated)
         self.model = self.placement.model
-        self.guard = FiniteGuard(self.placement, self.state, self.output, state)
-        accelerator.register_for_checkpointing(self.state, *self.placement.states(), *state)
+        self.guard = FiniteGuard(self.placement, self.state, self.output, state or {})
+        kept = {**self.placement.states(), **(state or {})}
+        self.checkpoints = Checkpoints(accelerator, self.output / "checkpoints", self.state, kept)
         if not arguments.dry_run:
-            self._resume()
+            try:
+                self._resume()
+            except ValueError:
+                self._end_run()
+                raise
         settings = dry_run_settings(arguments, schedule, accelerator) if arguments.dry_run else arguments
         self.loader = create_training_loader(samples, settings, accelerator, self.state.step, schedule.total, collate)
         self._counted_corrupt, self._step_complete, self._began = 0, False, 0.0
+        self._between_steps, self._saved_step = True, self.state.step
 
     def __enter__(self) -> "TrainingLoop":
         self._open = contextlib.ExitStack()
@@ -112,8 +120,13 @@ class TrainingLoop:
             self._gaussians = GaussianReader(self.placement.evaluated) if self.arguments.trackers else None
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         self._open.close()
+        with self._held if error is not None else contextlib.nullcontext():
+            if (ended := ended_loader(error)) is not None:
+                raise ValueError(f"A process that loads data {ended}. {self._keep_last_step()}") from None
+            if isinstance(error, Exception):
+                self._end_run()
 
     @property
     def step_complete(self) -> bool:
@@ -143,6 +156,7 @@ class TrainingLoop:
                 began = time.perf_counter()
                 batch = next(batches)
                 self.state.waited += time.perf_counter() - began
+                report_ended_loaders_late()
                 self._batches.append(batch)
                 with self.accelerator.accumulate(self.model):
                     yield self._to_device(batch)
@@ -172,6 +186,7 @@ class TrainingLoop:
         self.state.num_corrupt += corrupt
         self.guard.check_step(self._losses, losses["loss"], norm, self._batches)
         self.placement.clip_gradients(norm)
+        self._between_steps = False
         self.placement.step(self.state.step + 1)
         self.state.step += 1
         self.state.seconds += time.perf_counter() - self._began
@@ -232,22 +247,30 @@ class TrainingLoop:
             "num_processes": self.accelerator.num_processes,
             "seed": self.arguments.seed,
             "program": program_of(self.arguments),
-            "arguments": dataclasses.asdict(self.arguments),
+            "arguments": public_settings(self.arguments),
             **details,
         }
         if self.accelerator.is_main_process:
             write_results(self.output, self.arguments, results, self.print)
         self.accelerator.wait_for_everyone()
+        self._end_run()
+        self._held.close()
         return results
+
+    def _end_run(self) -> None:
+        """A run that has ended is not continued by the command that began it with `overwrite`."""
+        if self.accelerator.is_main_process and not self.arguments.dry_run:
+            (self.output / OVERWRITTEN).unlink(missing_ok=True)
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint, where there is one and it is of this run."""
-        checkpoints = list_checkpoints(self.output / "checkpoints")
+        self.checkpoints.drop_damaged(self.print)
+        checkpoints = list_checkpoints(self.checkpoints.folder)
         if not checkpoints:
             return
         for line in compare_runs(checkpoints[-1], self._described):
             self.print(line)
-        load_newest(self.accelerator, checkpoints, self.guard.weights_are_finite, self.print, REMEDY)
+        self.checkpoints.load_newest(self.guard.weights_are_finite, self.print, REMEDY)
         self.print(f"Continuing at step {self.state.step} of {self.schedule.total}.")
 
     def _to_device(self, batch: Any) -> Any:
@@ -270,15 +293,26 @@ class TrainingLoop:
         step, total = self.state.step, self.schedule.total
         best = self.arguments.export == "best" and step == self.state.best_step
         if self._signal or best or step % self.schedule.checkpoint_every == 0 or step == total:
-            self.guard.check_weights()
-            texts = {SETTINGS: stored_settings(self.arguments), FILE: json.dumps(self._described, indent=1)}
-            folder, keep = self.output / "checkpoints", self.arguments.keep_checkpoints
-            save_checkpoint(self.accelerator, folder, step, keep, self.state.best_step, texts)
+            self._save_checkpoint()
+        self._between_steps = True
         if self._signal and step < total:
             if self.accelerator.is_main_process:
                 (self.output / INTERRUPTED).touch()
             self.print(f"Stopped after step {step} of {total}; the same command continues there.")
             raise SystemExit(128 + self._signal)
+
+    def _save_checkpoint(self) -> None:
+        self.guard.check_weights()
+        texts = {SETTINGS: stored_settings(self.arguments), FILE: json.dumps(self._described, indent=1)}
+        self.checkpoints.save(self.arguments.keep_checkpoints, texts)
+        self._saved_step = self.state.step
+
+    def _keep_last_step(self) -> str:
+        """Save the last step where it is whole and no other process is waited for; says from where the run goes on."""
+        if self._between_steps and self.accelerator.num_processes == 1 and self._saved_step != self.state.step:
+            self._save_checkpoint()
+        advice = "Where the system ended it because memory ran out, fewer --num_workers need less of it."
+        return f"The same command continues after step {self._saved_step}. {advice}"
 
     def _export(self) -> None:
         self.guard.check_weights()

@@ -96,11 +96,11 @@ class Placement:
             self._gathered_step = step
         return self.evaluated
 
-    def states(self) -> list[Any]:
-        """What checkpoints keep beside what the accelerator prepared: the average."""
+    def states(self) -> dict[str, Any]:
+        """What checkpoints keep beside what the accelerator prepared, by name: the average."""
         if self.ema is None:
-            return []
-        return [ShardedState(self.ema) if self.accelerator.is_fsdp2 else self.ema]
+            return {}
+        return {"average": ShardedState(self.ema) if self.accelerator.is_fsdp2 else self.ema}
 
     def to_device(self, batch: Any) -> Any:
         """A batch where the model is, in its layout of memory."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -54,11 +55,20 @@ class RunState:
     train_curve: list = field(default_factory=list)
     validation_curve: list = field(default_factory=list)
 
-    def state_dict(self) -> dict:
-        return dataclasses.asdict(self)
+    def to_json(self) -> str:
+        """All fields as JSON, which spells numbers that are not finite as Python does."""
+        return json.dumps(dataclasses.asdict(self), default=lambda number: number.item(), indent=1)
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_json(self, text: str) -> None:
+        """Take the fields over. Raises ValueError for anything that `to_json` does not write."""
+        state = json.loads(text)
+        fresh = dataclasses.asdict(RunState())
+        if not isinstance(state, dict) or state.keys() != fresh.keys():
+            raise ValueError("the state of the run has other entries than this version writes")
         for name, value in state.items():
+            kinds = (int, type(None)) if fresh[name] is None else (int, float) if name == "best" else type(fresh[name])
+            if not isinstance(value, kinds):
+                raise ValueError(f"the entry {name} of the state of the run is {value!r}")
             setattr(self, name, value)
 
     @property

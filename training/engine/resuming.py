@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
-from training.data.description import compare_data
+from training.data.description import changed_times, compare_data
 
 FILE = "run.json"
 LIBRARIES = ("locatvit-hf", "torch", "transformers", "accelerate", "timm")
@@ -86,13 +86,18 @@ def compare_runs(checkpoint: Path, now: dict[str, Any]) -> list[str]:
             f"{checkpoint} was written by another run: {'; '.join(differences)}. Choose another --output_dir, or "
             "--overwrite the run."
         )
+    lines = [
+        f"Files of the {split} split have other times than when {checkpoint} was written; their names, sizes and what "
+        "was compared of their content are the same, so they are taken for the same data."
+        for split in changed_times(then["data"], now["data"])
+    ]
     before, after = then["surroundings"], now["surroundings"]
     changed = [f"{name} {before[name]} (now {after[name]})" for name in before if before[name] != after.get(name)]
     if changed:
-        return [
+        lines.append(
             f"The checkpoint was written with {', '.join(changed)}: steps may differ from those of a run in one go."
-        ]
-    return []
+        )
+    return lines
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Curves, example predictions and what a LocAt model has learned about distances, sent to experiment trackers."""
 
-import dataclasses
 import importlib
 import importlib.util
 import json
@@ -16,6 +15,7 @@ from torch import nn
 
 from locatvit_hf.locat import Gaussian, LocAtGaussian
 from locatvit_hf.utils.io import sha256
+from training.engine.arguments import public_settings
 from training.engine.settings import RunArguments
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -44,7 +44,7 @@ class Trackers:
         self.names = list(arguments.trackers)
         if not self.names:
             return
-        settings, folder = dataclasses.asdict(arguments), output.resolve()
+        settings, folder = public_settings(arguments), output.resolve()
         # Runs in folders of one name are different runs.
         run = f"{folder.name}-{sha256(str(folder).encode())[:8]}"
         options = {

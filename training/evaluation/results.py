@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
 from torch import nn
 
+from locatvit_hf.utils.console import hide_credentials
 from locatvit_hf.utils.io import sha256, write_json
 from training.data import load_splits
 from training.data.loading import Split
-from training.engine.arguments import console, option
+from training.engine.arguments import console, option, public_settings
 from training.engine.distributed import create_processes
 from training.engine.settings import DataArguments
 
@@ -145,7 +146,7 @@ def write_result(
     """
     result = {
         "task": task,
-        "dataset": arguments.dataset,
+        "dataset": hide_credentials(arguments.dataset),
         "dataset_config": arguments.dataset_config,
         "split": split,
         "metrics": metrics,
@@ -155,7 +156,7 @@ def write_result(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **measured,
         **details,
-        "settings": dataclasses.asdict(arguments),
+        "settings": public_settings(arguments),
         "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ...utils.console import hide_credentials
 from .fields import CardError, Result
 
 # Program of `training/`, or task of an evaluation -> what the Hub calls it.
@@ -75,9 +76,9 @@ def is_fraction(metric: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """A dataset or model as a reader may see it: of a path of this machine only the last part."""
+    """A dataset or model as a reader may see it: a path by its last part, an address without credentials."""
     path = Path(name).expanduser()
-    return path.resolve().name if path.exists() else name
+    return path.resolve().name if path.exists() else hide_credentials(name)
 
 
 def _versions(versions: dict[str, str] | None) -> str | None:
