@@ -10,6 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Read when torch is imported, here and in every process that a test starts: both must add up in the same order where a
 # test compares their bits. `make test OMP_NUM_THREADS=2` tests with two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where torch is told to leave out instructions of this processor, its library of kernels leaves them out too: otherwise
+# it asks for what torch then refuses ("pack_vnni2 is only supported when avx512 is supported").
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 from pathlib import Path
 

@@ -1,5 +1,6 @@
 """`locatvit segment IMAGE|FOLDER|VIDEO... --model M`."""
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +56,7 @@ def segment(
     from ..inference import Checkpoint, InferenceArguments
     from ..inference.files import find_sources
     from ..inference.outputs import OutputFolder
+    from ..utils.io import claim_folder
 
     silence_transformers()
     sources = find_sources(inputs or [], output, warn)
@@ -72,14 +74,16 @@ def segment(
     if dataset:
         _segment_dataset(segmenter, dataset, split, column, output, settings, batch_size, max_megapixels)
     else:
-        folder = OutputFolder(output, segmenter.id2label, settings)
-        _segment_sources(segmenter, sources, folder, batch_size, frame_maps, max_megapixels)
+        with claim_folder(output, warn):
+            folder = OutputFolder(output, segmenter.id2label, settings)
+            _segment_sources(segmenter, sources, folder, batch_size, frame_maps, max_megapixels)
 
 
 def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bool, max_megapixels: float) -> None:
     from ..inference.files import is_video, segment_files
     from ..inference.video import count_frames, segment_video
     from ..utils.images import CorruptImageError
+    from ..utils.io import disk_is_full, one_line
 
     images = [source for source in sources if not is_video(source.path)]
     videos = [source for source in sources if is_video(source.path)]
@@ -92,14 +96,16 @@ def _segment_sources(segmenter, sources, output, batch_size: int, frame_maps: bo
             advance = partial(progress.advance, task)
             for error in segment_files(segmenter, waiting_images, output, batch_size, advance, max_megapixels, warn):
                 corrupt += 1
-                warn(f"Skipped: {error}")
+                warn(f"Skipped: {one_line(error)}.")
         for source in waiting_videos:
             task = progress.add_task(source.path.name, total=count_frames(source.path))
             try:
                 segment_video(segmenter, source, output, batch_size, frame_maps, partial(progress.advance, task))
-            except CorruptImageError as error:
+            except (CorruptImageError, OSError) as error:
+                if disk_is_full(error):
+                    raise
                 corrupt += 1
-                warn(f"Skipped: {error}")
+                warn(f"Skipped: {one_line(error)}.")
     waiting = len(waiting_images) + len(waiting_videos)
     _summarize(waiting - corrupt, len(sources) - waiting, corrupt, output.folder)
 
@@ -115,6 +121,7 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
     except ImportError as error:
         raise ValueError(f"--dataset needs {error.name}: pip install 'locatvit-hf[training]'") from error
     from ..inference.outputs import OutputFolder
+    from ..utils.io import claim_folder
 
     datasets.disable_progress_bars()
     state = PartialState(cpu=not torch.cuda.is_available())  # else processes without GPUs would not know each other
@@ -126,28 +133,35 @@ def _segment_dataset(segmenter, name, split, column, folder, settings, batch_siz
         "column": column,
         "processes": state.num_processes,
     }
-    with state.main_process_first():
-        report = warn if state.is_main_process else lambda sentence: None
-        rows = open_dataset(name, split, column, report)
-        output = OutputFolder(folder, segmenter.id2label, settings)
-    place = state.process_index, state.num_processes
-    with _progress(disable=not state.is_local_main_process) as progress:
-        task = progress.add_task("rows", total=len(rows_of(len(rows), *place)))
-        options = dict[str, Any](advance=partial(progress.advance, task), max_megapixels=max_megapixels, report=warn)
-        for skipped in segment_dataset(segmenter, rows, column, output, batch_size, *place, **options):
-            warn(f"Skipped: {skipped}")
-    state.wait_for_everyone()
-    if state.is_main_process:
-        empty = sum(count_empty(shard_path(output, process, place[1])) for process in range(place[1]))
-        unreadable = f", [yellow]{empty} of them empty because the image could not be read[/yellow]" if empty else ""
-        console.print(f"{len(rows)} rows are in [bold]{escape(str(folder))}[/bold]{unreadable}.")
+    with contextlib.ExitStack() as held:
+        if state.is_main_process:
+            held.enter_context(claim_folder(folder, warn))
+        with state.main_process_first():
+            report = warn if state.is_main_process else lambda sentence: None
+            rows = open_dataset(name, split, column, report)
+            output = OutputFolder(folder, segmenter.id2label, settings)
+        place = state.process_index, state.num_processes
+        with _progress(disable=not state.is_local_main_process) as progress:
+            task = progress.add_task("rows", total=len(rows_of(len(rows), *place)))
+            options = dict[str, Any](
+                advance=partial(progress.advance, task), max_megapixels=max_megapixels, report=warn
+            )
+            for skipped in segment_dataset(segmenter, rows, column, output, batch_size, *place, **options):
+                warn(f"Skipped: {skipped}")
+        state.wait_for_everyone()
+        if state.is_main_process:
+            empty = sum(count_empty(shard_path(output, process, place[1])) for process in range(place[1]))
+            unreadable = (
+                f", [yellow]{empty} of them empty because the image could not be read[/yellow]" if empty else ""
+            )
+            console.print(f"{len(rows)} rows are in [bold]{escape(str(folder))}[/bold]{unreadable}.")
     state.destroy_process_group()
 
 
 def _summarize(done: int, before: int, corrupt: int, folder: Path) -> None:
     parts = [f"[green]{done} segmented[/green]"]
     parts += [f"{before} were there already"] if before else []
-    parts += [f"[yellow]{corrupt} could not be read[/yellow]"] if corrupt else []
+    parts += [f"[yellow]{corrupt} could not be read or written[/yellow]"] if corrupt else []
     console.print(", ".join(parts) + f": [bold]{escape(str(folder))}[/bold]")
     if corrupt and not done and not before:
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..utils.images import MAX_MEGAPIXELS, CorruptImageError, list_images, read_image, readable_name, remark_on_frames
+from ..utils.io import disk_is_full
 from .outputs import OutputFolder, Source
 from .segmenter import Segmenter
 
@@ -73,8 +74,8 @@ def segment_files(
     advance: Callable[[], None] = lambda: None,
     max_megapixels: float = MAX_MEGAPIXELS,
     report: Callable[[str], None] = lambda sentence: None,
-) -> Iterator[CorruptImageError]:
-    """Segment image files into a folder, and yield what could not be read.
+) -> Iterator[CorruptImageError | OSError]:
+    """Segment image files into a folder, and yield what could not be read, or written for reasons of its own.
 
     Files are read and results written beside the model's work.
 
@@ -86,31 +87,47 @@ def segment_files(
         advance: Called after each file.
         max_megapixels: Larger images are not read.
         report: Called with a sentence for each file of several frames or pages, of which the first is used.
+
+    Raises:
+        OSError: The disk is full.
     """
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
     with ThreadPoolExecutor(max_workers=4) as pool:
-        reading: list[Future[Image.Image]] = []
+        reading: list[Future[tuple[str, Image.Image]]] = []
         writing: list[Future[None]] = []
         for batch, following in zip(batches, [*batches[1:], []], strict=True):
-            images = {}
-            read = reading or [pool.submit(read_image, source.path, None, max_megapixels) for source in batch]
-            reading = [pool.submit(read_image, source.path, None, max_megapixels) for source in following]
+            images, states = {}, {}
+            read = reading or [pool.submit(_read, source, max_megapixels) for source in batch]
+            reading = [pool.submit(_read, source, max_megapixels) for source in following]
             for source, future in zip(batch, read, strict=True):
                 try:
-                    images[source] = future.result()
+                    states[source], images[source] = future.result()
                     for sentence in remark_on_frames(source.path, images[source]):
                         report(sentence)
-                except CorruptImageError as error:
+                except (CorruptImageError, OSError) as error:
                     yield error
                     advance()
             class_maps = segmenter(list(images.values()))
-            for future in writing:
-                future.result()
+            yield from _failures(writing)
             writing = [
-                pool.submit(output.write, source, image, class_map)
+                pool.submit(output.write, source, states[source], image, class_map)
                 for (source, image), class_map in zip(images.items(), class_maps, strict=True)
             ]
             for _ in images:
                 advance()
-        for future in writing:
+        yield from _failures(writing)
+
+
+def _read(source: Source, max_megapixels: float) -> tuple[str, Image.Image]:
+    """The state of a file and the image in it; the state first, in case the file is being written."""
+    return source.state(), read_image(source.path, None, max_megapixels)
+
+
+def _failures(writing: list[Future[None]]) -> Iterator[OSError]:
+    for future in writing:
+        try:
             future.result()
+        except OSError as error:
+            if disk_is_full(error):
+                raise
+            yield error

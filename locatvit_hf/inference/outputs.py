@@ -104,19 +104,20 @@ class OutputFolder:
         except (OSError, av.FFmpegError):
             return False
 
-    def write(self, source: Source, image: Image.Image, class_map: np.ndarray) -> None:
+    def write(self, source: Source, state: str, image: Image.Image, class_map: np.ndarray) -> None:
         """Write the label map and the overlay of an image.
 
         Args:
             source: Where the image was read from.
+            state: Of the source, before it was read: of a file that changed since, the results are made anew.
             image: The image in RGB.
             class_map: Its class ids (height, width), uint8 or uint16.
         """
-        state = PngInfo()
-        state.add_text(SOURCE_STATE, source.state())
+        noted = PngInfo()
+        noted.add_text(SOURCE_STATE, state)
         label_image, overlay = self.label_image(class_map), self.overlay(image, class_map)
         atomic_write(self.overlay_path(source.name), lambda path: overlay.save(path, quality=90))
-        atomic_write(self.map_path(source.name), lambda path: label_image.save(path, pnginfo=state))
+        atomic_write(self.map_path(source.name), lambda path: label_image.save(path, pnginfo=noted))
 
     def label_image(self, class_map: np.ndarray) -> Image.Image:
         """Class ids as an image: 8 bits with the colors as its palette, or 16 bits of gray."""

@@ -49,18 +49,21 @@ def segment_video(
 
     Raises:
         CorruptImageError: The file holds no video that can be decoded.
+        OSError: The file is gone, or the results cannot be written.
     """
+    state = source.state()
     if not source.path.stat().st_size:
         raise CorruptImageError(f"{source.path} is empty.")
     atomic_write(
         output.video_path(source.name),
-        lambda target: _write_overlays(segmenter, source, target, output, batch_size, frame_maps, advance),
+        lambda target: _write_overlays(segmenter, source, state, target, output, batch_size, frame_maps, advance),
     )
 
 
 def _write_overlays(
     segmenter: Segmenter,
     source: Source,
+    state: str,
     target: Path,
     output: OutputFolder,
     batch_size: int,
@@ -69,11 +72,9 @@ def _write_overlays(
 ) -> None:
     path, name = source
     try:
-        with av.open(str(path)) as film, av.open(str(target), "w", format="mp4") as sink:
-            if not film.streams.video:
-                raise CorruptImageError(f"{path} holds no video.")
-            sink.metadata["comment"] = source.state()
-            frames, stream, number = _frames(film), None, 0
+        with _open_film(path) as film, av.open(str(target), "w", format="mp4") as sink:
+            sink.metadata["comment"] = state
+            frames, stream, number = _frames(film, path), None, 0
             while batch := list(islice(frames, batch_size)):
                 for image, class_map in zip(batch, segmenter(batch), strict=True):
                     if frame_maps:
@@ -88,15 +89,30 @@ def _write_overlays(
             if stream is None:
                 raise CorruptImageError(f"{path} holds no frame that can be decoded.")
             sink.mux(stream.encode())
+    except av.FFmpegError as error:  # what is read raises errors of its own
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"Cannot write {output.video_path(name)}: {reason}") from None
+
+
+def _open_film(path: Path) -> av.container.InputContainer:
+    try:
+        film = av.open(str(path))
     except av.FFmpegError as error:
         raise CorruptImageError(f"{path} cannot be decoded: {error.strerror or error}.") from None
+    if not film.streams.video:
+        film.close()
+        raise CorruptImageError(f"{path} holds no video.")
+    return film
 
 
-def _frames(film: av.container.InputContainer) -> Iterator[Image.Image]:
+def _frames(film: av.container.InputContainer, path: Path) -> Iterator[Image.Image]:
     """The frames as RGB images, turned as the video says."""
-    for frame in film.decode(video=0):
-        image = frame.to_image()
-        yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
+    try:
+        for frame in film.decode(video=0):
+            image = frame.to_image()
+            yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
+    except av.FFmpegError as error:
+        raise CorruptImageError(f"{path} cannot be decoded: {error.strerror or error}.") from None
 
 
 def _add_stream(sink: av.container.OutputContainer, rate, size: tuple[int, int]) -> av.VideoStream:

@@ -6,8 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-# Scheme, user info up to the last @ of the host, host and path, query.
-_ADDRESS = re.compile(r"\b([a-zA-Z][\w+.-]*://)(?:[^\s/?#'\"]*@)?([^\s?#'\"]*)(?:\?[^\s#'\"]*)?")
+# Scheme, user info up to the last @ of the host, host and path, query. Libraries that take an address for a path join
+# its slashes.
+_ADDRESS = re.compile(r"\b([a-zA-Z][\w+.-]*://|https?:/)(?:[^\s/?#'\"]*@)?([^\s?#'\"]*)(?:\?[^\s#'\"]*)?")
 
 
 def hide_credentials(value: Any) -> Any:
@@ -16,7 +17,7 @@ def hide_credentials(value: Any) -> Any:
     Both may hold passwords and signatures, as in `https://user:password@host/train.parquet?signature=…`.
     """
     if isinstance(value, str):
-        return _ADDRESS.sub(r"\1\2", value) if "://" in value else value
+        return _ADDRESS.sub(r"\1\2", value) if ":/" in value else value
     if isinstance(value, dict):
         return {name: hide_credentials(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import math
@@ -208,6 +209,7 @@ def claim_folder(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
         note.write_text(f"{socket.gethostname()}\n{os.getpid()}\n", encoding="utf-8")
         yield
     finally:
+        note.unlink(missing_ok=True)
         lock.release()
 
 
@@ -314,6 +316,11 @@ def sha256(content: Path | bytes | Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space, so that the next one will fail too."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def one_line(error: BaseException) -> str:
     """What an error says on one line without its last stop, or its class where it says nothing."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
@@ -323,6 +330,7 @@ __all__ = [
     "atomic_directory",
     "atomic_write",
     "claim_folder",
+    "disk_is_full",
     "durable_rename",
     "fitting_name",
     "make_folder",

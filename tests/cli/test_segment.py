@@ -1,8 +1,10 @@
 """`locatvit segment`: images, folders, videos, datasets, and what may be wrong with them."""
 
+import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ from locatvit_hf import (
 from locatvit_hf.cli import app
 from locatvit_hf.inference import Checkpoint, Segmenter, dataset
 from locatvit_hf.inference.outputs import OutputFolder, Source
+from locatvit_hf.utils.images import read_image
 from tests.factories import SMALLEST
 from tests.processes import run_program
 from tests.tolerances import assert_same_labels
@@ -89,8 +92,10 @@ def read_map(path: Path) -> np.ndarray:
 def test_a_folder_becomes_maps_overlays_and_a_legend(folder, checkpoint, tmp_path):
     output = tmp_path / "out"
     code, said = run(folder, "--model", checkpoint, "--output", output, "--batch-size", 3)
-    assert code == 0 and "5 segmented, 1 could not be read" in said and "broken.jpg cannot be decoded" in said
-    written = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    assert (
+        code == 0 and "5 segmented, 1 could not be read or written" in said and "broken.jpg cannot be decoded" in said
+    )
+    written = {str(path.relative_to(output)) for path in output.rglob("[!.]*") if path.is_file()}
     names = ["a", "b", "c", "inner/a", "inner/turned"]
     expected = {f"maps/{name}.png" for name in names} | {f"overlays/{name}.jpg" for name in names}
     assert written == expected | {"labels.json", "legend.png"}
@@ -124,7 +129,7 @@ def test_what_a_folder_holds_besides_is_said_and_names_may_be_long(checkpoint, t
     pages[0].save(photos / "pages.tif", save_all=True, append_images=pages[1:])
     make_image(60, 20).save(photos / "wide.png")
     code, said = run(photos, "--model", checkpoint, "--output", output, "--max-megapixels", 0.001)
-    assert code == 0 and "4 segmented, 1 could not be read" in said
+    assert code == 0 and "4 segmented, 1 could not be read or written" in said
     assert "pages.tif holds 3 images: only the first is used." in said
     assert "Left out 1 file that is not an image: notes.txt." in said
     assert "wide.png has 0.0012 megapixels, more than the 0.001 that max_megapixels allows." in said
@@ -253,7 +258,7 @@ def test_an_unreadable_single_image_is_an_error(checkpoint, tmp_path):
     assert (
         code == 1
         and "x.png is not an image file of a known format" in said
-        and "0 segmented, 1 could not be read" in said
+        and "0 segmented, 1 could not be read or written" in said
     )
 
 
@@ -265,7 +270,7 @@ def test_more_labels_than_a_palette_holds_take_sixteen_bits(tmp_path):
     (found,) = segmenter([image])
     output = OutputFolder(tmp_path, segmenter.id2label, {})
     image.save(tmp_path / "x.jpg")
-    output.write(Source(tmp_path / "x.jpg", Path("x")), image, found)
+    output.write(Source(tmp_path / "x.jpg", Path("x")), "1 1", image, found)
     with Image.open(tmp_path / "maps" / "x.png") as label_map:
         assert label_map.mode == "I;16"
         np.testing.assert_array_equal(np.asarray(label_map), found)
@@ -287,7 +292,7 @@ def test_a_video_keeps_its_frames_and_its_rate(checkpoint, segmenter, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video at all")
     arguments = (clip, tmp_path / "bad.mp4", "--model", checkpoint, "--output", output, "--batch-size", 4)
     code, said = run(*arguments, "--frame-maps")
-    assert code == 0 and "1 segmented, 1 could not be read" in said and "bad.mp4 cannot be decoded" in said
+    assert code == 0 and "1 segmented, 1 could not be read or written" in said and "bad.mp4 cannot be decoded" in said
     with av.open(str(output / "overlays" / "clip.mp4")) as written, av.open(str(clip)) as source:
         assert written.streams.video[0].average_rate == 12
         overlays = [frame.to_image() for frame in written.decode(video=0)]
@@ -386,3 +391,99 @@ def test_two_processes_share_a_data_set(checkpoint, segmenter, tmp_path):
         "label_maps-00001-of-00002.parquet",
     ]
     check_rows(tmp_path / "out", segmenter, 9)
+
+
+def test_a_file_that_vanishes_or_cannot_be_written_ends_no_run(checkpoint, tmp_path, monkeypatch):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name in "abcd":
+        make_image(40, 30).save(photos / f"{name}.png")
+    write_video(photos / "e.mp4", frames=3, rate=5, size=(48, 34))
+    write_video(photos / "f.mp4", frames=3, rate=5, size=(48, 34))
+    (output / "maps" / "b.png").mkdir(parents=True)  # a folder stands where the map belongs
+    (output / "overlays" / "f.mp4").mkdir(parents=True)
+    state = Source.state
+
+    def vanish(source: Source) -> str:
+        if source.name.name in ("c", "e"):
+            source.path.unlink(missing_ok=True)
+        return state(source)
+
+    monkeypatch.setattr(Source, "state", vanish)
+    code, said = run(photos, "--model", checkpoint, "--output", output)
+    assert code == 0 and "2 segmented, 4 could not be read or written" in said and "Traceback" not in said
+    assert all(f"{name}" in said for name in ("b.png", "c.png", "e.mp4", "f.mp4"))
+    assert (output / "maps" / "a.png").is_file() and (output / "maps" / "d.png").is_file()
+
+
+def test_a_full_disk_under_a_video_is_said_as_such(checkpoint, tmp_path, monkeypatch):
+    clip = tmp_path / "clip.mp4"
+    write_video(clip, frames=3, rate=5, size=(48, 34))
+    add_stream = av.container.OutputContainer.add_stream
+
+    class Full:
+        """A container whose disk is full."""
+
+        def __init__(self, sink):
+            self.sink = sink
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            self.sink.close()
+
+        @property
+        def metadata(self):
+            return self.sink.metadata
+
+        def add_stream(self, *arguments, **options):
+            return add_stream(self.sink, *arguments, **options)
+
+        def mux(self, packets):
+            raise av.error.OSError(errno.ENOSPC, "No space left on device")
+
+    open_container = av.open
+    monkeypatch.setattr(av, "open", lambda *a, **k: Full(open_container(*a, **k)) if "w" in a else open_container(*a))
+    code, said = run(clip, "--model", checkpoint, "--output", tmp_path / "out")
+    assert code == 1 and "No space left on device" in said and "could not be read" not in said
+
+
+def test_results_say_what_their_image_was_before_it_was_read(checkpoint, tmp_path, monkeypatch):
+    """An image that another program is still writing is segmented again."""
+    photo, output = tmp_path / "a.png", tmp_path / "out"
+    make_image(40, 30).save(photo)
+
+    def read_and_change(*arguments, **options):
+        image = read_image(*arguments, **options)
+        make_image(48, 34).save(photo)
+        return image
+
+    monkeypatch.setattr("locatvit_hf.inference.files.read_image", read_and_change)
+    assert "1 segmented" in run(photo, "--model", checkpoint, "--output", output)[1]
+    monkeypatch.undo()
+    assert "1 segmented" in run(photo, "--model", checkpoint, "--output", output)[1]
+    with Image.open(output / "maps" / "a.png") as label_map:
+        assert label_map.size == (48, 34)
+
+
+def test_one_process_writes_a_folder(checkpoint, tmp_path):
+    photo, output = tmp_path / "a.png", tmp_path / "out"
+    make_image(40, 30).save(photo)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    holder.stdout.readline()
+    code, said = run(photo, "--model", checkpoint, "--output", output)
+    assert code == 1 and f"out is being written by process {holder.pid} on {socket.gethostname()}" in said
+    holder.communicate("\n")
+    assert run(photo, "--model", checkpoint, "--output", output)[0] == 0
+
+
+HOLD = """
+import pathlib, sys
+from locatvit_hf.utils.io import claim_folder
+with claim_folder(pathlib.Path(sys.argv[1]), print):
+    print("held", flush=True)
+    input()
+"""

@@ -1,12 +1,16 @@
 """Reading images: the same ones in the same order, whoever reads them, however often they were interrupted."""
 
+import base64
 import io
 import json
 import pickle
 import re
 import signal
 import tarfile
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +30,10 @@ from training.data import TrainingSamples, create_evaluation_loader, create_trai
 from training.data.images import CorruptImageError, decode_image, read_header
 from training.data.loading import read_label_names
 from training.data.streaming import ForwardReader
-from training.engine.arguments import build_arguments
+from training.engine.arguments import build_arguments, run_program
 from training.engine.checkpoints import list_checkpoints
 from training.pretrain import PretrainArguments
+from training.pretrain import main as pretrain
 from training.segment import SegmentArguments
 
 NUM_IMAGES = 48
@@ -582,6 +587,56 @@ def test_bad_data_is_one_sentence(folders, tmp_path, changes, message, streaming
             create_evaluation_loader(load_splits(arguments).train, columns_of(arguments), list, arguments, ONE_PROCESS)
         )
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_shard_that_was_cut_is_refused(tmp_path, streaming):
+    """Wherever it was cut, also between two samples: what is left looks like a shorter shard."""
+    (tmp_path / "tar").mkdir()
+    shard, other = tmp_path / "tar" / "train-0.tar", tmp_path / "tar" / "validation-0.tar"
+    write_tar(other, range(6))
+    whole = other.read_bytes()
+    end = whole.rstrip(b"\0").__len__() // 512 * 512 + 512  # of the last member
+    for cut in range(512, end + 1, 1024):
+        shard.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"Cannot load the split 'train'|train-0\.tar is not a tar file") as caught:
+            load_splits(arguments_for(tmp_path / "tar", streaming=streaming))
+        assert "\n" not in str(caught.value)
+    shard.write_bytes(whole[: end + 512])  # its mark is there
+    assert len(load_splits(arguments_for(tmp_path / "tar", streaming=streaming)).train) == 6
+
+
+class OnlyForUser(SimpleHTTPRequestHandler):
+    """Files for those who name a user and a password."""
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def send_head(self):
+        if self.headers.get("Authorization") != "Basic " + base64.b64encode(b"user:secret").decode():
+            self.send_error(401)
+            return None
+        return super().send_head()
+
+
+def test_credentials_of_an_address_are_written_nowhere(folders, pretrain_settings, tmp_path, capsys, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(OnlyForUser, directory=str(folders["parquet"])))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    settings = {**pretrain_settings, "dataset": f"http://user:secret@{host}", "output_dir": str(tmp_path / "run")}
+    settings |= {"train_split": "train-0.parquet", "validation_split": "validation-0.parquet", "length": "1 steps"}
+    pretrain(build_arguments(PretrainArguments, {**settings, "warmup": "0 steps"}))
+    for name in ("arguments.yaml", "all_results.json", "model/README.md", "model/card.yaml"):
+        assert host in (tmp_path / "run" / name).read_text(encoding="utf-8")
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not [path for path in written if b"secret" in path.read_bytes()]
+    monkeypatch.setattr("sys.argv", ["pretrain", f"--dataset=http://user:secret@{host}/gone?signature=secret"])
+    with pytest.raises(SystemExit):
+        run_program(pretrain, PretrainArguments)
+    server.shutdown()
+    printed = "".join(capsys.readouterr())
+    assert host in printed and "secret" not in printed
 
 
 @pytest.mark.slow

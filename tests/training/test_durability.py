@@ -220,7 +220,8 @@ def test_a_killed_data_worker_ends_the_run_with_a_checkpoint(settings, finished,
 
     with_workers(monkeypatch, 3, kill)
     with pytest.raises(
-        ValueError, match=r"^A process that loads data exited unexpectedly\. The same command continues after step \d\."
+        ValueError,
+        match=r"^A process that loads data was ended from outside\. The same command continues after step \d\.",
     ):
         train(seldom, tmp_path / "run")
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.training.conftest import SMALL_MODEL
 from tests.training.programs import spoiled
 from training.engine.arguments import build_arguments
-from training.engine.checkpoints import list_checkpoints
+from training.engine.checkpoints import list_checkpoints, write_manifest
 from training.engine.finite import are_finite, first_not_finite, gradient_norm, scale_gradients
 from training.pretrain import PretrainArguments
 from training.pretrain import main as pretrain
@@ -106,6 +106,7 @@ def spoil_checkpoint(folder: Path) -> None:
     name = next(name for name in content if name.endswith("up_proj.weight"))
     content[name][0, 0] = math.nan
     save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(folder)
 
 
 def test_checkpoints_with_weights_that_are_not_finite_are_set_aside(settings, undisturbed, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Continuing a run: with other classes, images, labels or another way to compute it is refused, and why is said."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +15,11 @@ from PIL import Image
 from locatvit_hf import LocAtViTConfig, LocAtViTForImageClassification, LocAtViTImageProcessor
 from tests.training.conftest import SMALL_MODEL
 from training.data import describe_data, load_splits
-from training.data.description import compare_data
+from training.data.description import changed_times, compare_data
 from training.dino import DinoArguments
 from training.dino import main as dino
 from training.engine.arguments import build_arguments
-from training.engine.checkpoints import list_checkpoints
+from training.engine.checkpoints import list_checkpoints, write_manifest
 from training.finetune import FinetuneArguments
 from training.finetune import main as finetune
 from training.pretrain import PretrainArguments
@@ -156,17 +157,12 @@ def test_other_data_start_anew_where_asked(settings, photos):
     assert train(settings)["updates"] == 2
 
 
-def test_a_checkpoint_of_an_earlier_version_is_continued_with_a_word(settings, photos, capsys):
-    (list_checkpoints(Path(settings["output_dir"]) / "checkpoints")[-1] / "run.json").unlink()
-    assert train(settings)["updates"] == 2
-    assert "does not say which data it was written with" in capsys.readouterr().out
-
-
 def test_other_surroundings_are_said(settings, photos, capsys):
     file = list_checkpoints(Path(settings["output_dir"]) / "checkpoints")[-1] / "run.json"
     content = json.loads(file.read_text())
     content["surroundings"] |= {"processes": 4, "torch": "1.0"}
     file.write_text(json.dumps(content))
+    write_manifest(file.parent)
     assert train(settings)["updates"] == 2
     printed = capsys.readouterr().out
     assert "The checkpoint was written with processes 4 (now 1), torch 1.0 (now " in printed
@@ -274,3 +270,30 @@ def test_the_names_of_all_files_are_compared(tmp_path):
     assert compare_data(before, describe(names)) == []
     names[50] = "new.png"
     assert compare_data(before, describe(names)) == ["the training split has other files"]
+
+
+def test_sizes_and_times_of_all_files_are_compared(tmp_path, monkeypatch):
+    """Also of those whose content is not."""
+    for number in range(80):
+        write_image(tmp_path / "data" / "train" / CLASSES[number % 3] / f"{number:02d}.png", number)
+    shutil.copytree(tmp_path / "data" / "train", tmp_path / "data" / "validation")
+
+    def describe() -> dict:
+        splits = load_splits(build_arguments(PretrainArguments, {"dataset": str(tmp_path / "data")}))
+        return describe_data(["image", "label"], splits.label_names, training=splits.train)
+
+    before = describe()
+    images = sorted((tmp_path / "data" / "train").glob("*/*.png"))
+    compared = {int(number) for number in before["splits"]["training"]["rows"]}
+    other = images[next(number for number in range(80) if number not in compared)]
+    os.utime(other, (1, 1))
+    after = describe()
+    assert compare_data(before, after) == [] and changed_times(before, after) == ["training"]
+    other.write_bytes(other.read_bytes() + b" ")
+    assert compare_data(before, describe()) == ["the training split has files of other sizes"]
+
+
+def test_a_run_says_that_files_have_other_times(settings, photos, capsys):
+    os.utime(photos / "bee" / "p1.png", (1, 1))
+    assert train(settings)["updates"] == 2
+    assert "have other times than when" in capsys.readouterr().out

@@ -1,9 +1,11 @@
 """Text files as people's systems write them; files and folders whole or as before; errors on a line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from locatvit_hf.utils.console import hide_credentials
 from locatvit_hf.utils.io import (
     atomic_directory,
     atomic_write,
@@ -11,6 +13,7 @@ from locatvit_hf.utils.io import (
     one_line,
     read_json,
     read_text,
+    remove,
     sha256,
     write_json,
 )
@@ -111,3 +114,43 @@ def test_leftovers_in_use_stay(tmp_path):
         (tmp_path / "out").rmdir()
         first.with_suffix(".replaced").rmdir()
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["first"] and not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_is_replaced_without_a_moment_in_which_it_is_absent(tmp_path, monkeypatch):
+    """On Linux and macOS, which exchange two folders in one operation."""
+    folder, rename, renamed = tmp_path / "model", Path.rename, []
+    with atomic_directory(folder) as unfinished:
+        (unfinished / "weights").write_text("old")
+    monkeypatch.setattr(Path, "rename", lambda self, target: (renamed.append(self), rename(self, target))[1])
+    with atomic_directory(folder) as unfinished:
+        (unfinished / "weights").write_text("new")
+    assert (folder / "weights").read_text() == "new" and renamed and folder not in renamed
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_where_folders_cannot_be_exchanged_both_are_renamed(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.platform", "win32")
+    folder = tmp_path / "model"
+    for content in ("old", "new"):
+        with atomic_directory(folder) as unfinished:
+            (unfinished / "weights").write_text(content)
+    assert (folder / "weights").read_text() == "new" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_is_removed_is_whole_until_it_has_another_name(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "weights").touch()
+    seen = []
+    monkeypatch.setattr("shutil.rmtree", lambda path, **_: seen.append((folder.exists(), (path / "weights").exists())))
+    remove(folder)
+    assert seen == [(False, True)]
+
+
+def test_credentials_stay_where_they_are():
+    address = "https://user:pa%40ss@host.org:8080/data/train.parquet?signature=x&token=y#part"
+    shown = "https://host.org:8080/data/train.parquet"
+    assert hide_credentials(address) == f"{shown}#part"
+    assert hide_credentials({"a": [f"read {address!r}."], "b": 3}) == {"a": [f"read '{shown}#part'."], "b": 3}
+    for harmless in ("hf://datasets/a/b@main/x.tar", "s3://bucket/{000..099}.tar", "me@home", "a/b?c", "owner/name"):
+        assert hide_credentials(harmless) == harmless

@@ -59,6 +59,16 @@ def missing_classes(train: Split, column: str, names: list[str]) -> list[str]:
     return [f"No training image is of {len(missing)} of the {len(names)} classes: {shown}."]
 
 
+def refuse_repeated(names: list[str]) -> None:
+    """Raises ValueError where several classes have one name, by which labels that are names cannot be told apart."""
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"label_names gives several classes the name {repeated!r}, by which labels that are names cannot be told "
+            "apart: name each by its own."
+        )
+
+
 def names_alike(names: list[str]) -> list[str]:
     """A sentence about classes whose names are equal or differ in case alone, or none."""
     alike: dict[str, list[str]] = {}
@@ -160,12 +170,8 @@ def _ids(
     """
     by_name: dict[Hashable, int] = {label_name: label for label, label_name in enumerate(names)}
     own = _class_names(split, column)
-    if len(by_name) < len(names) and (own is not None or _holds_names(split, column)):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(
-            f"label_names gives several classes the name {repeated!r}, by which labels that are names cannot be told "
-            "apart: name each by its own."
-        )
+    if own is not None or _holds_names(split, column):
+        refuse_repeated(names)
     if own is not None:
         ids = _ids_of_classes(own, by_name, name, given)
     elif values is None or all(isinstance(value, bool) for value in values):

@@ -91,16 +91,21 @@ class Checkpoints:
         Raises:
             ValueError: A checkpoint is of another model, or none holds finite weights.
         """
-        for path in reversed(list_checkpoints(self.folder)):
+        checkpoints, bad = list_checkpoints(self.folder), list[Path]()
+        for path in reversed(checkpoints):
             self._load(path)
             if is_finite():
                 break
-            report(f"{path} holds weights that are not finite: it is now not_finite_{path.name}, and is not used.")
-            self._set_aside(path, "not_finite")
+            bad.append(path)
         else:
             raise ValueError(
                 f"No checkpoint in {self.folder} holds finite weights: --overwrite the run, with {remedy}."
             )
+        for other in bad:
+            report(
+                f"{other} holds weights that are not finite: it is now not_finite_{other.name}; {path.name} goes on."
+            )
+            self._set_aside(other, "not_finite")
 
     def drop_damaged(self, report: Callable[[str], None]) -> None:
         """Set the newest checkpoints aside until one fits its manifest.

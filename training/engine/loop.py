@@ -123,8 +123,10 @@ class TrainingLoop:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         self._open.close()
         with self._held if error is not None else contextlib.nullcontext():
-            if (ended := ended_loader(error)) is not None:
-                raise ValueError(f"A process that loads data {ended}. {self._keep_last_step()}") from None
+            if self.arguments.num_workers and ended_loader(error):
+                raise ValueError(
+                    f"A process that loads data was ended from outside. {self._keep_last_step()}"
+                ) from None
             if isinstance(error, Exception):
                 self._end_run()
 
@@ -311,7 +313,7 @@ class TrainingLoop:
         """Save the last step where it is whole and no other process is waited for; says from where the run goes on."""
         if self._between_steps and self.accelerator.num_processes == 1 and self._saved_step != self.state.step:
             self._save_checkpoint()
-        advice = "Where the system ended it because memory ran out, fewer --num_workers need less of it."
+        advice = "Where the system did so because memory ran out, fewer --num_workers need less of it."
         return f"The same command continues after step {self._saved_step}. {advice}"
 
     def _export(self) -> None:

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
+from locatvit_hf.utils.io import read_json
 from training.data.description import changed_times, compare_data
 
 FILE = "run.json"
@@ -67,10 +68,7 @@ def compare_runs(checkpoint: Path, now: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: For other data or another way to compute; the message names what differs.
     """
-    try:
-        then = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return [f"{checkpoint} does not say which data it was written with, so this was not compared."]
+    then = read_json(checkpoint / FILE)
     differences = compare_data(then["data"], now["data"])
     # A field that only one side has belongs to another version of the library.
     for part in ("data", "computed"):

@@ -45,8 +45,10 @@ def report_ended_loaders_late() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def ended_loader(error: BaseException | None) -> str | None:
-    """How a process that loads data was ended from outside, None where `error` says nothing of that."""
-    # Errors inside such a process have a type of their own, and another message.
-    found = re.match(r"DataLoader worker \(pids?(?:\(s\))? [\d, ]+\) (.*)", str(error))
-    return found[1].strip(" .") if found and isinstance(error, RuntimeError) else None
+def ended_loader(error: BaseException | None) -> bool:
+    """Whether an error means that a process that loads data was ended from outside.
+
+    Errors inside such a process have a type of their own, and another message.
+    """
+    exited = re.match(r"DataLoader worker \(pids?(\(s\))? [\d, ]+\)", str(error))
+    return bool(exited and isinstance(error, RuntimeError)) or isinstance(error, EOFError | ConnectionError)

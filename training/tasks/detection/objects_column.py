@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 
 from training.data import load_split, read_label_names
+from training.data.labels import refuse_repeated
 from training.engine.settings import DataArguments
 from training.tasks.detection.frames import fit_to_images
 from training.tasks.detection.objects import Annotated, Notes, create_object
@@ -81,6 +82,7 @@ def _name_categories(arguments: DataArguments, feature: Any, labels: Iterable[li
         raise ValueError(f"The data has {len(names)} categories, but label_names gives {len(given)} names.")
     names = given or names
     if names:
+        refuse_repeated(names)
         return list(names)
     found = {label for row in labels for label in row}
     if not found or not all(isinstance(label, str) for label in found):
