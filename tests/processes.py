@@ -38,6 +38,7 @@ def start_program(
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
     output: tuple[str, str] = (os.devnull, os.devnull),
+    group: bool = False,
 ) -> int:
     """Starts `python ARGUMENTS`, and returns the number of the process.
 
@@ -47,10 +48,12 @@ def start_program(
         folder: The working directory; by default this one's.
         environment: All its variables; by default those of this process.
         output: The files that receive what the program prints, and its errors.
+        group: Whether the process leads a group of its own.
     """
     environment = dict(os.environ if environment is None else environment)
     words = list(map(str, arguments))
-    return _ask(arguments=words, folder=str(folder or Path.cwd()), environment=environment, output=output)
+    where = {"folder": str(folder or Path.cwd()), "environment": environment, "output": output, "group": group}
+    return _ask(arguments=words, **where)
 
 
 def wait_for(process: int) -> int:
@@ -82,8 +85,10 @@ def _serve() -> dict[str, object] | None:
     return None
 
 
-def _become(arguments: list[str], folder: str, environment: dict[str, str], output: list[str]) -> None:
+def _become(arguments: list[str], folder: str, environment: dict[str, str], output: list[str], group: bool) -> None:
     """Runs a program in this process, as if the interpreter had been started for it."""
+    if group:
+        os.setsid()
     signal.alarm(SECONDS)
     for descriptor, name in enumerate([os.devnull, *output]):
         os.dup2(os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT), descriptor)
