@@ -21,6 +21,7 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     get_image_type,
+    get_max_height_width,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
@@ -82,9 +83,6 @@ class LocAtViTImageProcessor(TorchvisionBackend):
     output_stride: list[int] | None = None
 
     _auto_class = "AutoImageProcessor"
-
-    def __init__(self, **kwargs: Unpack[LocAtViTImageProcessorKwargs]):
-        super().__init__(**kwargs)
 
     @classmethod
     def from_model_config(cls, config, segmentation: bool = False, **kwargs) -> "LocAtViTImageProcessor":
@@ -193,18 +191,17 @@ class LocAtViTImageProcessor(TorchvisionBackend):
             self._check_maps(images, maps)
         if do_grayscale:
             images = [tvF.rgb_to_grayscale(image) for image in images]
-        pad = kwargs["do_pad"] or kwargs["size_divisor"] is not None
-        kwargs["do_pad"] = False
-        pixel_values = self._preprocess(images, return_tensors=None, **kwargs)["pixel_values"]
-        data = {"pixel_values": self._pad_batch(pixel_values, kwargs["pad_size"], 0) if pad else pixel_values}
+        kwargs.update(do_pad=kwargs["do_pad"] or kwargs["size_divisor"] is not None, return_tensors=None)
+        data = dict(self._preprocess(images, **kwargs))
         if maps is not None:
             kwargs.update(do_normalize=False, do_rescale=False, resample=tvF.InterpolationMode.NEAREST_EXACT)
-            labels = self._preprocess([label_map.to(torch.int64) for label_map in maps], return_tensors=None, **kwargs)
-            labels = [label_map.squeeze(0) for label_map in labels["pixel_values"]]
+            pads = kwargs.pop("do_pad")
+            labels = self._preprocess([label_map.long() for label_map in maps], do_pad=False, **kwargs)["pixel_values"]
             if do_reduce_labels:
                 without = [(m == 0) | (m == IGNORE_INDEX) | (m == ignore_index) for m in labels]
                 labels = [torch.where(none, ignore_index, m - 1) for none, m in zip(without, labels, strict=True)]
-            data["labels"] = self._pad_batch(labels, kwargs["pad_size"], ignore_index) if pad else labels
+            labels = self.pad(labels, kwargs["pad_size"], fill_value=ignore_index) if pads else labels
+            data["labels"] = [label_map.squeeze(0) for label_map in labels]
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     @staticmethod
@@ -220,11 +217,6 @@ class LocAtViTImageProcessor(TorchvisionBackend):
             if label_map.is_floating_point() and not (label_map == label_map.round()).all():
                 raise ValueError(f"Segmentation map {index} holds fractions, where class ids are whole numbers.")
 
-    def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
-        """As the library's, with both sides rounded to multiples of `size_divisor` where it is set."""
-        height, width = self._resized_size(size, kwargs.pop("size_divisor", self.size_divisor), *image.shape[-2:])
-        return super().resize(image, SizeDict(height=height, width=width), resample, **kwargs)
-
     def _preprocess(
         self, images: list[torch.Tensor], do_resize: bool, size: SizeDict, resample, **kwargs
     ) -> BatchFeature:
@@ -236,32 +228,28 @@ class LocAtViTImageProcessor(TorchvisionBackend):
     def _resize_for_crop(
         self, image: torch.Tensor, size: SizeDict, crop_size: SizeDict | None, resample, divisor: int | None
     ) -> torch.Tensor:
-        """As `resize`; of an image that becomes many times as long as its crop, the middle alone.
+        """Resizes an image; of one that becomes many times as long as its crop, the middle alone.
 
         A line of 1 x 6000 pixels would be resized to 248 x 1,488,000 before all but 224 of these are cut off. Middle
         and image have one center, so that the crop holds the same pixels but for rounding of the scale.
         """
-        resized = self._resized_size(size, divisor, *image.shape[-2:])
-        if crop_size is not None:
-            sides = list(resized)
-            for axis, crop in enumerate((crop_size.height, crop_size.width)):
-                side, target = image.shape[axis - 2], resized[axis]
-                count = math.ceil(MIDDLE * crop * side / target) + 8  # more than an enlarging filter reads at the edge
-                count += (side - count) % 2
-                if target > max(LONGEST_SIDE * crop, side) and count < side:
-                    image = image.narrow(axis - 2, (side - count) // 2, count)
-                    sides[axis] = round(count * target / side)
-                    sides[axis] += (target - sides[axis]) % 2
-            resized = sides[0], sides[1]
-        return super().resize(image, SizeDict(height=resized[0], width=resized[1]), resample)
+        sides = list(self._resized_size(size, divisor, *image.shape[-2:]))
+        crops = (crop_size.height, crop_size.width) if crop_size is not None else ()
+        for axis, crop in enumerate(crops):
+            side, target = image.shape[axis - 2], sides[axis]
+            count = math.ceil(MIDDLE * crop * side / target) + 8  # more than an enlarging filter reads at the edge
+            count += (side - count) % 2
+            if target > max(LONGEST_SIDE * crop, side) and count < side:
+                image = image.narrow(axis - 2, (side - count) // 2, count)
+                sides[axis] = round(count * target / side)
+                sides[axis] += (target - sides[axis]) % 2
+        return self.resize(image, SizeDict(height=sides[0], width=sides[1]), resample)
 
     @staticmethod
     def _resized_size(size: SizeDict, divisor: int | None, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels that an image of that height and width is resized to."""
-        if size.shortest_edge and size.longest_edge:
-            height, width = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
-        elif size.shortest_edge:
-            height, width = get_size_with_aspect_ratio((height, width), size.shortest_edge)
+        if size.shortest_edge:
+            height, width = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge or None)
         elif size.height and size.width:
             height, width = size.height, size.width
         else:
@@ -270,19 +258,12 @@ class LocAtViTImageProcessor(TorchvisionBackend):
             height, width = (max(divisor, int(side / divisor + 0.5) * divisor) for side in (height, width))
         return max(height, 1), max(width, 1)
 
-    @staticmethod
-    def _pad_batch(tensors: list[torch.Tensor], pad_size: SizeDict | None, value: int) -> list[torch.Tensor]:
-        """All to one size, the largest (or `pad_size`), padded on the right and at the bottom."""
-        height = max(tensor.shape[-2] for tensor in tensors)
-        width = max(tensor.shape[-1] for tensor in tensors)
-        if pad_size is not None:
-            if pad_size.height < height or pad_size.width < width:
-                raise ValueError(f"pad_size={dict(pad_size)} is smaller than an image of {height} x {width} pixels.")
-            height, width = pad_size.height, pad_size.width
-        return [
-            F.pad(tensor, (0, width - tensor.shape[-1], 0, height - tensor.shape[-2]), value=value)
-            for tensor in tensors
-        ]
+    def pad(self, images: list[torch.Tensor], pad_size: SizeDict | None = None, **kwargs) -> list[torch.Tensor]:
+        """As the library's: all to the largest size (or `pad_size`), on the right and at the bottom."""
+        height, width = get_max_height_width(images)
+        if pad_size is not None and (pad_size.height < height or pad_size.width < width):
+            raise ValueError(f"pad_size={dict(pad_size)} is smaller than an image of {height} x {width} pixels.")
+        return super().pad(images, pad_size, **kwargs)
 
     def fetch_images(self, image_url_or_urls):
         """As the library's, but images in files and in base64 keep their mode, for `pil_to_rgb` to convert.
@@ -324,8 +305,6 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         if target_sizes is None:
             scores = list(logits)
         else:
-            if isinstance(target_sizes, torch.Tensor):
-                target_sizes = target_sizes.tolist()
             if len(target_sizes) != len(logits):
                 raise ValueError(f"There are {len(logits)} images in the outputs but {len(target_sizes)} target_sizes.")
             target_sizes = [(int(height), int(width)) for height, width in target_sizes]
@@ -374,15 +353,11 @@ def _with_channel_axis(image):
 
 def _undo_center_crop(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Lays (batch, classes, height, width) back on the image of `size` it was cropped from, its border repeated."""
-    for axis in (2, 3):
+    padding: list[int] = []
+    for axis in (3, 2):  # `F.pad` begins with the last; negative where the crop was larger than the image
         missing = size[axis - 2] - logits.shape[axis]
-        before = abs(missing) // 2
-        if missing < 0:  # the crop was larger than the image
-            logits = logits.narrow(axis, before, size[axis - 2])
-        elif missing > 0:
-            padding = (before, missing - before)
-            logits = F.pad(logits, (*padding, 0, 0) if axis == 3 else (0, 0, *padding), mode="replicate")
-    return logits
+        padding += [int(missing / 2), missing - int(missing / 2)]
+    return F.pad(logits, padding, mode="replicate")
 
 
 def pil_to_rgb(image) -> torch.Tensor:
@@ -396,12 +371,9 @@ def pil_to_rgb(image) -> torch.Tensor:
     Raises:
         ValueError: no value is finite.
     """
-    if image.mode.startswith("I;"):
-        pixels = tvF.pil_to_tensor(image.convert("I"))  # torchvision reads 16 bits as signed, or not at all
-        return _scale_to_8_bits(pixels, 0.0, 65535.0).expand(3, -1, -1)
-    if image.mode in ("I", "F"):
-        pixels = tvF.pil_to_tensor(image)
-        return _scale_to_8_bits(pixels, *_black_and_white(pixels)).expand(3, -1, -1)
+    if image.mode.startswith(("I", "F")):
+        pixels = tvF.pil_to_tensor(image.convert(image.mode[0]))  # torchvision reads 16 bits as signed, or not at all
+        return _scale_to_8_bits(pixels, has_16_bits=image.mode.startswith("I;")).expand(3, -1, -1)
     image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         pixels = tvF.pil_to_tensor(image.convert("RGBA")).float()
@@ -427,9 +399,14 @@ def _array_to_8_bits(image):
         return pixels.to(torch.uint8) * 255
     if pixels.is_floating_point() or pixels.dtype == torch.uint8 or pixels.numel() == 0:
         return image
-    return _scale_to_8_bits(
-        pixels, *((0.0, 65535.0) if pixels.dtype == torch.uint16 else _black_and_white(pixels.long()))
-    )
+    return _scale_to_8_bits(pixels.long(), has_16_bits=pixels.dtype == torch.uint16)
+
+
+def _scale_to_8_bits(pixels: torch.Tensor, has_16_bits: bool) -> torch.Tensor:
+    """uint8 values of signed integers or floats, black and white chosen as `pil_to_rgb` says."""
+    black, white = (0.0, 65535.0) if has_16_bits else _black_and_white(pixels)
+    pixels = pixels.to(torch.float64).nan_to_num(nan=black, posinf=white, neginf=black)
+    return ((pixels - black) * (255.0 / (white - black))).round().clamp(0, 255).to(torch.uint8)
 
 
 def _black_and_white(pixels: torch.Tensor) -> tuple[float, float]:
@@ -444,11 +421,6 @@ def _black_and_white(pixels: torch.Tensor) -> tuple[float, float]:
     if is_float and high <= 16:
         return 0.0, max(high, 1.0)
     return 0.0, 255.0 if high <= 255 else 65535.0 if 16384 <= high <= 65535 else high
-
-
-def _scale_to_8_bits(pixels: torch.Tensor, black: float, white: float) -> torch.Tensor:
-    pixels = pixels.to(torch.float64).nan_to_num(nan=black, posinf=white, neginf=black)
-    return ((pixels - black) * (255.0 / (white - black))).round().clamp(0, 255).to(torch.uint8)
 
 
 def _check_floats(images: list[torch.Tensor], do_rescale: bool) -> None:
