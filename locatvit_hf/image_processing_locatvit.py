@@ -17,10 +17,8 @@ from transformers.image_utils import (
     PIL,  # transformers opens images with it, and torchvision needs it
     ChannelDimension,
     ImageInput,
-    ImageType,
     PILImageResampling,
     SizeDict,
-    get_image_type,
     get_max_height_width,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
@@ -101,19 +99,14 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         }
         if segmentation:
             short = min(height, width)
-            arguments.update(
-                size={"shortest_edge": short, "longest_edge": 4 * short},
-                do_center_crop=False,
-                size_divisor=config.size_divisor,
-            )
+            arguments["size"] = {"shortest_edge": short, "longest_edge": 4 * short}
+            arguments.update(do_center_crop=False, size_divisor=config.size_divisor)
         else:
             # As timm does: the short side is resized to the crop over `crop_pct`, rounded down.
-            square = height == width
             resized = [math.floor(side / config.crop_pct) for side in (height, width)]
-            arguments.update(
-                size={"shortest_edge": resized[0]} if square else {"height": resized[0], "width": resized[1]},
-                crop_size={"height": height, "width": width},
-            )
+            square = height == width
+            arguments["size"] = {"shortest_edge": resized[0]} if square else {"height": resized[0], "width": resized[1]}
+            arguments["crop_size"] = {"height": height, "width": width}
         return cls(**{**arguments, **kwargs})
 
     def preprocess(
@@ -142,7 +135,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
 
     def process_image(self, image: ImageInput, do_convert_rgb: bool | None = None, **kwargs) -> torch.Tensor:
         """One image as a tensor (channels, height, width); label maps come with `do_convert_rgb=False`."""
-        if get_image_type(image) == ImageType.PIL:
+        if isinstance(image, PIL.Image.Image):
             if min(image.size) == 0:
                 raise ValueError(f"An image of {image.width} x {image.height} pixels cannot be processed.")
             if do_convert_rgb:
@@ -150,7 +143,7 @@ class LocAtViTImageProcessor(TorchvisionBackend):
             elif image.mode.startswith("I;"):
                 image = image.convert("I")  # torchvision reads 16 bits as signed, or not at all
         else:
-            if get_image_type(image) == ImageType.NUMPY:  # torch reads neither reversed views nor other orders of bytes
+            if not isinstance(image, torch.Tensor):  # torch reads neither reversed views nor other orders of bytes
                 image = image.astype(image.dtype.newbyteorder("="), order="C", copy=False)
             _check_channels(image.shape, kwargs.get("input_data_format"), do_convert_rgb)
             image = _array_to_8_bits(image) if do_convert_rgb else image
@@ -162,47 +155,28 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         return processed
 
     def _preprocess_image_like_inputs(
-        self,
-        images: ImageInput,
-        segmentation_maps: ImageInput | None = None,
-        *,
-        do_convert_rgb: bool,
-        do_grayscale: bool,
-        do_reduce_labels: bool,
-        ignore_index: int,
-        input_data_format: ChannelDimension | None,
-        return_tensors: str | None,
-        device=None,
-        **kwargs,
+        self, images: ImageInput, segmentation_maps: ImageInput | None = None, **kwargs
     ) -> BatchFeature:
-        images = self._prepare_image_like_inputs(
-            images=images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, device=device
-        )
+        images = self._prepare_image_like_inputs(images, **kwargs)
         _check_floats(images, kwargs["do_rescale"])
-        maps = None
-        if segmentation_maps is not None:
-            maps = self._prepare_image_like_inputs(
-                images=segmentation_maps,
-                expected_ndims=2,
-                do_convert_rgb=False,
-                input_data_format=ChannelDimension.FIRST,
-                device=device,
-            )
-            self._check_maps(images, maps)
-        if do_grayscale:
+        if kwargs["do_grayscale"]:
             images = [tvF.rgb_to_grayscale(image) for image in images]
-        kwargs.update(do_pad=kwargs["do_pad"] or kwargs["size_divisor"] is not None, return_tensors=None)
-        data = dict(self._preprocess(images, **kwargs))
-        if maps is not None:
-            kwargs.update(do_normalize=False, do_rescale=False, resample=tvF.InterpolationMode.NEAREST_EXACT)
-            pads = kwargs.pop("do_pad")
-            labels = self._preprocess([label_map.long() for label_map in maps], do_pad=False, **kwargs)["pixel_values"]
-            if do_reduce_labels:
+        pads = kwargs["do_pad"] or kwargs["size_divisor"] is not None
+        data = dict(self._preprocess(images, **{**kwargs, "do_pad": pads, "return_tensors": None}))
+        if segmentation_maps is not None:
+            options = {**kwargs, "do_convert_rgb": False, "input_data_format": ChannelDimension.FIRST}
+            options.update(do_rescale=False, do_normalize=False, resample=tvF.InterpolationMode.NEAREST_EXACT)
+            options.update(do_pad=False, return_tensors=None)
+            maps = self._prepare_image_like_inputs(segmentation_maps, expected_ndims=2, **options)
+            self._check_maps(images, maps)
+            labels = self._preprocess([label_map.long() for label_map in maps], **options)["pixel_values"]
+            ignore_index = kwargs["ignore_index"]
+            if kwargs["do_reduce_labels"]:
                 without = [(m == 0) | (m == IGNORE_INDEX) | (m == ignore_index) for m in labels]
                 labels = [torch.where(none, ignore_index, m - 1) for none, m in zip(without, labels, strict=True)]
             labels = self.pad(labels, kwargs["pad_size"], fill_value=ignore_index) if pads else labels
             data["labels"] = [label_map.squeeze(0) for label_map in labels]
-        return BatchFeature(data=data, tensor_type=return_tensors)
+        return BatchFeature(data=data, tensor_type=kwargs["return_tensors"])
 
     @staticmethod
     def _check_maps(images: list[torch.Tensor], maps: list[torch.Tensor]) -> None:
@@ -221,20 +195,19 @@ class LocAtViTImageProcessor(TorchvisionBackend):
         self, images: list[torch.Tensor], do_resize: bool, size: SizeDict, resample, **kwargs
     ) -> BatchFeature:
         if do_resize:
-            crop_size, divisor = kwargs["crop_size"] if kwargs["do_center_crop"] else None, kwargs.get("size_divisor")
-            images = [self._resize_for_crop(image, size, crop_size, resample, divisor) for image in images]
+            images = [self._resize_for_crop(image, size, resample, **kwargs) for image in images]
         return super()._preprocess(images, do_resize=False, size=size, resample=resample, **kwargs)
 
     def _resize_for_crop(
-        self, image: torch.Tensor, size: SizeDict, crop_size: SizeDict | None, resample, divisor: int | None
+        self, image: torch.Tensor, size: SizeDict, resample, do_center_crop, crop_size, size_divisor, **kwargs
     ) -> torch.Tensor:
         """Resizes an image; of one that becomes many times as long as its crop, the middle alone.
 
         A line of 1 x 6000 pixels would be resized to 248 x 1,488,000 before all but 224 of these are cut off. Middle
         and image have one center, so that the crop holds the same pixels but for rounding of the scale.
         """
-        sides = list(self._resized_size(size, divisor, *image.shape[-2:]))
-        crops = (crop_size.height, crop_size.width) if crop_size is not None else ()
+        sides = list(self._resized_size(size, size_divisor, *image.shape[-2:]))
+        crops = (crop_size.height, crop_size.width) if do_center_crop else ()
         for axis, crop in enumerate(crops):
             side, target = image.shape[axis - 2], sides[axis]
             count = math.ceil(MIDDLE * crop * side / target) + 8  # more than an enlarging filter reads at the edge
