@@ -4,26 +4,16 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import StochasticDepth
 from transformers.activations import ACT2FN
 from transformers.utils import is_tracing
 
 
-class DropPath(nn.Module):
+class DropPath(StochasticDepth):
     """Stochastic depth: in training, a sample's residual branch is dropped with this probability, else scaled up."""
 
     def __init__(self, probability: float):
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.probability == 0.0 or not self.training:
-            return hidden_states
-        keep = 1.0 - self.probability
-        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
-        return hidden_states * (hidden_states.new_empty(shape).bernoulli_(keep) / keep)
-
-    def extra_repr(self) -> str:
-        return f"probability={self.probability}"
+        super().__init__(probability, mode="row")
 
 
 class LayerScale(nn.Module):
@@ -70,8 +60,7 @@ class MLP(nn.Module):
 class MultiHeadProjections(nn.Module):
     """The parameters of multi-head attention. A family's attention adds how tokens meet.
 
-    Args:
-        init_scale: of the output projection, see `ScaledInitLinear`.
+    init_scale: of the output projection, see `ScaledInitLinear`.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, qkv_bias: bool, dropout: float, init_scale: float = 1.0):
@@ -85,9 +74,7 @@ class MultiHeadProjections(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.dropout = dropout
 
-    def project(
-        self, hidden_states: torch.Tensor, sources: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, hidden_states: torch.Tensor, sources: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """(batch, tokens, hidden_size) to query, key and value, each (batch, heads, tokens, head_dim).
 
         sources: what keys and values are read from, (batch, sources, hidden_size); the tokens themselves where None.
@@ -166,18 +153,17 @@ def resample_position_embeddings(
     if (not is_tracing() or for_one_image_size()) and tuple(grid) == tuple(native_grid):
         return position_embeddings
     dtype = torch.promote_types(position_embeddings.dtype, torch.float32)
-    prefix, patches = position_embeddings.split(
-        [num_prefix_tokens, position_embeddings.shape[1] - num_prefix_tokens], dim=1
-    )
-    patches = patches.to(dtype).unflatten(1, native_grid).permute(0, 3, 1, 2)
+    prefix, patches = position_embeddings[:, :num_prefix_tokens], position_embeddings[:, num_prefix_tokens:]
+    patches = channels_last_map(patches.to(dtype), native_grid)
     patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
+    return torch.cat([prefix, feature_map_tokens(patches).to(prefix.dtype)], dim=1)
 
 
-class ProbeHead(nn.Module):
+class ProbeHead(nn.Sequential):
     """The paper's segmentation probe: 1x1 convolution, GroupNorm(1), GELU, 1x1 convolution.
 
-    GroupNorm(1) takes its mean and variance over all channels and positions of a sample.
+    Takes (batch, in_channels, height, width) to (batch, num_labels, height, width). GroupNorm(1) takes its mean and
+    variance over all channels and positions of a sample.
     """
 
     def __init__(self, in_channels: int, hidden_channels: int, num_labels: int):
@@ -187,48 +173,19 @@ class ProbeHead(nn.Module):
         self.activation = nn.GELU()
         self.classifier = nn.Conv2d(hidden_channels, num_labels, kernel_size=1)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(batch, in_channels, height, width) to (batch, num_labels, height, width)."""
-        return self.classifier(self.activation(self.norm(self.projection(features))))
-
 
 class FeaturePyramid(nn.Module):
     """Brings four maps of one stride to 1/4, 1/2, 1 and 2 times that stride (4, 8, 16, 32 for patches of 16)."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.levels = nn.ModuleList(
-            [
-                nn.Sequential(
-                    nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2),
-                    nn.GroupNorm(1, channels),
-                    nn.GELU(),
-                    nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2),
-                ),
-                nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2),
-                nn.Identity(),
-                nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True),
-            ]
-        )
+
+        def twice() -> nn.Module:
+            return nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
+
+        four_times = nn.Sequential(twice(), nn.GroupNorm(1, channels), nn.GELU(), twice())
+        half = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True)
+        self.levels = nn.ModuleList([four_times, twice(), nn.Identity(), half])
 
     def forward(self, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
         return [level(feature_map) for level, feature_map in zip(self.levels, feature_maps, strict=True)]
-
-
-__all__ = [
-    "DropPath",
-    "FeaturePyramid",
-    "LayerScale",
-    "MLP",
-    "MultiHeadProjections",
-    "ProbeHead",
-    "ScaledInitLinear",
-    "channels_last_map",
-    "check_pixel_values",
-    "drop_path_rates",
-    "feature_map_tokens",
-    "pad_to_multiple",
-    "patch_feature_map",
-    "patch_grid",
-    "resample_position_embeddings",
-]

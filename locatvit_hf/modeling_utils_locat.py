@@ -50,8 +50,6 @@ class FamilyPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear):
             scale = module.init_scale if isinstance(module, ScaledInitLinear) else 1.0
             init.trunc_normal_(module.weight, std=self.config.initializer_range * scale)
-            if module.bias is not None:
-                init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             bound = math.prod(module.weight.shape[1:]) ** -0.5
             init.uniform_(module.weight, -bound, bound)
@@ -67,8 +65,8 @@ class FamilyPreTrainedModel(PreTrainedModel):
             save_directory: the folder, made where it does not exist.
             push_to_hub: whether to upload the model and the image processor of the folder afterwards.
         """
-        names = [name for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs]
-        upload = {name: kwargs.pop(name) for name in names}
+        names = ("repo_id", "commit_message", "create_pr", "private")
+        upload = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
@@ -96,9 +94,6 @@ class FamilyPreTrainedModel(PreTrainedModel):
             return super().push_to_hub(repo_id, **kwargs)
         finally:
             self._saves_image_processor = True
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base_model.embeddings.patch_embeddings
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer groups for timm's layer-wise learning-rate decay."""
@@ -238,14 +233,3 @@ class BackboneForwardMixin(BackboneMixin):
     def feature_map(self, hidden_states: torch.Tensor, stage: str, pixel_values: torch.Tensor) -> torch.Tensor:
         """A map (batch, channels, height, width) of the hidden states of a stage of these images."""
         return hidden_states
-
-
-__all__ = [
-    "BackboneForwardMixin",
-    "FamilyPreTrainedModel",
-    "FreezableBackboneMixin",
-    "check_labels",
-    "classification_loss",
-    "optional_outputs",
-    "segmentation_loss",
-]
