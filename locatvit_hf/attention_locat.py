@@ -123,9 +123,7 @@ def flex_attention_forward(
     )
     if dropout > 0.0 or (needs_gradient and query.device.type == "cpu"):
         logger.warning_once("'flex_attention' has no dropout, and on CPU no backward pass: using 'sdpa' here.")
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, gaussian=gaussian, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling, dropout, gaussian, **kwargs)
     tokens = query.shape[2]
     if attention_mask is not None:
         attention_mask = attention_mask.expand(query.shape[0], query.shape[1], tokens, tokens)
@@ -165,8 +163,7 @@ class LocAtAttentionInterface(AttentionInterface):
 
     def __init__(self, **functions):
         super().__init__()
-        for name, function in functions.items():
-            self[name] = function
+        self.update(functions)
 
     def get_interface(self, attn_implementation: str | None, default=None):
         """The function of that name; ValueError where there is none that adds the Gaussian."""
@@ -177,13 +174,3 @@ class LocAtAttentionInterface(AttentionInterface):
                 f"logits; use one of {', '.join(sorted(self))}."
             )
         return self[attn_implementation]
-
-
-__all__ = [
-    "LocAtAttentionInterface",
-    "additive_attention_mask",
-    "additive_bias",
-    "eager_attention_forward",
-    "flex_attention_forward",
-    "sdpa_attention_forward",
-]

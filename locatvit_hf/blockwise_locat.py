@@ -32,9 +32,7 @@ def blockwise_attention_forward(
     if gaussian is not None and attention_mask is None and dropout == 0.0 and runs_blockwise(query):
         parameters = gaussian.inverse_variance, gaussian.amplitude
         return BlockwiseAttention.apply(query, key, value, *parameters, gaussian, scaling), None
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, gaussian=gaussian, **kwargs
-    )
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling, dropout, gaussian, **kwargs)
 
 
 def runs_blockwise(query: torch.Tensor) -> bool:
@@ -70,7 +68,8 @@ class BlockwiseAttention(torch.autograd.Function):
             torch.sum(weights, dim=1, out=total)
             # Taking off the largest logit first would cost two passes. A sum in range proves that no exponential
             # overflowed, and that what underflowed is nothing beside it; where it is not, do as softmax does.
-            if not _is_in_range(total):
+            smallest, greatest = (value.item() for value in torch.aminmax(total))
+            if not (smallest > 1e-20 and greatest < 1e20):  # nan, or no room left for products with the values
                 is_shifted = True
                 weights = _write_logits(blocks.buffer, q, k, scaling, *factors)
                 torch.amax(weights, dim=1, out=maximum)
@@ -113,11 +112,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
 
 class _Blocks:
-    """How a query (batch, heads, tokens, head_dim) is cut, and memory for the logits of a block.
-
-    Attributes:
-        buffer: the memory, flat.
-    """
+    """How a query (batch, heads, tokens, head_dim) is cut, and `buffer`, flat memory for the logits of a block."""
 
     def __init__(self, query: torch.Tensor):
         batch, heads, tokens, _ = query.shape
@@ -126,15 +121,10 @@ class _Blocks:
         self.buffer = query.new_empty(self.num_slices * tokens * self.num_queries)
 
     def walk(self, per_key: Sequence, per_query: Sequence, factors: Sequence) -> Iterator[tuple]:
-        """The parts of three groups of tensors that belong to each block: views, nothing is copied.
+        """The parts of three groups of tensors for each block, with slices in the place of batch and heads: views.
 
-        Args:
-            per_key: tensors (batch, heads, keys, ...), which a block has whole.
-            per_query: tensors (batch, heads, queries, ...).
-            factors: tensors (batch, heads, height or width, queries).
-
-        Yields:
-            The three groups, with slices in the place of batch and heads.
+        Tensors `per_key` are (batch, heads, keys, ...), and a block has them whole. Those `per_query` are (batch,
+        heads, queries, ...), and `factors` (batch, heads, height or width, queries).
         """
         tensors = (*per_key, *per_query, *factors)
         # Slices lie evenly in memory along the batch or along the heads, not along both.
@@ -169,12 +159,3 @@ def _on_grid(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) ->
     """The patch keys of (slices, keys, queries), which a bias reaches, as (slices, rows, columns, queries)."""
     height, width = rows.shape[1], columns.shape[1]
     return logits[:, -height * width :].unflatten(1, (height, width))
-
-
-def _is_in_range(sums: torch.Tensor) -> bool:
-    """Whether sums of exponentials are far from zero and from overflow; false for nan."""
-    smallest, largest = (value.item() for value in torch.aminmax(sums))
-    return smallest > 1e-20 and largest < 1e20  # which leaves room for products with the values
-
-
-__all__ = ["BlockwiseAttention", "blockwise_attention_forward", "runs_blockwise"]

@@ -168,6 +168,3 @@ class FamilyConfigMixin(BackboneConfigMixin):
                 f"image_size={self.image_size} is smaller than one patch of the last map, "
                 f"{self.output_stride[0]} x {self.output_stride[1]} pixels."
             )
-
-
-__all__ = ["FamilyConfigMixin", "channel_values", "pair"]

@@ -137,14 +137,8 @@ class LocAtGaussian(nn.Module):
             variance = self.largest_variance * torch.sigmoid(variance - self.variance_shift)
             variance = variance * (_short_side(grid) / self.native_short_side)
             amplitude = F.softplus(amplitude).squeeze(-1)
-        return Gaussian(
-            inverse_variance=1.0 / (variance + self.epsilon),
-            amplitude=amplitude,
-            grid=grid,
-            num_prefix_tokens=num_prefix_tokens,
-            distance_cap=self.distance_cap,
-            block_size=block_size,
-        )
+        inverse_variance = 1.0 / (variance + self.epsilon)
+        return Gaussian(inverse_variance, amplitude, grid, num_prefix_tokens, self.distance_cap, block_size)
 
 
 def _short_side(grid: tuple[int, int]) -> int | torch.SymInt | torch.Tensor:
@@ -199,6 +193,3 @@ def refine(
             attention_mask = attention_mask[..., :num_queries, :]
     refined = F.scaled_dot_product_attention(queries, heads, heads, attn_mask=attention_mask)
     return refined.transpose(1, 2).flatten(2)
-
-
-__all__ = ["Gaussian", "LocAtGaussian", "refine"]
