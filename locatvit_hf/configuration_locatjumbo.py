@@ -10,11 +10,6 @@ from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
 from .configuration_utils_locat import FamilyConfigMixin  # noqa: E402
 
-PRESETS = {
-    "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3},
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-}
-
 
 @strict
 class LocAtJumboConfig(FamilyConfigMixin, PreTrainedConfig):
@@ -61,7 +56,10 @@ class LocAtJumboConfig(FamilyConfigMixin, PreTrainedConfig):
 
     model_type = "locatjumbo"
     class_prefix = "LocAtJumbo"
-    presets = PRESETS
+    presets = {
+        "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3},
+        "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    }
 
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16

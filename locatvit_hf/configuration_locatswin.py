@@ -10,12 +10,6 @@ from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
 from .configuration_utils_locat import FamilyConfigMixin, pair  # noqa: E402
 
-PRESETS = {
-    "tiny": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
-    "small": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]},
-    "base": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},
-}
-
 
 @strict
 class LocAtSwinConfig(FamilyConfigMixin, PreTrainedConfig):
@@ -53,7 +47,11 @@ class LocAtSwinConfig(FamilyConfigMixin, PreTrainedConfig):
 
     model_type = "locatswin"
     class_prefix = "LocAtSwin"
-    presets = PRESETS
+    presets = {
+        "tiny": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
+        "small": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]},
+        "base": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},
+    }
     attribute_map = {"num_hidden_layers": "num_stages", "num_attention_heads": "num_heads"}
 
     image_size: int | list[int] | tuple[int, int] = 224

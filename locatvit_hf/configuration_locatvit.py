@@ -10,13 +10,6 @@ from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
 from .configuration_utils_locat import FamilyConfigMixin  # noqa: E402
 
-PRESETS = {
-    "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3},
-    "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
-}
-
 
 @strict
 class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
@@ -65,7 +58,12 @@ class LocAtViTConfig(FamilyConfigMixin, PreTrainedConfig):
 
     model_type = "locatvit"
     class_prefix = "LocAtViT"
-    presets = PRESETS
+    presets = {
+        "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3},
+        "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
+        "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+        "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    }
 
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16

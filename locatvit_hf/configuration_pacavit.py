@@ -15,24 +15,6 @@ SMALL = {"hidden_sizes": [96, 192, 320, 384], "depths": [3, 3, 10, 3]}
 BASE = {"hidden_sizes": [96, 192, 384, 512], "depths": [3, 3, 18, 3]}
 TEACHER = {"clustering_type": "teacher", "num_clusters": [100, 100, 100, 100]}
 
-# Every model that was released. Where a name says nothing, clustering is convolutional, once a stage, with 100 clusters
-# in all stages but the last.
-PRESETS = {
-    "tiny": TINY,
-    "small": SMALL,
-    "base": BASE,
-    "small_mlp": {**SMALL, "clustering_type": "mlp"},
-    "small_clusters_2": {**SMALL, "num_clusters": [2, 2, 2, 0]},
-    "small_clusters_49": {**SMALL, "num_clusters": [49, 49, 49, 0]},
-    "small_clusters_49_to_100": {**SMALL, "num_clusters": [49, 64, 81, 100]},
-    "small_clusters_100_to_49": {**SMALL, "num_clusters": [100, 81, 64, 49]},
-    "small_clusters_100": {**SMALL, "num_clusters": [100, 100, 100, 100]},
-    "small_blockwise": {**SMALL, "num_clusters": [100, 100, 100, 100], "blockwise_clustering": True},
-    "tiny_teacher": {**TINY, **TEACHER, "depths": [2, 2, 2, 2]},
-    "small_teacher": {**SMALL, **TEACHER, "depths": [3, 3, 7, 3]},
-    "base_teacher": {**BASE, **TEACHER, "depths": [3, 3, 16, 3], "teacher_depths": [2, 2, 4, 2]},
-}
-
 
 @strict
 class PaCaViTConfig(FamilyConfigMixin, PreTrainedConfig):
@@ -71,8 +53,24 @@ class PaCaViTConfig(FamilyConfigMixin, PreTrainedConfig):
     """
 
     model_type = "pacavit"
-    presets = PRESETS
     class_prefix = "PaCaViT"
+    # Every model that was released. Where a name says nothing, clustering is convolutional, once a stage, with 100
+    # clusters in all stages but the last.
+    presets = {
+        "tiny": TINY,
+        "small": SMALL,
+        "base": BASE,
+        "small_mlp": {**SMALL, "clustering_type": "mlp"},
+        "small_clusters_2": {**SMALL, "num_clusters": [2, 2, 2, 0]},
+        "small_clusters_49": {**SMALL, "num_clusters": [49, 49, 49, 0]},
+        "small_clusters_49_to_100": {**SMALL, "num_clusters": [49, 64, 81, 100]},
+        "small_clusters_100_to_49": {**SMALL, "num_clusters": [100, 81, 64, 49]},
+        "small_clusters_100": {**SMALL, "num_clusters": [100, 100, 100, 100]},
+        "small_blockwise": {**SMALL, "num_clusters": [100, 100, 100, 100], "blockwise_clustering": True},
+        "tiny_teacher": {**TINY, **TEACHER, "depths": [2, 2, 2, 2]},
+        "small_teacher": {**SMALL, **TEACHER, "depths": [3, 3, 7, 3]},
+        "base_teacher": {**BASE, **TEACHER, "depths": [3, 3, 16, 3], "teacher_depths": [2, 2, 4, 2]},
+    }
 
     image_size: int | list[int] | tuple[int, int] = 224
     num_channels: int = 3

@@ -53,9 +53,7 @@ class LocAtJumboEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         patch_shape = config.patch_shape
-        self.patch_embeddings = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=patch_shape, stride=patch_shape
-        )
+        self.patch_embeddings = nn.Conv2d(config.num_channels, config.hidden_size, patch_shape, stride=patch_shape)
         self.jumbo_tokens = nn.Parameter(torch.zeros(1, config.num_jumbo_tokens, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(config.native_grid), config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -73,10 +71,7 @@ class LocAtJumboAttention(MultiHeadProjections):
 
     def __init__(self, config: LocAtJumboConfig):
         super().__init__(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.qkv_bias,
-            config.attention_probs_dropout_prob,
+            config.hidden_size, config.num_attention_heads, config.qkv_bias, config.attention_probs_dropout_prob
         )
         self.config = config
         self.gaussian = None
@@ -91,21 +86,11 @@ class LocAtJumboAttention(MultiHeadProjections):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.project(hidden_states)
-        gaussian = None
-        if self.gaussian is not None:
-            gaussian = self.gaussian(query, grid, self.config.num_jumbo_tokens)
-
+        gaussian = self.gaussian(query, grid, self.config.num_jumbo_tokens) if self.gaussian is not None else None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.dropout if self.training else 0.0
         output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.dropout if self.training else 0.0,
-            gaussian=gaussian,
-            **kwargs,
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, gaussian=gaussian, **kwargs
         )
         return self.o_proj(output.flatten(2)), weights
 
@@ -319,8 +304,7 @@ class LocAtJumboForSemanticSegmentation(FreezableBackboneMixin, LocAtJumboPreTra
 
         Args:
             pixel_values, attention_mask: as in `LocAtJumboModel`.
-            labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left
-                out.
+            labels: (batch, height, width) class ids of the images' size, `config.semantic_loss_ignore_index` left out.
 
         Returns:
             `loss` where there are labels, and `logits` (batch, classes, grid height, grid width), whose cells are
@@ -330,9 +314,7 @@ class LocAtJumboForSemanticSegmentation(FreezableBackboneMixin, LocAtJumboPreTra
         kwargs["output_hidden_states"] = True
         outputs = self.locatjumbo(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
         logits = self.segmentation_head(self.locatjumbo.feature_map(outputs.hidden_states[-1], pixel_values))
-        loss = None
-        if labels is not None:
-            loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config)
+        loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config) if labels is not None else None
         return SemanticSegmenterOutput(loss=loss, logits=logits, **optional_outputs(outputs))
 
 

@@ -89,11 +89,6 @@ def merge_windows(windows: torch.Tensor, window: tuple[int, int], grid: tuple[in
     return feature_map.permute(0, 1, 3, 2, 4, 5).reshape(-1, *grid, windows.shape[-1])
 
 
-def tokens_to_map(hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(batch, patches, channels) to (batch, height, width, channels), grid = (height, width)."""
-    return hidden_states.reshape(hidden_states.shape[0], *grid, hidden_states.shape[2])
-
-
 def merged_grid(grid: tuple[int, int]) -> tuple[int, int]:
     """The grid after patch merging, (height, width) halved and rounded up."""
     return -(-grid[0] // 2), -(-grid[1] // 2)
@@ -105,7 +100,7 @@ class LocAtSwinEmbeddings(nn.Module):
     def __init__(self, config: LocAtSwinConfig):
         super().__init__()
         self.patch_embeddings = nn.Conv2d(
-            config.num_channels, config.embed_dim, kernel_size=config.patch_shape, stride=config.patch_shape
+            config.num_channels, config.embed_dim, config.patch_shape, stride=config.patch_shape
         )
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -130,7 +125,7 @@ class LocAtSwinPatchMerging(nn.Module):
         Odd grids get a row or a column of zeros.
         """
         height, width = merged_grid(grid)
-        feature_map = tokens_to_map(hidden_states, grid)
+        feature_map = hidden_states.unflatten(1, grid)
         feature_map = F.pad(feature_map, (0, 0, 0, grid[1] % 2, 0, grid[0] % 2))
         batch, _, channels = hidden_states.shape
         blocks = feature_map.reshape(batch, height, 2, width, 2, channels)
@@ -145,10 +140,7 @@ class LocAtSwinAttention(MultiHeadProjections):
     def __init__(self, config: LocAtSwinConfig, stage: int):
         window, _ = config.windows[stage]
         super().__init__(
-            config.stage_channels[stage],
-            config.num_heads[stage],
-            config.qkv_bias,
-            config.attention_probs_dropout_prob,
+            config.stage_channels[stage], config.num_heads[stage], config.qkv_bias, config.attention_probs_dropout_prob
         )
         self.config = config
         self.window = window
@@ -162,10 +154,7 @@ class LocAtSwinAttention(MultiHeadProjections):
         return table[relative_position_index(self.window, table.device)].permute(2, 0, 1).contiguous()
 
     def forward(
-        self,
-        windows: torch.Tensor,
-        shift_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, windows: torch.Tensor, shift_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """windows: (batch * windows, area, channels). shift_mask: (windows, 1, area, area), for shifted windows."""
         query, key, value = self.project(windows)
@@ -177,16 +166,9 @@ class LocAtSwinAttention(MultiHeadProjections):
             bias = bias.expand(query.shape[0] // shift_mask.shape[0], -1, -1, -1, -1).flatten(0, 1)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.dropout if self.training else 0.0
         output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            bias,
-            scaling=self.scaling,
-            dropout=self.dropout if self.training else 0.0,
-            gaussian=gaussian,
-            **kwargs,
+            self, query, key, value, bias, scaling=self.scaling, dropout=dropout, gaussian=gaussian, **kwargs
         )
         return self.o_proj(output.flatten(2)), weights
 
@@ -221,15 +203,13 @@ class LocAtSwinLayer(GradientCheckpointingLayer):
 
         hidden_states: (batch, patches of `grid`, channels), and so is the result.
         """
-        feature_map = tokens_to_map(hidden_states, grid)
-        mask = None
+        feature_map = hidden_states.unflatten(1, grid)
         if any(self.shift):
             feature_map = feature_map.roll((-self.shift[0], -self.shift[1]), dims=(1, 2))
         height, width = [-(-side // length) * length for side, length in zip(grid, self.window, strict=True)]
         if is_tracing() or (height, width) != tuple(grid):
             feature_map = F.pad(feature_map, (0, 0, 0, width - grid[1], 0, height - grid[0]))
-        if any(self.shift):
-            mask = shift_mask((height, width), self.window, self.shift, like=hidden_states)
+        mask = shift_mask((height, width), self.window, self.shift, like=hidden_states) if any(self.shift) else None
         windows, _ = self.attention(partition_windows(feature_map, self.window), shift_mask=mask, **kwargs)
         feature_map = merge_windows(windows, self.window, (height, width))[:, : grid[0], : grid[1]]
         if any(self.shift):
@@ -353,10 +333,7 @@ class LocAtSwinForImageClassification(LocAtSwinPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> ImageClassifierOutput:
         """Class scores of images.
 
@@ -390,17 +367,13 @@ class LocAtSwinForSemanticSegmentation(FreezableBackboneMixin, LocAtSwinPreTrain
     @can_return_tuple
     @filter_output_hidden_states
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> SemanticSegmenterOutput:
         """Class scores of each cell of the last map.
 
         Args:
             pixel_values: as in `LocAtSwinModel`.
-            labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left
-                out.
+            labels: (batch, height, width) class ids of the images' size, `config.semantic_loss_ignore_index` left out.
 
         Returns:
             `loss` where there are labels, and `logits` (batch, classes, grid height, grid width), whose cells are
@@ -410,9 +383,7 @@ class LocAtSwinForSemanticSegmentation(FreezableBackboneMixin, LocAtSwinPreTrain
         kwargs["output_hidden_states"] = True
         outputs = self.locatswin(pixel_values, return_dict=True, **kwargs)
         logits = self.segmentation_head(self.locatswin.feature_map(outputs.hidden_states[-1], pixel_values))
-        loss = None
-        if labels is not None:
-            loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config)
+        loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config) if labels is not None else None
         return SemanticSegmenterOutput(loss=loss, logits=logits, **optional_outputs(outputs))
 
 

@@ -54,9 +54,7 @@ class LocAtViTEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         patch_shape = config.patch_shape
-        self.patch_embeddings = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=patch_shape, stride=patch_shape
-        )
+        self.patch_embeddings = nn.Conv2d(config.num_channels, config.hidden_size, patch_shape, stride=patch_shape)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_class_token else None
         self.register_tokens = None
         if config.num_register_tokens > 0:
@@ -91,9 +89,8 @@ class LocAtViTRotaryEmbedding(nn.Module):
         super().__init__()
         head_dim = config.hidden_size // config.num_attention_heads
         self.temperature = config.rope_temperature
-        self.frequencies = nn.Parameter(
-            torch.zeros(2, config.num_hidden_layers, config.num_attention_heads, head_dim // 2)
-        )
+        sizes = config.num_hidden_layers, config.num_attention_heads, head_dim // 2
+        self.frequencies = nn.Parameter(torch.zeros(2, *sizes))
 
     def forward(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (layers, heads, patches, head_dim / 2), in at least float32.
@@ -163,16 +160,9 @@ class LocAtViTAttention(MultiHeadProjections):
             query, key = rotate_patches(query, rotary, num_prefix), rotate_patches(key, rotary, num_prefix)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.dropout if self.training else 0.0
         output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.dropout if self.training else 0.0,
-            gaussian=gaussian,
-            **kwargs,
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, gaussian=gaussian, **kwargs
         )
         return self.o_proj(output.flatten(2)), weights
 
@@ -189,9 +179,8 @@ class LocAtViTLayer(GradientCheckpointingLayer):
         self.attention = LocAtViTAttention(config, init_scale)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(*sizes, config.hidden_act, config.hidden_dropout_prob, init_scale)
-        if config.layer_scale_init_value is None:
-            self.layer_scale1, self.layer_scale2 = nn.Identity(), nn.Identity()
-        else:
+        self.layer_scale1, self.layer_scale2 = nn.Identity(), nn.Identity()
+        if config.layer_scale_init_value is not None:
             self.layer_scale1 = LayerScale(config.hidden_size, config.layer_scale_init_value)
             self.layer_scale2 = LayerScale(config.hidden_size, config.layer_scale_init_value)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -378,8 +367,7 @@ class LocAtViTForSemanticSegmentation(FreezableBackboneMixin, LocAtViTPreTrained
 
         Args:
             pixel_values, attention_mask: as in `LocAtViTModel`.
-            labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left
-                out.
+            labels: (batch, height, width) class ids of the images' size, `config.semantic_loss_ignore_index` left out.
 
         Returns:
             `loss` where there are labels, and `logits` (batch, classes, grid height, grid width), whose cells are
@@ -389,9 +377,7 @@ class LocAtViTForSemanticSegmentation(FreezableBackboneMixin, LocAtViTPreTrained
         kwargs["output_hidden_states"] = True
         outputs = self.locatvit(pixel_values, attention_mask=attention_mask, return_dict=True, **kwargs)
         logits = self.segmentation_head(self.locatvit.feature_map(outputs.hidden_states[-1], pixel_values))
-        loss = None
-        if labels is not None:
-            loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config)
+        loss = segmentation_loss(logits, labels, pixel_values.shape[-2:], self.config) if labels is not None else None
         return SemanticSegmenterOutput(loss=loss, logits=logits, **optional_outputs(outputs))
 
 

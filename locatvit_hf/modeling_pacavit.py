@@ -15,11 +15,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.backbone_utils import filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-    ImageClassifierOutput,
-    SemanticSegmenterOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -108,12 +104,8 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention step by step, softmax in at least float32; the only backend that returns the attention maps.
 
-    Args:
-        query, key, value: (batch, heads, patches or clusters, head_dim).
-        attention_mask: None, as PaCa-ViT has no mask.
-
-    Returns:
-        (batch, patches, heads, head_dim) and (batch, heads, patches, clusters).
+    query, key, value: (batch, heads, patches or clusters, head_dim). attention_mask: None, as PaCa-ViT has no mask.
+    Returns (batch, patches, heads, head_dim) and (batch, heads, patches, clusters).
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     weights = F.softmax(query @ key.transpose(-2, -1) * scaling, dim=-1, dtype=dtype).to(query.dtype)
@@ -343,11 +335,7 @@ class PaCaViTCastlingAttention(PaCaViTAttention):
         )
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        assignment: torch.Tensor | None,
-        grid: tuple[int, int],
-        **kwargs: Unpack[TransformersKwargs],
+        self, hidden_states: torch.Tensor, assignment: torch.Tensor | None, grid: tuple[int, int], **kwargs
     ) -> tuple[torch.Tensor, None, torch.Tensor | None]:
         """As `PaCaViTAttention.forward`. There are no attention maps to return."""
         query, key, value = self.project(hidden_states)
@@ -405,9 +393,8 @@ class PaCaViTLayer(GradientCheckpointingLayer):
             self.attention = PaCaViTAttention(config, stage, clusters)
         self.norm2 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
         self.mlp = PaCaViTMLP(config, stage)
-        if config.layer_scale_init_value is None:
-            self.layer_scale1, self.layer_scale2 = nn.Identity(), nn.Identity()
-        else:
+        self.layer_scale1, self.layer_scale2 = nn.Identity(), nn.Identity()
+        if config.layer_scale_init_value is not None:
             self.layer_scale1 = LayerScale(channels, config.layer_scale_init_value)
             self.layer_scale2 = LayerScale(channels, config.layer_scale_init_value)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -554,10 +541,7 @@ class PaCaViTForImageClassification(PaCaViTPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> PaCaViTImageClassifierOutput:
         """Class scores of images.
 
@@ -680,17 +664,13 @@ class PaCaViTForSemanticSegmentation(FreezableBackboneMixin, PaCaViTPreTrainedMo
     @can_return_tuple
     @filter_output_hidden_states
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> PaCaViTSemanticSegmenterOutput:
         """Class scores of each cell of the first map.
 
         Args:
             pixel_values: as in `PaCaViTModel`.
-            labels: (batch, height, width) class ids of the images' size; `config.semantic_loss_ignore_index` is left
-                out.
+            labels: (batch, height, width) class ids of the images' size, `config.semantic_loss_ignore_index` left out.
 
         Returns:
             `loss` where there are labels, `logits` (batch, classes, height / 4, width / 4), rounded up, and with the
