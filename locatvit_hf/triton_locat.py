@@ -683,12 +683,8 @@ def fused_attention_forward(
     if reason is None and gaussian is not None:
         return fused_attention(query, key, value, gaussian, scaling), None
     logger.warning_once(f"'locat_fused' is not used: {reason}.")
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, gaussian=gaussian, **kwargs
-    )
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling, dropout, gaussian, **kwargs)
 
 
 # Makes the name legal in transformers; which function runs is decided by the table of the model's family.
 AttentionInterface.register("locat_fused", fused_attention_forward)
-
-__all__ = ["fused_attention", "fused_attention_forward", "unsupported_reason"]
