@@ -35,7 +35,7 @@ class FamilyConfigMixin(BackboneConfigMixin):
         return cls(**{**cls.presets[name], **overrides})
 
     def __post_init__(self, **kwargs):
-        """Names the code of every Auto class, unless a loaded config did.
+        """Names the code of every Auto class, whatever a loaded config named: other code never goes on from there.
 
         Complete from the start: saving a model merges only its own Auto class into the map.
         """
@@ -43,8 +43,6 @@ class FamilyConfigMixin(BackboneConfigMixin):
         if num_labels is not None and num_labels < 0:
             raise ValueError(f"num_labels must not be negative, got {num_labels}.")
         super().__post_init__(**kwargs)
-        if getattr(self, "auto_map", None) is not None:
-            return
         self.auto_map = {"AutoConfig": f"configuration_{self.model_type}.{self.class_prefix}Config"}
         for auto_class, suffix in (
             ("AutoModel", "Model"),

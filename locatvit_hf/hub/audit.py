@@ -2,12 +2,13 @@
 
 import difflib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_type_hints
 
 import huggingface_hub
 import torch
@@ -17,7 +18,8 @@ from transformers import PreTrainedConfig
 import locatvit_hf
 
 from ..configuration_utils_locat import FamilyConfigMixin
-from ..utils.io import sha256
+from ..image_processing_locatvit import LocAtViTImageProcessor, LocAtViTImageProcessorKwargs
+from ..utils.io import one_line, sha256
 from ..utils.registry import FAMILIES, PACKAGE
 from .card.fields import CARD_FILE
 from .config import IMPLEMENTATIONS, RepositoryError, build_config, family_config, model_class, read_object
@@ -39,10 +41,13 @@ HARMLESS = (".md", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".yaml", ".yml", ".
 EXECUTABLE = (".so", ".pyd", ".pyc", ".dll", ".dylib", ".exe")
 # Files that transformers reads before those shown here, or that lead it to another checkpoint.
 REDIRECTING = {"processor_config.json", "adapter_config.json"}
-# Folders that git and huggingface_hub keep beside a download.
+# Folders that git and huggingface_hub keep beside a download: nothing loads their content, so it is counted alone.
 OTHERS = {".git", ".cache"}
 # Settings that make transformers fetch code from elsewhere.
 FOREIGN = ("custom_pipelines", *IMPLEMENTATIONS)
+# What transformers writes into a config.json beside the fields of its class, or reads there under an older name.
+SETTINGS_OF_THE_LIBRARY = {"auto_map", "torch_dtype", "transformers_version", "num_labels", "_commit_hash"}
+SETTINGS_OF_THE_PROCESSOR = {"auto_map", "image_processor_type", "processor_class", "feature_extractor_type"}
 # Larger files than these are not text that a person would read.
 LARGEST_TEXT = 4 << 20
 LARGEST_HEADER = 100 << 20
@@ -106,10 +111,16 @@ class Folder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        self.sizes = {
-            name.as_posix(): path.stat().st_size for name, path in paths.items() if name.parts[0] not in OTHERS
-        }
+        self.sizes, self.remarks = dict[str, int](), list[str]()
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder)
+            if path.is_dir() and path.is_symlink():
+                self.remarks.append(f"{name.as_posix()} is a link to a folder, which is not looked at.")
+            elif path.is_file() and name.parts[0] not in OTHERS:
+                self.sizes[name.as_posix()] = path.stat().st_size
+        for hidden in sorted(OTHERS):
+            if count := sum(path.is_file() for path in (folder / hidden).rglob("*")):
+                self.remarks.append(f"The hidden folder {hidden} holds {count:,} files, which are not looked at.")
 
     def path(self, name: str) -> Path:
         """Where the content of a file is."""
@@ -119,12 +130,15 @@ class Folder:
         return sha256(self.path(name))
 
     def header(self, name: str) -> dict[str, Any]:
-        """The header of a safetensors file, of its tensors nothing. Raises ValueError where it is none."""
+        """The tensors that a safetensors file says it holds. Raises ValueError where that is not what it holds."""
         with self.path(name).open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if length > min(LARGEST_HEADER, self.sizes[name]):
-                raise ValueError("no header")
-            return json.loads(stream.read(length))
+            if length > min(LARGEST_HEADER, self.sizes[name] - 8):
+                raise ValueError("it has no header")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        check_tensors(header, self.sizes[name] - 8 - length)
+        return header
 
 
 class Remote:
@@ -135,6 +149,7 @@ class Remote:
         self.report = report
         self.commit = self.snapshot.commit
         self.sizes = {name: file.size for name, file in sorted(self.snapshot.files.items())}
+        self.remarks: list[str] = []
 
     def path(self, name: str) -> Path:
         repository = self.snapshot.repository
@@ -156,7 +171,36 @@ class Remote:
             repository,
             self.report,
         )
-        return {name: {"dtype": tensor.dtype, "shape": tensor.shape} for name, tensor in found.tensors.items()}
+        tensors = {
+            key: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
+            for key, tensor in found.tensors.items()
+        }
+        check_tensors(tensors, self.sizes[name], exactly=False)
+        return tensors
+
+
+def check_tensors(tensors: dict[str, Any], size: int, exactly: bool = True) -> None:
+    """Whether tensors lie one after the other in their file, each as long as its shape says.
+
+    Args:
+        tensors: By name, each with `dtype`, `shape` and `data_offsets`, as the header of the file says.
+        size: Bytes of the file behind its header.
+        exactly: The tensors fill the file; otherwise they may be shorter.
+
+    Raises:
+        ValueError: They do not; the message names the first that does not.
+    """
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda entry: entry[1]["data_offsets"]):
+        shape, (start, stop) = tensor["shape"], tensor["data_offsets"]
+        bits = 8 if tensor["dtype"] == "BOOL" else int(re.search(r"\d+", tensor["dtype"])[0])  # type: ignore[index]
+        if start != end or not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError(f"the tensor {name} does not follow the one before it")
+        if (stop - start) * 8 != prod(shape) * bits:
+            raise ValueError(f"the tensor {name} has {stop - start:,} bytes, not those of its shape {list(shape)}")
+        end = stop
+    if end > size or (exactly and end < size):
+        raise ValueError(f"it holds {size:,} bytes of tensors, and its header says {end:,}")
 
 
 def inspect(name: str, revision: str | None = None, report: Callable[[str], None] = lambda line: None) -> Inspection:
@@ -181,8 +225,11 @@ def inspect(name: str, revision: str | None = None, report: Callable[[str], None
     found = Inspection(name, locatvit_hf.__version__, commit=source.commit)
     config = build_config(content, name)
     _describe_model(found, config, name)
+    found.notes += source.remarks
     _check_maps(found, source, content, config)
-    _read_weights(found, source)
+    _check_settings(found, source, content, config)
+    loaded = _loaded_weights(found, source, content)
+    _read_weights(found, source, loaded)
     _compare_files(found, source)
     if found.parameters and found.parameters != found.expected_parameters:
         found.notes.append(
@@ -234,6 +281,52 @@ def _check_maps(found: Inspection, source: Folder | Remote, content: dict[str, A
             found.alarms += [f"{file} sets {key}, which can make transformers run foreign code." for key in foreign]
 
 
+def _check_settings(
+    found: Inspection, source: Folder | Remote, content: dict[str, Any], config: PreTrainedConfig
+) -> None:
+    """Settings that no class of this package has: transformers may act on them, and other programs."""
+    parts = {CONFIG: (content, config)}
+    if isinstance(content.get("backbone_config"), dict):
+        parts[f"The backbone_config of {CONFIG}"] = content["backbone_config"], config.backbone_config
+    for where, (settings, built) in parts.items():
+        known = {field.name for field in fields(built)} | type(built)().to_dict().keys() | SETTINGS_OF_THE_LIBRARY
+        found.alarms += [
+            f"{where} sets {name}, which is no setting of {type(built).__name__}: transformers may act on it."
+            for name in sorted(settings.keys() - known - set(FOREIGN) - {"transformers_weights"})
+        ]
+    if PROCESSOR in source.sizes:
+        settings = read_object(source.path(PROCESSOR))
+        known = LocAtViTImageProcessor().to_dict().keys() | get_type_hints(LocAtViTImageProcessorKwargs).keys()
+        found.alarms += [
+            f"{PROCESSOR} sets {name}, which is no setting of LocAtViTImageProcessor: transformers may act on it."
+            for name in sorted(settings.keys() - known - SETTINGS_OF_THE_PROCESSOR - set(FOREIGN))
+        ]
+
+
+def _loaded_weights(found: Inspection, source: Folder | Remote, content: dict[str, Any]) -> list[str]:
+    """The files of weights that transformers loads, in the order in which it looks for them."""
+    chosen = content.get("transformers_weights")
+    if chosen is not None:
+        found.alarms.append(f"{CONFIG} makes transformers load {chosen} in place of {WEIGHTS}.")
+        index = chosen if str(chosen).endswith(".index.json") else None
+        files = [] if index else [chosen]
+    else:
+        files = [WEIGHTS] if WEIGHTS in source.sizes else []
+        index = INDEX if not files and INDEX in source.sizes else None
+    if index in source.sizes:
+        shards = read_object(source.path(index)).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise RepositoryError(f"{index} of {found.name} is damaged: it names no file for each tensor.")
+        files = sorted(set(shards.values()))
+    missing = [str(file) for file in [*files, *([index] if index else [])] if file not in source.sizes]
+    if missing:
+        named = CONFIG if chosen is not None and missing[-1] == chosen else index
+        raise RepositoryError(f"{named} of {found.name} names the weights {', '.join(missing)}, which are not there.")
+    pickled = [name for name in source.sizes if name.endswith(".bin.index.json")]
+    found.alarms += [f"{name} makes transformers load pickles, which can run code." for name in pickled]
+    return files
+
+
 def _find_keys(content: Any, names: set[str]) -> list[str]:
     """Which of the names are keys with a value anywhere in JSON content, each once."""
     found, waiting = [], [content]
@@ -245,22 +338,23 @@ def _find_keys(content: Any, names: set[str]) -> list[str]:
     return found
 
 
-def _read_weights(found: Inspection, source: Folder | Remote) -> None:
-    """Parameters and dtypes, from the headers alone."""
+def _read_weights(found: Inspection, source: Folder | Remote, loaded: list[str]) -> None:
+    """Parameters and dtypes of the files that are loaded, from the headers alone; the others are checked too."""
     dtypes: Counter[str] = Counter()
-    for name in source.sizes:
-        if name.endswith(".safetensors") and "/" not in name:
-            try:
-                header = source.header(name)
-                tensors = [tensor for key, tensor in header.items() if key != "__metadata__"]
-                for tensor in tensors:
-                    dtypes[tensor["dtype"]] += prod(tensor["shape"])
-            except HubError:
-                raise
-            except Exception as error:  # whatever a damaged header leads to
-                raise RepositoryError(f"{name} of {found.name} is damaged: it has no header.") from error
-    found.dtypes, found.parameters = dict(dtypes), sum(dtypes.values())
-    if not dtypes:
+    for name in [name for name in source.sizes if name.endswith(".safetensors")]:
+        try:
+            for tensor in source.header(name).values():
+                dtypes[tensor["dtype"]] += prod(tensor["shape"]) if name in loaded else 0
+        except HubError:
+            raise
+        except Exception as error:  # whatever a damaged header leads to
+            reason = one_line(error) if type(error) is ValueError else "its header is none"
+            raise RepositoryError(f"{name} of {found.name} is damaged: {reason}.") from error
+        if name not in loaded:
+            found.notes.append(f"{name} holds weights that transformers does not load.")
+    found.dtypes = {name: count for name, count in dtypes.items() if count}
+    found.parameters = sum(dtypes.values())
+    if not found.parameters:
         found.notes.append(f"There are no weights in safetensors ({WEIGHTS}).")
 
 

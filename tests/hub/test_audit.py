@@ -1,6 +1,7 @@
 """`locatvit info` on folders: what it says of a good one, and that it names everything else before it runs."""
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -9,9 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
 from typer.testing import CliRunner
 
-from locatvit_hf import LocAtSwinConfig, LocAtViTConfig, LocAtViTForImageClassification, PaCaViTConfig, __version__
+from locatvit_hf import (
+    LocAtSwinConfig,
+    LocAtViTBackbone,
+    LocAtViTConfig,
+    LocAtViTForImageClassification,
+    PaCaViTConfig,
+    __version__,
+)
 from locatvit_hf import LocAtSwinForImageClassification as Swin
 from locatvit_hf import PaCaViTForImageClassification as PaCa
 from locatvit_hf.cli import app
@@ -19,6 +34,7 @@ from locatvit_hf.hub.audit import Inspection, inspect
 from locatvit_hf.hub.config import RepositoryError, build_config
 from locatvit_hf.hub.repository import build_repository, write_checksums
 from tests.factories import VIT
+from training.engine.export import save_model
 
 TINY = {**VIT, "num_hidden_layers": 2}
 
@@ -120,8 +136,17 @@ def edit_json(name: str, **settings: object) -> Callable[[Path, Path], None]:
     return edit
 
 
+def load_other_weights(folder: Path, mark: Path) -> None:
+    add_weights(folder, mark)
+    edit_json("config.json", transformers_weights="extra.safetensors")(folder, mark)
+
+
 def write(name: str, content: str) -> Callable[[Path, Path], None]:
-    return lambda folder, mark: (folder / name).write_text(content)
+    def write_file(folder: Path, mark: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+    return write_file
 
 
 @pytest.mark.parametrize(
@@ -159,6 +184,28 @@ def write(name: str, content: str) -> Callable[[Path, Path], None]:
             edit_json("config.json", attn_implementation="other/kernel:attend"),
             "config.json sets attn_implementation, which can make transformers run code from elsewhere.",
         ),
+        (
+            load_other_weights,
+            "config.json makes transformers load extra.safetensors in place of model.safetensors.",
+        ),
+        (
+            edit_json("config.json", quantization_config={"quant_method": "bitsandbytes"}),
+            "config.json sets quantization_config, which is no setting of LocAtViTConfig: transformers may act on it.",
+        ),
+        (
+            edit_json("config.json", use_kernels=True),
+            "config.json sets use_kernels, which is no setting of LocAtViTConfig: transformers may act on it.",
+        ),
+        (
+            edit_json("preprocessor_config.json", fetch="x"),
+            "preprocessor_config.json sets fetch, which is no setting of LocAtViTImageProcessor: transformers may act "
+            "on it.",
+        ),
+        (
+            write("pytorch_model.bin.index.json", "{}"),
+            "pytorch_model.bin.index.json makes transformers load pickles, which can run code.",
+        ),
+        (write(".hidden/helper.py", ""), ".hidden/helper.py is code that is not of this package."),
     ],
 )  # fmt: skip
 def test_what_was_changed_is_named_before_it_runs(
@@ -170,6 +217,104 @@ def test_what_was_changed_is_named_before_it_runs(
     assert run.exit_code == 1, run.output
     assert alarm in json.loads(run.stdout)["alarms"]
     assert not mark.exists()
+
+
+def test_weights_are_looked_for_where_transformers_does(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    (folder / "model.safetensors").unlink()
+    (folder / "CHECKSUMS.sha256").unlink()
+    shards = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, held in shards.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    save_file({"stray": torch.zeros(3)}, folder / "c.safetensors")
+    places = {name: file for file, held in shards.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    found = inspect(str(folder))
+    assert found.parameters == found.expected_parameters and not found.alarms
+    assert "c.safetensors holds weights that transformers does not load." in found.notes
+    for places, problem in (
+        ({"x": "../a.safetensors"}, "names the weights ../a.safetensors, which are not there."),
+        ({"x": 3}, "is damaged: it names no file for each tensor."),
+    ):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        with pytest.raises(RepositoryError, match=re.escape(problem)):
+            inspect(str(folder))
+
+
+def test_hidden_folders_and_links_are_named(folder: Path) -> None:
+    for name in (".git", ".cache"):
+        (folder / name / "deep").mkdir(parents=True)
+        (folder / name / "deep" / "file").touch()
+    (folder / "elsewhere").symlink_to(folder.parent, target_is_directory=True)
+    notes = inspect(str(folder)).notes
+    assert "The hidden folder .git holds 1 files, which are not looked at." in notes
+    assert "The hidden folder .cache holds 1 files, which are not looked at." in notes
+    assert "elsewhere is a link to a folder, which is not looked at." in notes
+
+
+def lie(**changes: object) -> Callable[[dict, bytes], bytes]:
+    """A safetensors file whose header says something else of the first tensor."""
+
+    def write_header(header: dict, data: bytes) -> bytes:
+        first = min((name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"])
+        header[first] |= changes
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + data
+
+    return write_header
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lie(shape=[1 << 40]), "bytes, not those of its shape"),
+        (lie(data_offsets=[-8, 100]), "does not follow the one before it"),
+        (lie(data_offsets=[0, 1 << 50]), "bytes, not those of its shape"),
+        (lie(data_offsets=[64, 0]), "does not follow the one before it"),
+        (lie(shape=[-1, -4]), "does not follow the one before it"),
+        (lie(dtype="WIDE"), "its header is none"),
+        (lambda header, data: lie()(header, data[:-10]), "bytes of tensors, and its header says"),
+        (lambda header, data: lie()(header, data + b"more"), "bytes of tensors, and its header says"),
+        (lambda header, data: b"", "it has no header"),
+        (lambda header, data: (1 << 62).to_bytes(8, "little") + data, "it has no header"),
+        (lambda header, data: (2).to_bytes(8, "little") + b"[]" + data, "its header is none"),
+    ],
+)  # fmt: skip
+def test_headers_that_lie_are_refused(spoil: Callable, problem: str, folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    weights.write_bytes(spoil(json.loads(content[8 : 8 + length]), content[8 + length :]))
+    with pytest.raises(RepositoryError, match=r"model.safetensors of .* is damaged: ") as caught:
+        inspect(str(folder))
+    assert problem in str(caught.value)
+
+
+AUTO = {
+    "AutoConfig": AutoConfig,
+    "AutoModel": AutoModel,
+    "AutoModelForImageClassification": AutoModelForImageClassification,
+    "AutoModelForSemanticSegmentation": AutoModelForSemanticSegmentation,
+    "AutoBackbone": LocAtViTBackbone,  # the library's Auto class asks the Hub for the names of folders
+}
+
+
+def test_code_of_another_repository_does_not_go_on_from_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """Whatever its files name for each Auto class: what is loaded and saved again names our own classes."""
+    foreign = dict.fromkeys([*AUTO, "AutoModelForObjectDetection", "AutoProcessor"], "other/place--helper.Evil")
+    for file in ("config.json", "preprocessor_config.json"):
+        edit_json(file, auto_map={**foreign, "AutoImageProcessor": "other/place--helper.Evil"})(folder, tmp_path)
+    loaded = {name: auto.from_pretrained(str(folder)) for name, auto in AUTO.items()}
+    loaded["AutoImageProcessor"] = AutoImageProcessor.from_pretrained(str(folder))
+    for name, saver in loaded.items():
+        saver.save_pretrained(tmp_path / name)
+        saved = [path for path in (tmp_path / name).glob("*.json") if "Evil" in path.read_text()]
+        assert list((tmp_path / name).glob("*.json")) and not saved, name
+    save_model(tmp_path / "export", loaded["AutoModelForImageClassification"], loaded["AutoImageProcessor"])
+    build_repository(folder, tmp_path / "repository")
+    for place in ("export", "repository"):
+        assert not [path for path in (tmp_path / place).glob("*.json") if "Evil" in path.read_text()]
 
 
 def test_a_changed_file_is_shown_and_cannot_steer_the_terminal(folder: Path, tmp_path: Path) -> None:
