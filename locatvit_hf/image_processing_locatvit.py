@@ -82,6 +82,10 @@ class LocAtViTImageProcessor(TorchvisionBackend):
 
     _auto_class = "AutoImageProcessor"
 
+    def __init__(self, **kwargs):
+        kwargs.pop("auto_map", None)  # code that a loaded file names does not go on from there
+        super().__init__(**kwargs)
+
     @classmethod
     def from_model_config(cls, config, segmentation: bool = False, **kwargs) -> "LocAtViTImageProcessor":
         """The processor of a model's configuration: its mean, std, crop and patch size.
