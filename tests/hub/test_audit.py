@@ -312,6 +312,7 @@ def test_code_of_another_repository_does_not_go_on_from_a_checkpoint(folder: Pat
         saved = [path for path in (tmp_path / name).glob("*.json") if "Evil" in path.read_text()]
         assert list((tmp_path / name).glob("*.json")) and not saved, name
     save_model(tmp_path / "export", loaded["AutoModelForImageClassification"], loaded["AutoImageProcessor"])
+    (tmp_path / "repository").mkdir()
     build_repository(folder, tmp_path / "repository")
     for place in ("export", "repository"):
         assert not [path for path in (tmp_path / place).glob("*.json") if "Evil" in path.read_text()]
