@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.utils import is_tracing
 
 from .attention_locat import sdpa_attention_forward
@@ -36,8 +36,13 @@ def blockwise_attention_forward(
 
 
 def runs_blockwise(query: torch.Tensor) -> bool:
-    """Whether `BlockwiseAttention` serves this query (batch, heads, tokens, head_dim), and pays."""
-    if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64) or is_tracing(query):
+    """Whether `BlockwiseAttention` serves this query (batch, heads, tokens, head_dim), and pays.
+
+    It writes into memory of its own and has one derivative: the transforms of `torch.func` need PyTorch's attention.
+    """
+    if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64):
+        return False
+    if is_tracing(query) or torch._C._are_functorch_transforms_active():
         return False
     batch, heads, tokens, _ = query.shape
     return batch * heads * tokens**2 >= FEWEST_BLOCKWISE_LOGITS
@@ -81,9 +86,10 @@ class BlockwiseAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, inverse_variance, amplitude, rows, columns, output, sums, largest = ctx.saved_tensors
+        if torch.is_grad_enabled():  # with create_graph=True: what follows has no derivative of its own
+            return *_differentiable_backward(ctx, grad_output, *ctx.saved_tensors[:5]), None, None
         # With weights w = exp(logits) and p = w / sum(w), the gradient of softmax is p * (g - sum(p * g)): the sum of
         # weights divides g here instead of every weight, and sum(p * g) is the product with the output.
         gradient = grad_output.transpose(1, 2) / sums[..., None]
@@ -109,6 +115,18 @@ class BlockwiseAttention(torch.autograd.Function):
         gaussian = ctx.geometry._replace(inverse_variance=inverse_variance, amplitude=amplitude)
         grad_gaussian = gaussian.factor_gradients(rows, columns, grad_rows, grad_columns)
         return grad_query, grad_key, grad_value, *grad_gaussian, None, None
+
+
+def _differentiable_backward(ctx, grad_output: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of the five inputs of `BlockwiseAttention`, from the formula, for a second derivative."""
+    # Views: the Gaussian is computed from the query, and what it adds to the gradient of the query is not ours to add.
+    views = [tensor.view_as(tensor) for tensor in inputs]
+    query, key, value, inverse_variance, amplitude = views
+    gaussian = ctx.geometry._replace(inverse_variance=inverse_variance, amplitude=amplitude)
+    weights = F.softmax(query @ key.transpose(-2, -1) * ctx.scaling + gaussian.bias(), dim=-1)
+    needed = [view for view, is_needed in zip(views, ctx.needs_input_grad, strict=False) if is_needed]
+    found = iter(torch.autograd.grad((weights @ value).transpose(1, 2), needed, grad_output, create_graph=True))
+    return tuple(next(found) if is_needed else None for is_needed in ctx.needs_input_grad[:5])
 
 
 class _Blocks:

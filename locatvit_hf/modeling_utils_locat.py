@@ -3,6 +3,7 @@
 
 import math
 import os
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,21 @@ class FamilyPreTrainedModel(PreTrainedModel):
     _saves_image_processor = True
     _image_processor_folder = None  # whose image processor it gets instead
     _segments_images = False
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        """Pickles and copies of the modules whose outputs are recorded go without the hooks that record them."""
+        super().__init_subclass__(**kwargs)
+        for recorded in (cls.__dict__.get("_can_record_outputs") or {}).values():
+            recorded.__getstate__ = _state_without_recorders
+
+    def __setstate__(self, state: dict) -> None:
+        """Installs these hooks again where they were: later they break compiled graphs."""
+        super().__setstate__(state)
+        if self.base_model is self:
+            # A process learns what a class records when it first makes a model of it, which a pickle does not.
+            PreTrainedModel.__init__(PreTrainedModel.__new__(type(self)), self.config)
+            if self.__dict__.pop("_output_capturing_hooks_installed", False):
+                maybe_install_capturing_hooks(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -109,6 +125,17 @@ class FamilyPreTrainedModel(PreTrainedModel):
         return {name for name, _ in self.named_parameters() if name.endswith(self._no_weight_decay_suffixes)}
 
 
+def _state_without_recorders(module: nn.Module) -> dict:
+    """The state of a module without the hooks of transformers, functions inside functions, which no pickle holds."""
+    state = nn.Module.__getstate__(module)
+    state["_forward_hooks"] = OrderedDict(
+        (number, hook)
+        for number, hook in state["_forward_hooks"].items()
+        if getattr(hook, "__module__", None) != maybe_install_capturing_hooks.__module__
+    )
+    return state
+
+
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:
     """Mean loss of (batch, classes) logits. The config is read, never changed.
 
@@ -163,8 +190,11 @@ def check_labels(labels: torch.Tensor, num_labels: int, ignore_index: int | None
     """Raises ValueError for a class id outside [0, num_labels) that is not ignored.
 
     Only on CPU and outside tracing: elsewhere reading a value would stall the device, whose own assertion speaks up.
+    Nor inside a transform of `torch.func`, where a tensor may stand for several and has no value to read.
     """
-    if is_tracing() or labels.device.type != "cpu" or labels.numel() == 0:
+    if is_tracing() or torch._C._are_functorch_transforms_active():
+        return
+    if labels.device.type != "cpu" or labels.numel() == 0:
         return
     wrong = (labels < 0) | (labels >= num_labels)
     if ignore_index is not None:

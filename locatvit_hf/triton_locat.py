@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.utils import logging
 
@@ -568,8 +567,9 @@ class _EagerAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_output, d_lse):
+        if torch.is_grad_enabled():  # with create_graph=True
+            raise RuntimeError("'locat_fused' has one derivative: use attn_implementation='eager' for a second one.")
         return _gradients(ctx, d_output, d_lse, backward=_backward)
 
 
@@ -607,6 +607,8 @@ def unsupported_reason(
         return "it takes no attention mask"
     if dropout > 0.0:
         return "it has no dropout"
+    if torch._C._are_functorch_transforms_active():
+        return "it has one derivative, and no transform of torch.func"
     if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}, not all bf16, fp16 or fp32"
     if gaussian.inverse_variance.dtype != torch.float32 or gaussian.amplitude.dtype != torch.float32:

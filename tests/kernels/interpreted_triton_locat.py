@@ -239,6 +239,9 @@ def test_what_the_kernel_cannot_do_has_a_reason():
     assert "no Gaussian" in reason(g=None)
     assert "mask" in reason(attention_mask=torch.zeros(1, 1, 13, 13))
     assert "dropout" in reason(dropout=0.1)
+    reasons = []
+    torch.func.vmap(lambda q: reasons.append(reason(q)) or q)(query[None])
+    assert "torch.func" in reasons[0]
     assert "float64" in reason(query.double(), key.double(), value.double())
     assert "float16" in reason(k=key.half())
     assert "float32" in reason(g=gaussian._replace(amplitude=gaussian.amplitude.double()))
@@ -253,6 +256,9 @@ def test_what_the_kernel_cannot_do_has_a_reason():
         fused_attention(query, key, value, gaussian, 0.2, dropout=0.5)
     with pytest.raises(ValueError, match="above zero"):
         fused_attention(query, key, value, gaussian, 0.0)
+    output = fused_attention(query.requires_grad_(), key, value, gaussian, 0.2)
+    with pytest.raises(RuntimeError, match="one derivative"):
+        torch.autograd.grad(output.square().sum(), query, create_graph=True)
 
 
 @pytest.mark.parametrize("columns_once", (False, True))

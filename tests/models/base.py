@@ -12,6 +12,7 @@ What only one family has is tested in its file, stored values in `test_golden*.p
 import copy
 import inspect
 import json
+import pickle
 import warnings
 
 import pytest
@@ -23,6 +24,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from locatvit_hf import LocAtViTImageProcessor
+from locatvit_hf.visualization import read_layers
 from tests.factories import model_class, tiny_config, tiny_model
 from tests.tolerances import assert_same_but_for_rounding
 
@@ -190,6 +192,21 @@ class ModelTester:
         assert len(auto_map) == 5
         assert {f"{reference.split('.')[0]}.py" for reference in auto_map.values()} < files
         assert "preprocessor_config.json" in files
+
+    def test_copies_and_pickles_answer_as_the_model(self, variant):
+        """Also those of a model that has recorded outputs, by hooks that no pickle holds, and been looked into."""
+        pixel_values = torch.randn(1, 3, 64, 40)
+        for task in TASKS:
+            model = self.build(variant, task)
+            with torch.no_grad():
+                expected = recorded_tensors(model(pixel_values, output_hidden_states=True))
+                read_layers(model, pixel_values)
+                for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                    observed = recorded_tensors(twin(pixel_values, output_hidden_states=True))
+                    assert_same_but_for_rounding(observed, expected)
+                    assert twin.training is model.training and twin.config == model.config
+                again = recorded_tensors(model(pixel_values, output_hidden_states=True))
+            assert len(again) == len(expected) > 3
 
     def test_pipelines(self, variant):
         """From an image to answers, prepared by the processor of the configuration."""
@@ -437,6 +454,12 @@ def assert_takes_no_mask(family):
     model(pixel_values, attention_mask=None)
     with pytest.raises(ValueError, match="takes no attention_mask"):
         model(pixel_values, attention_mask=torch.ones(1, 64))
+
+
+def recorded_tensors(outputs):
+    """All tensors of an output, with those of its tuples."""
+    found = [value if isinstance(value, tuple) else (value,) for value in outputs.values()]
+    return [tensor for tensors in found for tensor in tensors]
 
 
 def cells_of(size, stride):

@@ -101,6 +101,21 @@ def test_gradcheck(blocks_of):
         return BlockwiseAttention.apply(query, key, value, *scalars, read, 0.5)
 
     assert torch.autograd.gradcheck(attend, (query, key, value, *scalars))
+    assert torch.autograd.gradgradcheck(attend, (query, key, value, *scalars))
+
+
+def test_a_gradient_penalty_is_that_of_the_formula(blocks_of):
+    """Asked for the inputs alone, autograd passes by a function that refuses a second derivative, without a word."""
+    blocks_of(30)
+    (query, key, value), module = inputs(1, 2, (2, 3), 1, 4)
+    penalties = []
+    for attend in (blockwise_attention_forward, eager_attention_forward):
+        states = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        output, _ = attend(nn.Identity(), *states, None, 0.5, gaussian=module(states[0], (2, 3), 1))
+        (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+        penalties.append([gradient, *torch.autograd.grad(gradient.square().sum(), [query, *module.parameters()])])
+    for blockwise, expected in zip(*penalties, strict=True):
+        torch.testing.assert_close(blockwise, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_it_is_chosen_where_it_pays_and_leaves_the_model_as_it_is():
