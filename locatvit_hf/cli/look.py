@@ -28,7 +28,7 @@ def look(
     from functools import partial
 
     from ..inference import Checkpoint
-    from ..utils.images import read_image, readable_name, remark_on_frames
+    from ..utils.images import CorruptImageError, read_image, readable_name, remark_on_frames
     from ..utils.io import atomic_write, fitting_name
     from ..visualization import figures
     from ..visualization.activations import read_layers
@@ -40,8 +40,15 @@ def look(
         raise ValueError(
             f"Several images are named {readable_name(twice[0])}, and would overwrite each other: look at them apart."
         )
-    loaded = {path.stem: read_image(path, max_megapixels=max_megapixels) for path in images}
+    loaded = {}
     for path in images:
+        try:
+            loaded[path.stem] = read_image(path, max_megapixels=max_megapixels)
+        except CorruptImageError as error:
+            if path == images[-1] and not loaded:
+                raise
+            warn(f"Skipped: {error}")
+            continue
         for sentence in remark_on_frames(path, loaded[path.stem]):
             warn(sentence)
     chosen = [_parse_patch(text) for text in patch or []]

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .console import console, friendly_errors, silence_transformers
+from ..utils.images import PAGE_MEGAPIXELS
+from .console import MaxMegapixels, console, friendly_errors, silence_transformers
 
 
 @friendly_errors
@@ -18,6 +19,7 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="By default the first free one from 7860.")] = None,
     share: Annotated[bool, typer.Option(help="Open a public link through gradio's servers.")] = False,
+    max_megapixels: MaxMegapixels = PAGE_MEGAPIXELS,
     space: Annotated[Path | None, typer.Option(help="Write the files of a Hub Space here instead of serving.")] = None,
 ) -> None:
     """Open a page that classifies and segments images and shows where each patch looks."""
@@ -31,10 +33,10 @@ def serve(
 
     silence_transformers()
     if space is not None:
-        write_space(space, model)
+        write_space(space, model, max_megapixels)
         console.print(f"Upload it to a Space: [bold]hf upload --repo-type space YOU/NAME {escape(str(space))}[/bold]")
         return
-    page, address, public = serve_page(model, examples, host, port, share, prevent_thread_lock=True)
+    page, address, public = serve_page(model, examples, host, port, share, max_megapixels, prevent_thread_lock=True)
     console.print(f"Open [bold]{public or address}[/bold] in a browser; Ctrl+C ends it.")
     page.block_thread()
 

@@ -1,6 +1,7 @@
 """What a segmentation run leaves in its folder: label maps, overlays, a legend, and `labels.json`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..utils.colors import background_class, class_colors, overlay_segmentation
+from ..utils.images import CorruptImageError, open_image
 from ..utils.io import atomic_write, fitting_name
 
 SOURCE_STATE = "source"
@@ -91,9 +93,9 @@ class OutputFolder:
         if not (self.map_path(source.name).exists() and self.overlay_path(source.name).exists()):
             return False
         try:
-            with Image.open(self.map_path(source.name)) as label_image:
+            with open_image(self.map_path(source.name), math.inf) as label_image:
                 return label_image.info.get(SOURCE_STATE) == source.state()
-        except OSError:
+        except (CorruptImageError, OSError):
             return False
 
     def holds_video(self, source: Source) -> bool:

@@ -12,12 +12,14 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 from PIL import Image
 
-from ..utils.images import CorruptImageError, list_images, read_image, remark_on_frames
+from ..utils.images import PAGE_MEGAPIXELS, CorruptImageError, list_images, read_image, remark_on_frames
 from .predictor import LARGEST_SIDE, Predictor
 from .sample_images import draw_sample_images
 
 NOBODY = "nobody"
 LARGEST_FILE = "20mb"
+MAX_WAITING = 8
+"""Requests that wait for the models, a second or two each on CPU; gradio answers others that the page is busy."""
 FONTS = ["system-ui", "sans-serif"]  # of the reader's own machine: nothing is fetched from elsewhere
 THEME = gr.themes.Base(primary_hue="teal", font=FONTS, font_mono=["ui-monospace", "monospace"])
 CSS = """
@@ -38,12 +40,13 @@ addEventListener("message", event => {
 </script>"""
 
 
-def build_app(models: list[str], examples: Path | None = None) -> gr.Blocks:
+def build_app(models: list[str], examples: Path | None = None, max_megapixels: float = PAGE_MEGAPIXELS) -> gr.Blocks:
     """Build the page; `serve` launches it with its style.
 
     Args:
         models: Folders or Hub ids; the first answers, and the second, where there is one, beside it.
         examples: A folder of images to begin with; by default a few drawings.
+        max_megapixels: Larger images are refused before their pixels are decoded.
 
     Returns:
         The page as Blocks of gradio.
@@ -68,7 +71,7 @@ def build_app(models: list[str], examples: Path | None = None) -> gr.Blocks:
         if path is None:
             return [update for _ in shown for update in _answers(None, None)]
         try:
-            image = read_image(path, name="This file")
+            image = read_image(path, "This file", max_megapixels)
         except (CorruptImageError, OSError) as error:
             raise gr.Error(str(error), title="No image", print_exception=False) from error
         for sentence in remark_on_frames("This file", image):
@@ -99,7 +102,7 @@ def build_app(models: list[str], examples: Path | None = None) -> gr.Blocks:
         inputs, outputs = [image, first, second], [part for column in columns for part in column]
         for event in (image.change, first.input, second.input):
             event(show, inputs, outputs, show_progress="minimal", concurrency_limit=1, concurrency_id="models")
-    return page
+    return page.queue(max_size=MAX_WAITING)
 
 
 def _build_column() -> list[gr.blocks.Block]:
@@ -147,6 +150,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
+    max_megapixels: float = PAGE_MEGAPIXELS,
     **options: Any,
 ) -> tuple[gr.Blocks, str, str | None]:
     """Build the page and serve it.
@@ -157,6 +161,7 @@ def serve(
         host: The address to listen on; 0.0.0.0 lets other machines in.
         port: By default the first free one from 7860.
         share: Open a public link through the servers of gradio.
+        max_megapixels: As in `build_app`.
         options: Further arguments of `gradio.Blocks.launch`.
 
     Returns:
@@ -166,7 +171,7 @@ def serve(
         OSError: There is no such checkpoint, or the port is taken.
         ValueError: As in `build_app`.
     """
-    page = build_app(models, examples)
+    page = build_app(models, examples, max_megapixels)
     _, address, public = page.launch(
         server_name=host,
         server_port=port,

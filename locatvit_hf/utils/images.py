@@ -4,7 +4,8 @@ import os
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -34,6 +35,9 @@ HEIC_SUFFIXES = {".heic", ".heif", ".hif"} - SUFFIXES
 
 MAX_MEGAPIXELS = 179
 """Images with more pixels are not decoded unless asked for: Pillow's own limit, against files made to fill memory."""
+
+PAGE_MEGAPIXELS = 50
+"""The same on a page that anyone may send images to: what telephones take, in a few hundred MB of memory."""
 
 SYSTEM_NAMES = {
     "thumbs.db",
@@ -65,7 +69,7 @@ TURNS = {
 
 _TURNED_BY = "turned by EXIF orientation"
 _NUM_FRAMES = "number of frames"
-_opening = threading.Lock()
+_lifting = threading.Lock()
 
 
 class CorruptImageError(ValueError):
@@ -271,12 +275,7 @@ def open_image(source: str | Path | BinaryIO, max_megapixels: float = MAX_MEGAPI
         OSError: There is no such file.
     """
     try:
-        with _opening:  # Pillow's own limit is one for the whole process
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                image = Image.open(source, formats=FORMATS)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
+        image = _read_header(source)
     except UnidentifiedImageError:
         raise CorruptImageError(_describe_unknown(_first_bytes(source))) from None
     except OSError as error:
@@ -293,6 +292,26 @@ def open_image(source: str | Path | BinaryIO, max_megapixels: float = MAX_MEGAPI
     return image
 
 
+def _read_header(source: str | Path | BinaryIO) -> Image.Image:
+    try:
+        # Pillow decodes icons when it opens them, and what is in them may be larger than their header says.
+        return Image.open(source, formats=["ICO"])
+    except UnidentifiedImageError:
+        with _without_pillows_limit():
+            return Image.open(source, formats=FORMATS)
+
+
+@contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """Ours may be higher. Pillow's is one for the whole process: one thread at a time."""
+    with _lifting:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
 def load_upright(image: Image.Image) -> Image.Image:
     """Decode the pixels of an image and turn it as its EXIF orientation says, as viewers do.
 
@@ -304,8 +323,11 @@ def load_upright(image: Image.Image) -> Image.Image:
     """
     frames = _count_frames(image)
     orientation = _read_orientation(image)  # decodes PNG files, which closes them
+    limit = Image.MAX_IMAGE_PIXELS
+    is_refused = image.format == "TIFF" and limit is not None and image.width * image.height > limit  # once more
     try:
-        image.load()
+        with _without_pillows_limit() if is_refused else nullcontext():
+            image.load()
     except Exception as error:  # the decoders of Pillow raise errors of a dozen kinds
         raise CorruptImageError(f"cannot be decoded: {one_line(error)}") from None
     remaining = _read_orientation(image)  # Pillow has turned TIFF files by itself
@@ -355,6 +377,13 @@ def _count_frames(image: Image.Image) -> int:
         return 1
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of an image of any mode, by the conversion of the image processor; what is RGB already as it is."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    return Image.fromarray(pil_to_rgb(image).permute(1, 2, 0).contiguous().numpy())
+
+
 def read_image(
     source: str | Path | BinaryIO, name: str | None = None, max_megapixels: float = MAX_MEGAPIXELS
 ) -> Image.Image:
@@ -381,10 +410,13 @@ def read_image(
     try:
         with open_image(source, max_megapixels) as image:
             upright = load_upright(image)
-            pixels = pil_to_rgb(upright)
+            converted = to_rgb(upright)
     except CorruptImageError as error:
         raise CorruptImageError(f"{name} {error}.") from None
-    return keep_notes(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), upright)
+    if converted is upright:
+        converted = upright.copy()  # without the file
+        converted.info = {}
+    return keep_notes(converted, upright)
 
 
 def _first_bytes(source: str | Path | BinaryIO) -> bytes:
@@ -420,6 +452,7 @@ def _describe_unknown(head: bytes) -> str:
 __all__ = [
     "FORMATS",
     "MAX_MEGAPIXELS",
+    "PAGE_MEGAPIXELS",
     "SUFFIXES",
     "TURNS",
     "CorruptImageError",
@@ -440,4 +473,5 @@ __all__ = [
     "remark_on_repeats",
     "remarks_on_links",
     "stem_of",
+    "to_rgb",
 ]

@@ -19,6 +19,7 @@ from locatvit_hf import (
 from locatvit_hf.cli import app
 from locatvit_hf.utils.images import read_image
 from locatvit_hf.visualization import read_layers
+from tests.large_images import png_bomb
 from tests.visualization.conftest import FAMILIES
 from tests.visualization.reports import read_report, rows_of
 
@@ -108,6 +109,19 @@ def test_what_a_model_lacks_is_said_and_the_rest_is_drawn(name, sentences, image
         drawn = {re.sub(rf"^{stem}-", "", path.stem) for path in output.glob(f"{stem}-*.png")}
         assert drawn == images
         read_report((output / f"{stem}.html").read_text(encoding="utf-8"))
+
+
+def test_what_cannot_be_read_is_skipped_and_named(checkpoints, photo, tmp_path):
+    output = tmp_path / "out"
+    (tmp_path / "bomb.png").write_bytes(png_bomb())
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    model = ["--model", checkpoints / "locatvit", "--output", output]
+    code, said = run(tmp_path / "bomb.png", photo, tmp_path / "broken.png", *model)
+    assert code == 0 and (output / "photo.html").exists() and not list(output.glob("b*"))
+    assert "bomb.png has 900 megapixels, more than the 179 that max_megapixels allows." in said
+    assert "broken.png is not an image file of a known format." in said
+    code, said = run(tmp_path / "bomb.png", tmp_path / "broken.png", *model)
+    assert code == 1 and "Skipped: " in said and said.endswith("broken.png is not an image file of a known format.")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import av
@@ -29,8 +30,9 @@ from locatvit_hf import (
 from locatvit_hf.cli import app
 from locatvit_hf.inference import Checkpoint, Segmenter, dataset
 from locatvit_hf.inference.outputs import OutputFolder, Source
-from locatvit_hf.utils.images import read_image
+from locatvit_hf.utils.images import open_image, read_image
 from tests.factories import SMALLEST
+from tests.large_images import png_bomb, save_photograph
 from tests.processes import run_program
 from tests.tolerances import assert_same_labels
 
@@ -136,6 +138,29 @@ def test_what_a_folder_holds_besides_is_said_and_names_may_be_long(checkpoint, t
     assert len(list(output.rglob("maps/**/*.png"))) == 4
     code, said = run(photos, "--model", checkpoint, "--output", output)
     assert code == 0 and "1 segmented, 4 were there already" in said
+
+
+def test_an_image_made_to_fill_the_memory_is_skipped_and_named(folder, checkpoint, tmp_path):
+    (folder / "bomb.png").write_bytes(png_bomb())
+    code, said = run(folder, "--model", checkpoint, "--output", tmp_path / "out")
+    assert code == 0 and "5 segmented, 2 could not be read or written" in said
+    assert "bomb.png has 900 megapixels, more than the 179 that max_megapixels allows." in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_large_photograph_is_segmented(suffix, checkpoint, tmp_path):
+    """Of 108 megapixels; its label map, of as many, is known again."""
+    photo = save_photograph(tmp_path / f"large.{suffix}", 12_000, 9_000)
+    arguments = photo, "--model", checkpoint, "--output", tmp_path / "out"
+    code, said = run(*arguments)
+    assert code == 0 and "1 segmented" in said
+    with open_image(tmp_path / "out" / "maps" / "large.png") as label_map:
+        assert label_map.size == (12_000, 9_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        code, said = run(*arguments)
+    assert code == 0 and "0 segmented, 1 were there already" in said
 
 
 def test_a_changed_image_is_segmented_again_and_results_are_no_sources(folder, checkpoint, tmp_path):

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from benchmarks import input_pipeline
 from locatvit_hf import LocAtViTImageProcessor
+from tests.large_images import png_bomb, save_photograph
 from tests.training.programs import train
 from training.data import TrainingSamples, create_evaluation_loader, create_training_loader, load_splits
 from training.data.images import CorruptImageError, decode_image, read_header
@@ -35,6 +36,7 @@ from training.engine.checkpoints import list_checkpoints
 from training.pretrain import PretrainArguments
 from training.pretrain import main as pretrain
 from training.segment import SegmentArguments
+from training.tasks.classification import ClassificationTransform
 
 NUM_IMAGES = 48
 ONE_PROCESS = SimpleNamespace(process_index=0, num_processes=1)
@@ -180,7 +182,7 @@ def test_reading_goes_on_when_updates_skip_whole_windows(folders):
     assert np.array_equal(np.stack([torch.stack(batch) for batch in loader]), read_updates(folders["tar"]))
 
 
-CORRUPT = {7: b"no image at all", 20: encoded(20)[:45], 33: b""}
+CORRUPT = {7: b"no image at all", 20: encoded(20)[:45], 33: b"", 41: png_bomb()}
 
 
 def corrupt_folder(folder: Path, corrupt: dict[int, bytes]) -> Path:
@@ -206,9 +208,10 @@ def test_corrupt_images_are_replaced_counted_and_named(tmp_path, capsys, streami
     capsys.readouterr()
     loader = create_training_loader(samples, arguments, ONE_PROCESS, 0, 8)
     assert len(list(loader)) == 8
-    assert loader.num_corrupt >= 6 and loader.num_images == 96 + loader.num_corrupt  # each of them once an epoch
-    assert sorted(name.split(",")[0] for name in loader.corrupt_images) == ["20.png", "33.png", "7.png"]
-    assert capsys.readouterr().out.count("Skipped a corrupt image: 20.png") == 1
+    assert loader.num_corrupt >= 8 and loader.num_images == 96 + loader.num_corrupt  # each of them once an epoch
+    assert sorted(name.split(",")[0] for name in loader.corrupt_images) == ["20.png", "33.png", "41.png", "7.png"]
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert said.count("Skipped a corrupt image: 20.png") == said.count("41.png, which has 900 megapixels") == 1
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -302,6 +305,25 @@ def test_pixels_beyond_the_limit_are_not_decoded(folders, capsys):
     samples = TrainingSamples(splits.train, columns_of(arguments), number_of, arguments.seed)
     with pytest.raises(ValueError, match=r"in a row cannot be decoded; the last is .* has 6\.4e-05 megapix"):
         list(create_training_loader(samples, arguments, ONE_PROCESS, 0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_large_photographs_are_decoded(tmp_path, suffix):
+    """Of 108 megapixels, with the settings that a run has by default."""
+    for name, size in (("a", (12_000, 9_000)), ("b", (12, 9))):
+        (tmp_path / name).mkdir()
+        save_photograph(tmp_path / name / f"photo.{suffix}", *size)
+    arguments = arguments_for(tmp_path, train_split="train", validation_split="train", streaming=False, batch_size=2)
+    transform = ClassificationTransform(arguments, 32, [0.5] * 3, [0.5] * 3)
+    samples = TrainingSamples(load_splits(arguments).train, columns_of(arguments), transform, arguments.seed)
+    loader = create_training_loader(samples, arguments, ONE_PROCESS, 0, 1)
+    ((pixels, labels),) = loader
+    assert pixels.shape == (2, 3, 32, 32) and sorted(labels.tolist()) == [0, 1] and loader.num_corrupt == 0
+    (rows,) = create_evaluation_loader(
+        samples.dataset, columns_of(arguments), lambda rows: [image.size for image, _ in rows], arguments, ONE_PROCESS
+    )
+    assert rows == [(12_000, 9_000), (12, 9)]
 
 
 def test_a_sample_that_does_not_fit_is_named(folders):

@@ -6,7 +6,6 @@ import struct
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,6 +19,7 @@ from locatvit_hf.utils.images import (
     read_image,
     stem_of,
 )
+from tests.large_images import png_bomb
 
 
 def save(path: Path, **options) -> Path:
@@ -151,12 +151,21 @@ def test_one_limit_of_pixels(tmp_path, monkeypatch):
     """Ours, whatever Pillow's own is, which stays as it was."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     path = save(tmp_path / "a.png")
-    assert read_image(path).size == (8, 6) and Image.MAX_IMAGE_PIXELS == 10
+    for name in ("a.tif", "a.gif", "a.png"):
+        assert read_image(save(tmp_path / name)).size == (8, 6) and Image.MAX_IMAGE_PIXELS == 10
     with pytest.raises(CorruptImageError, match=r"a.png has 4.8e-05 megapixels, more than the 4e-05 that max_megapix"):
         read_image(path, max_megapixels=4e-5)
     assert open_image(path, 48e-6).size == (8, 6)
-    header = np.frombuffer(path.read_bytes()[:33], np.uint8).tobytes()
-    wide = header[:16] + struct.pack(">II", 20_000, 20_000) + header[24:29]
-    bomb = wide + struct.pack(">I", zlib.crc32(wide[12:])) + path.read_bytes()[33:]
     with pytest.raises(CorruptImageError, match="has 400 megapixels, more than the 179 that max_megapixels allows"):
-        open_image(io.BytesIO(bomb))
+        open_image(io.BytesIO(png_bomb(20_000)))
+
+
+def test_an_icon_is_not_decoded_beyond_the_limit():
+    """Pillow decodes icons when it opens them; the header names 256 pixels at most."""
+    content = png_bomb()
+    icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(content), 22) + content
+    with pytest.raises(CorruptImageError, match=r"^cannot be decoded: Image size .900000000 pixels"):
+        open_image(io.BytesIO(icon))
+    file = io.BytesIO()
+    Image.new("RGBA", (32, 32), "red").save(file, "ICO")
+    assert read_image(file, "a").getpixel((9, 9)) == (255, 0, 0)

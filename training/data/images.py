@@ -13,13 +13,13 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvF
 
-from locatvit_hf.image_processing_locatvit import pil_to_rgb
 from locatvit_hf.utils.images import (
     MAX_MEGAPIXELS,
     CorruptImageError,
     keep_notes,
     load_upright,
     open_image,
+    to_rgb,
 )
 from locatvit_hf.utils.io import one_line
 
@@ -132,13 +132,6 @@ def crop_and_resize(
     crop = pixels[None, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)  # a fast path of torch
     resized = interpolate(crop, size, mode=mode.value, antialias=True)[0]
     return Image.fromarray(resized.permute(1, 2, 0).contiguous().numpy())
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an image of any mode, by the conversion of the image processor."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    return tvF.to_pil_image(pil_to_rgb(image))
 
 
 def name_of(entry: Any, default: str) -> str:

@@ -22,8 +22,9 @@ from torchvision.transforms.v2 import functional as tvF
 from transformers import PreTrainedModel
 
 from locatvit_hf import LocAtViTImageProcessor
+from locatvit_hf.utils.images import to_rgb
 from training.data import Splits, TrainingSamples, create_evaluation_loader, describe_data
-from training.data.images import crop_and_resize, to_rgb
+from training.data.images import crop_and_resize
 from training.engine.arguments import option
 from training.engine.loop import TrainingLoop
 from training.engine.optimization import create_optimizer

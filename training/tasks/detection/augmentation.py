@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvF
 
 from locatvit_hf.detection.detector import normalize_pixels
-from training.data.images import to_rgb
+from locatvit_hf.utils.images import to_rgb
 from training.engine.arguments import option
 from training.tasks.detection.objects import read_objects
 
