@@ -83,7 +83,8 @@ class LocAtViTImageProcessor(TorchvisionBackend):
     _auto_class = "AutoImageProcessor"
 
     def __init__(self, **kwargs):
-        kwargs.pop("auto_map", None)  # code that a loaded file names does not go on from there
+        if "auto_map" in kwargs:  # code of another repository, which a loaded file may name, does not go on from there
+            kwargs["auto_map"] = {self._auto_class: "image_processing_locatvit.LocAtViTImageProcessor"}
         super().__init__(**kwargs)
 
     @classmethod
