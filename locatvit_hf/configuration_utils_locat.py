@@ -154,7 +154,8 @@ class FamilyConfigMixin(BackboneConfigMixin):
             raise ValueError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}.")
         for name in ("image_mean", "image_std"):
             values = channel_values(getattr(self, name), self.num_channels)
-            if len(values) != self.num_channels or (name == "image_std" and min(values) <= 0):
+            usable = all(math.isfinite(value) and (value > 0 or name == "image_mean") for value in values)
+            if len(values) != self.num_channels or not usable:
                 raise ValueError(
                     f"{name} must be one number, or one for each of the {self.num_channels} channels"
                     f"{', above 0' if name == 'image_std' else ''}; got {getattr(self, name)}."

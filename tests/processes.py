@@ -17,7 +17,7 @@ import types
 from collections.abc import Mapping
 from pathlib import Path
 
-SECONDS = 900  # after which a program is ended
+SECONDS = 1800  # after which a program is ended
 
 
 @functools.cache

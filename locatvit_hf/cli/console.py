@@ -9,6 +9,7 @@ from rich.text import Text
 
 from ..utils.console import PublicConsole
 from ..utils.images import MAX_MEGAPIXELS
+from ..utils.io import OUT_OF_MEMORY, is_out_of_memory
 
 MaxMegapixels = Annotated[
     float, typer.Option(min=0, help="Larger images are not read, in millions of pixels, for they may fill the memory.")
@@ -36,6 +37,11 @@ def friendly_errors(verb: Callable) -> Callable:
             return verb(*args, **kwargs)
         except (ValueError, OSError) as error:
             error_console.print(escape_terminal(" ".join(str(error).split())), style="red")
+            raise typer.Exit(1) from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            error_console.print(OUT_OF_MEMORY, style="red")
             raise typer.Exit(1) from error
 
     return wrapped

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..configuration_utils_locat import pair
-from ..utils.io import one_line, read_json
+from ..utils.io import load_yaml, one_line, read_json
 from .errors import ConversionError
-from .safe_pickle import find_code, protocol_of
+from .safe_pickle import MAX_OPCODES, find_code, has_too_many_opcodes, protocol_of
 from .validation import check_type
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -306,7 +306,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         ConversionError: It is not valid YAML, or names no model.
     """
     try:
-        settings = yaml.load(file.read_bytes(), SettingsLoader)
+        settings = load_yaml(file.read_bytes(), SettingsLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConversionError(f"{file} is not valid YAML: {one_line(error)}.") from error
     if not isinstance(settings, dict) or not settings.get("model"):
@@ -415,6 +415,10 @@ def load_tensors(file: Path) -> dict[str, Any]:
             return load_file(file)
         except (SafetensorError, OSError, ValueError) as error:
             raise ConversionError(f"{file.name} is damaged or incomplete: {_first_line(error)}.") from error
+    if has_too_many_opcodes(file):
+        raise ConversionError(
+            f"{file.name} is refused: its pickle has more than MAX_OPCODES = {MAX_OPCODES:,} opcodes."
+        )
     try:
         known = [(StoredSettings, NAMESPACE), *((Inert, name) for name in INERT_GLOBALS)]
         with warnings.catch_warnings(), torch.serialization.safe_globals(known):

@@ -9,6 +9,8 @@ from typing import IO, Any
 
 # torch.save used to write several pickles one after the other, the content last but one.
 LARGEST_NUMBER_OF_PICKLES = 5
+MAX_OPCODES = 1_000_000
+"""A checkpoint with 10,000 tensors has some 300,000."""
 # What a checkpoint of tensors and plain data asks for: types, and functions that put tensors together.
 HARMLESS = re.compile(
     r"collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(bytearray|set|complex)"
@@ -32,6 +34,19 @@ def find_code(file: Path, harmless: Collection[str]) -> str | None:
     except Exception:  # whatever the damaged byte led to
         pass
     return None
+
+
+def has_too_many_opcodes(file: Path) -> bool:
+    """Whether a pickle has more than `MAX_OPCODES`, which loading would take minutes for; a damaged one has not."""
+    try:
+        with _open_pickles(file) as stream:
+            for _ in range(LARGEST_NUMBER_OF_PICKLES):
+                for number, _ in enumerate(pickletools.genops(stream)):
+                    if number > MAX_OPCODES:
+                        return True
+    except Exception:  # whatever the damaged byte led to; what loads the file says more
+        pass
+    return False
 
 
 def protocol_of(file: Path) -> int:
@@ -78,4 +93,4 @@ def _globals_of(stream: IO[bytes]) -> Iterator[str]:
                 strings = [*strings[-1:], top] if top else strings
 
 
-__all__ = ["find_code", "protocol_of"]
+__all__ = ["MAX_OPCODES", "find_code", "has_too_many_opcodes", "protocol_of"]

@@ -286,7 +286,7 @@ def _check_settings(
 ) -> None:
     """Settings that no class of this package has: transformers may act on them, and other programs."""
     parts = {CONFIG: (content, config)}
-    if isinstance(content.get("backbone_config"), dict):
+    if not isinstance(config, FamilyConfigMixin):
         parts[f"The backbone_config of {CONFIG}"] = content["backbone_config"], config.backbone_config
     for where, (settings, built) in parts.items():
         known = {field.name for field in fields(built)} | type(built)().to_dict().keys() | SETTINGS_OF_THE_LIBRARY

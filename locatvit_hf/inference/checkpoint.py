@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForSemanticSegmentation, PreTrainedModel
 
-from ..hub.config import build_config, family_config, read_object
+from ..hub.config import build_config, build_processor, family_config, read_object, weights_of
 from ..hub.repository import weight_files
 from ..image_processing_locatvit import LocAtViTImageProcessor
 from ..utils.io import sha256
@@ -48,8 +47,6 @@ class Checkpoint:
             self.commit = self._revision = file.parent.name  # the cache has a folder for each commit
         self.config = build_config(read_object(file), name)
         self.family_config = family_config(self.config)
-        if sorted(self.config.id2label) != list(range(self.config.num_labels)):
-            raise ValueError(f"The config.json of {name} does not name its classes by the ids 0, 1, 2, ….")
         self.architecture: str = (self.config.architectures or ["a model without a name"])[0]
 
     @property
@@ -82,7 +79,7 @@ class Checkpoint:
         Raises:
             ValueError: The weights are damaged, incomplete, not finite, or of other sizes than those of the model.
         """
-        try:
+        with weights_of(self.name):
             model, loading = auto_class.from_pretrained(
                 self.name,
                 revision=self.commit,
@@ -91,11 +88,6 @@ class Checkpoint:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-        except (SafetensorError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise ValueError(
-                f"The weights of {self.name} do not fit its config.json or are damaged: {reason}."
-            ) from error
         if loading["missing_keys"]:
             missing = sorted(loading["missing_keys"])
             raise ValueError(
@@ -116,7 +108,7 @@ class Checkpoint:
         """The image processor that is stored with the model; where there is none, that of its configuration."""
         file = self.find_file("preprocessor_config.json")
         if file is not None:
-            return LocAtViTImageProcessor.from_dict(read_object(file))
+            return build_processor(read_object(file), self.name)
         return self.create_processor(self.segments)
 
     def create_processor(self, segmentation: bool = False) -> LocAtViTImageProcessor:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 try:
@@ -27,6 +28,11 @@ except ImportError:  # not on Windows, where leftovers of a killed process stay
 
 MAX_NAME = 255
 """Bytes of a file's name on all common systems."""
+OUT_OF_MEMORY = "There is not enough memory for this: a smaller batch, image or model takes less."
+LONGEST_LINE = 500
+"""Characters of what an error of another library is quoted with."""
+MAX_YAML_DEPTH = 100
+MAX_YAML_NODES = 1_000_000
 ORPHANS_END = 30
 """Seconds in which the processes that a killed one started have ended too."""
 
@@ -76,6 +82,40 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from None
     except RecursionError:
         raise ValueError(f"{path} is not JSON that can be read: it is nested too deeply.") from None
+
+
+def load_yaml(text: str | bytes, loader: type = yaml.SafeLoader) -> Any:
+    """The content of YAML text, which is refused before it is built where it would take more than honest files do.
+
+    Raises:
+        yaml.YAMLError: It is not YAML, refers to itself, nests deeper than `MAX_YAML_DEPTH`, or stands for more than
+            `MAX_YAML_NODES` values, its aliases written out.
+    """
+    sizes: dict[str, int] = {}  # of what has a name, its aliases written out
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]
+    for event in yaml.parse(text, Loader=loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, 0))
+            if len(open_nodes) > MAX_YAML_DEPTH:
+                raise yaml.YAMLError(f"it nests deeper than {MAX_YAML_DEPTH} levels")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            name, size = open_nodes.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise yaml.YAMLError(f"the alias *{event.anchor} stands inside of what it names, or names nothing")
+            name, size = None, sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            name, size = event.anchor, 1
+        else:
+            continue
+        if name is not None:
+            sizes[name] = size
+        outer, count = open_nodes[-1]
+        open_nodes[-1] = outer, count + size
+        if count + size > MAX_YAML_NODES:
+            raise yaml.YAMLError(f"it stands for more than {MAX_YAML_NODES:,} values")
+    return yaml.load(text, loader)
 
 
 def atomic_write(path: Path, content: str | Callable[[Path], Any]) -> None:
@@ -321,18 +361,27 @@ def disk_is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was asked for that is not there, of the machine or of a device."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
+
+
 def one_line(error: BaseException) -> str:
-    """What an error says on one line without its last stop, or its class where it says nothing."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    """What an error says on one line without its last stop, cut where it is long; its class where it says nothing."""
+    said = " ".join(str(error)[: 2 * LONGEST_LINE].split()).rstrip(".") or type(error).__name__
+    return said if len(said) <= LONGEST_LINE else f"{said[:LONGEST_LINE]}…"
 
 
 __all__ = [
+    "OUT_OF_MEMORY",
     "atomic_directory",
     "atomic_write",
     "claim_folder",
     "disk_is_full",
     "durable_rename",
     "fitting_name",
+    "is_out_of_memory",
+    "load_yaml",
     "make_folder",
     "one_line",
     "read_json",

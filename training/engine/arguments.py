@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from locatvit_hf.utils.console import PublicConsole, hide_credentials
-from locatvit_hf.utils.io import one_line, read_text
+from locatvit_hf.utils.io import OUT_OF_MEMORY, is_out_of_memory, load_yaml, one_line, read_text
 from training.engine import trainer_names
 
 Arguments = TypeVar("Arguments")
@@ -137,13 +137,22 @@ def parse_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
     return build_arguments(cls, _merge(values, given))
 
 
-def load_recipe(path: str | Path) -> dict[str, Any]:
+def load_recipe(path: str | Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read one YAML recipe as a mapping of option to value.
 
     The recipe that `extends` names, a file beside it, is read first; its entries stay where this one is silent.
+
+    Args:
+        path: The file.
+        extended_by: Recipes that name this one in `extends`, and which it may not name itself.
+
+    Raises:
+        ValueError: It cannot be read, is not a mapping, or extends itself; one sentence.
     """
+    if Path(path).resolve() in extended_by:
+        raise ValueError(f"The recipe {path} extends itself: {' is extended by '.join(map(str, extended_by[::-1]))}.")
     try:
-        recipe = yaml.load(read_text(path), RecipeLoader)
+        recipe = load_yaml(read_text(path), RecipeLoader)
     except OSError as error:
         raise ValueError(f"Cannot read the recipe {path}: {error.strerror}.") from None
     except yaml.YAMLError as error:
@@ -151,7 +160,11 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} must be a mapping of option to value.")
     parent = recipe.pop("extends", None)
-    return _merge(load_recipe(Path(path).parent / parent), recipe) if parent is not None else recipe
+    if parent is None:
+        return recipe
+    if not isinstance(parent, str):
+        raise ValueError(f"The recipe {path} extends {parent!r}: give the name of one file beside it.")
+    return _merge(load_recipe(Path(path).parent / parent, (*extended_by, Path(path).resolve())), recipe)
 
 
 def build_arguments(cls: type[Arguments], values: dict[str, Any]) -> Arguments:
@@ -226,6 +239,11 @@ def run_program(main: Callable[[Arguments], Any], cls: type[Arguments]) -> None:
         # An error from a data-loading process carries that process's traceback; the sentence is its last line.
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         error_console.print(sentence, style="red", markup=False)
+        raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        error_console.print(OUT_OF_MEMORY, style="red", markup=False)
         raise SystemExit(1) from None
 
 

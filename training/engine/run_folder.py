@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator
 
-from locatvit_hf.utils.io import atomic_write, claim_folder, remove
+from locatvit_hf.utils.io import atomic_write, claim_folder, load_yaml, remove
 from training.engine.arguments import console, default_values, public_settings, runtime_options
 from training.engine.checkpoints import find_damage, list_checkpoints
 from training.engine.settings import RunArguments
@@ -90,7 +90,7 @@ def _refuse_another_run(output: Path, arguments: RunArguments) -> None:
     # A run of an earlier version does not name the options that came later, and ran as their defaults do.
     defaults = {name: value for name, value in default_values(type(arguments)).items() if name in new}
     for file in (file for file in earlier if file.is_file()):
-        old = defaults | yaml.safe_load(file.read_text(encoding="utf-8"))
+        old = defaults | load_yaml(file.read_text(encoding="utf-8"))
         changed = sorted(name for name in new.keys() | old.keys() if new.get(name) != old.get(name))
         if changed:
             raise ValueError(

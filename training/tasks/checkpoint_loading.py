@@ -20,6 +20,8 @@ from transformers import (
 from locatvit_hf import LocAtViTForImageClassification, LocAtViTImageProcessor, LocAtViTModel
 from locatvit_hf.configuration_utils_locat import FamilyConfigMixin
 from locatvit_hf.conversion.vit import open_vit
+from locatvit_hf.hub.config import build_config as build_repository_config
+from locatvit_hf.hub.config import check_bounds, family_in, weights_of
 from locatvit_hf.layers_locat import resample_position_embeddings
 from locatvit_hf.utils.registry import FAMILIES
 from training.engine.arguments import console, describe
@@ -39,6 +41,7 @@ def build_config(family: str, preset: str | None, values: dict[str, Any]) -> Pre
     if unknown:
         raise ValueError(f"A {family} configuration has no field {unknown[0]!r}.")
     try:
+        check_bounds(values)
         return config_class.from_preset(preset, **values) if preset is not None else config_class(**values)
     except StrictDataclassError as error:
         raise ValueError(describe(error)) from None
@@ -58,10 +61,22 @@ def label_fields(label_names: list[str]) -> dict[str, Any]:
 
 
 def read_config(pretrained: str | Path) -> PreTrainedConfig | None:
-    """The configuration of a checkpoint of transformers; None where there is none, as in a folder of timm."""
+    """The configuration of a checkpoint of transformers; None where there is none, as in a folder of timm.
+
+    Raises:
+        ValueError: It is of one of our families and not valid.
+    """
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(pretrained)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return None
+    if not isinstance(content, dict):
+        raise ValueError(f"The config.json of {pretrained} is not a JSON object.")
+    if family_in(content) is not None:
+        return build_repository_config(content, str(pretrained))
     try:
         return AutoConfig.from_pretrained(pretrained)
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, TypeError, LookupError):
         return None
 
 
@@ -102,9 +117,10 @@ def load_pretrained(
         raise ValueError(f"A {source.model_type} configuration has no field {unknown[0]!r}.")
     image_size = fields.pop("image_size", source.image_size)
     config = change_config(source, fields)
-    model, info = auto_class.from_pretrained(
-        pretrained, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-    )
+    with weights_of(pretrained):
+        model, info = auto_class.from_pretrained(
+            pretrained, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     fresh = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     in_encoder = [name for name in fresh if name.startswith(prefix)]

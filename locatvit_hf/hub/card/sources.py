@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig, UperNetConfig
 
-from ...utils.io import one_line
+from ...utils.io import load_yaml, one_line
 from ...utils.registry import FAMILIES
 from ..config import family_config, parameter_shapes
 from .fields import Card, CardError, build_card, check_type
@@ -83,7 +83,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         CardError: The file cannot be read or holds no fields.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CardError(f"Cannot read the card {path}: {one_line(error)}.") from None
     if not isinstance(content, dict):
