@@ -8,17 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
-from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from training.data import create_evaluation_loader
 from training.engine.arguments import run_program
 from training.evaluation.results import EvaluationArguments, Meter, load_validation, start_evaluation, write_result
-from training.metrics import compute_over_processes, load_metric
 from training.tasks.checkpoint_loading import load_pretrained, load_processor
-from training.tasks.classification import collate
+from training.tasks.classification import collate, evaluate
 
 
 @strict
@@ -38,12 +35,8 @@ def main(arguments: ClassificationArguments) -> dict[str, Any]:
     loader = create_evaluation_loader(validation, columns, partial(collate, processor), arguments, accelerator)
     meter = Meter(accelerator)
     with meter.measure():
-        metrics = evaluate(model, loader, accelerator, meter, classes)
-    measured = meter.report()
-    details = {"num_images": len(validation)}
-    return write_result(
-        accelerator, arguments, "classification", arguments.validation_split, metrics, model, measured, **details
-    )
+        metrics = evaluate(model, meter.counted(loader), accelerator, min(5, model.config.num_labels), classes)
+    return write_result(meter, arguments, metrics, model, num_images=len(validation))
 
 
 def load_classifier(pretrained: str) -> PreTrainedModel:
@@ -71,21 +64,6 @@ def match_labels(label_names: list[str], config: PreTrainedConfig, pretrained: s
     raise ValueError(
         f"The data has {len(label_names)} classes, of which {odd!r} is none of the {len(ids)} of {pretrained}."
     )
-
-
-@torch.inference_mode()
-def evaluate(
-    model: PreTrainedModel, loader: DataLoader, accelerator: Accelerator, meter: Meter, classes: torch.Tensor
-) -> dict[str, float]:
-    """Accuracy over all batches of all processes. classes: the model's class id of every label."""
-    metric = load_metric("accuracy", top_k=min(5, model.config.num_labels))
-    for pixel_values, labels in loader:
-        with accelerator.autocast():
-            logits = model(pixel_values=pixel_values.to(accelerator.device)).logits
-        ranked = logits.topk(metric.top_k).indices.cpu()
-        metric.add_batch(predictions=ranked if metric.top_k > 1 else ranked[:, 0], references=classes[labels])
-        meter.images += len(labels)
-    return compute_over_processes(accelerator, metric)
 
 
 if __name__ == "__main__":

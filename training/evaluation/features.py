@@ -9,6 +9,7 @@ from transformers import AutoModel, BaseImageProcessor, PreTrainedModel
 
 from training.evaluation.results import Meter
 from training.tasks.checkpoint_loading import load_pretrained
+from training.tasks.classification import collate
 
 
 def load_encoder(pretrained: str) -> PreTrainedModel:
@@ -21,9 +22,8 @@ def collate_numbered(
     processor: BaseImageProcessor, rows: list[tuple[Image.Image, int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows (image, label, index) as (pixel_values, labels, indices)."""
-    images, labels, indices = zip(*rows, strict=True)
-    pixel_values = processor(list(images), return_tensors="pt")["pixel_values"]
-    return pixel_values, torch.tensor(labels), torch.tensor(indices)
+    pixel_values, labels = collate(processor, [row[:2] for row in rows])
+    return pixel_values, torch.tensor(labels), torch.tensor([index for *_, index in rows])
 
 
 @torch.inference_mode()
@@ -36,11 +36,10 @@ def pooled_features(
         loader: Batches of `collate_numbered`.
     """
     found: list[tuple[torch.Tensor, ...]] = []
-    for pixel_values, labels, indices in loader:
+    for pixel_values, labels, indices in meter.counted(loader):
         with accelerator.autocast():
             features = model(pixel_values.to(accelerator.device)).pooler_output
         found.append((features.float(), labels.to(accelerator.device), indices.to(accelerator.device)))
-        meter.images += len(labels)
     if not found:
         raise ValueError("There are fewer images than processes: start fewer processes.")
     features, labels, indices = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -57,14 +57,17 @@ class HummingbirdArguments(EvaluationArguments, ResizedLabelArguments):
     memory_size: int = option(1_000_000, "Patches that the memory holds at most.", least=1)
     k: int = option(30, "Patches of the memory that answer for a patch.", least=1)
     temperature: float | int = option(0.02, "Their weights are softmax(cosine / this).")
-    epochs: int = option(1, "Passes over the training split that fill the memory.")
+    epochs: int = option(1, "Passes over the training split that fill the memory.", least=1)
     augment: bool = option(True, "Crop and recolor the training images of the memory.")
     stage: str | None = option(None, "Stage that gives the features; by default the last, the third of a pyramid.")
 
 
 def main(arguments: HummingbirdArguments) -> dict[str, Any]:
     """Fill the memory, segment the validation split; returns the content of `hummingbird.json`."""
-    check(arguments)
+    if not arguments.temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {arguments.temperature}.")
+    if arguments.epochs > 1 and not arguments.augment:
+        raise ValueError("Without --augment every epoch remembers the same patches: give one.")
     accelerator = start_evaluation(arguments)
     splits = load_splits(arguments, segmentation=True)
     if splits.label_names is None:
@@ -83,9 +86,9 @@ def main(arguments: HummingbirdArguments) -> dict[str, Any]:
             collate: Callable = partial(collate_patches, transform)
             loader = create_evaluation_loader(splits.train, columns, collate, arguments, accelerator, numbered=True)
             quotas = memory_quotas(arguments, len(splits.train), epoch)
-            batches = counted(loader, remembered)
-            parts += remember(model, batches, accelerator, meter, quotas, num_labels, (arguments.seed, epoch))
-        remembered.check(accelerator, tell(accelerator), least=2)
+            batches = meter.counted(counted(loader, remembered))
+            parts += remember(model, batches, accelerator, quotas, num_labels, (arguments.seed, epoch))
+        remembered.check(accelerator, partial(tell, accelerator), least=2)
         if not sum(len(keys) for keys, *_ in parts):
             raise ValueError("No training patch of this process has a label: nothing can be remembered.")
         features, fractions = gather_in_order(accelerator, *map(torch.cat, zip(*parts, strict=True)))
@@ -95,27 +98,16 @@ def main(arguments: HummingbirdArguments) -> dict[str, Any]:
         collate = partial(collate_queries, transform)
         loader = create_evaluation_loader(splits.validation, columns, collate, arguments, accelerator, numbered=True)
         metric = load_metric("mean_iou", num_labels=num_labels)
-        for pixels, labels in counted(loader, measured):
+        for pixels, labels in meter.counted(counted(loader, measured)):
             for class_map, truth in zip(segment(model, bank, pixels, labels, accelerator), labels, strict=True):
                 metric.add(prediction=class_map, reference=truth)
-            meter.images += len(labels)
-        measured.check(accelerator, tell(accelerator), least=1)
+        measured.check(accelerator, partial(tell, accelerator), least=1)
         metrics = compute_over_processes(accelerator, metric)
     for name in ("per_category_iou", "per_category_accuracy"):
         metrics[name] = dict(zip(splits.label_names, metrics[name], strict=True))
-    return write_result(
-        accelerator,
-        arguments,
-        "hummingbird",
-        arguments.validation_split,
-        metrics,
-        model,
-        meter.report(),
-        memory_entries=len(bank),
-        search=bank.search_device,
-        num_train_images=len(splits.train),
-        num_images=len(splits.validation),
-    )
+    counts = {"num_train_images": len(splits.train), "num_images": len(splits.validation)}
+    searched = {"memory_entries": len(bank), "search": bank.search_device}
+    return write_result(meter, arguments, metrics, model, **searched, **counts)
 
 
 def counted(loader: Iterable, counts: LabelCounts) -> Iterator[Any]:
@@ -124,17 +116,6 @@ def counted(loader: Iterable, counts: LabelCounts) -> Iterator[Any]:
         for label_map in batch[1]:
             counts.add(count_pixels(label_map, len(counts.names)))
         yield batch
-
-
-def check(arguments: HummingbirdArguments) -> None:
-    """Raises ValueError for settings that make no sense."""
-    for name in ("memory_size", "k", "epochs"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}.")
-    if not arguments.temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {arguments.temperature}.")
-    if arguments.epochs > 1 and not arguments.augment:
-        raise ValueError("Without --augment every epoch remembers the same patches: give one.")
 
 
 def load_backbone(pretrained: str, stage: str | None) -> PreTrainedModel:
@@ -238,7 +219,6 @@ def remember(
     model: PreTrainedModel,
     loader: Any,
     accelerator: Accelerator,
-    meter: Meter,
     quotas: np.ndarray,
     num_labels: int,
     key: tuple[int, int],
@@ -258,7 +238,6 @@ def remember(
             # One number that orders epochs, then images, then patches.
             keys = (key[1] * len(quotas) + index) * features.shape[0] + chosen
             yield keys, F.normalize(features[chosen], dim=1), histograms / histograms.sum(dim=1, keepdim=True)
-        meter.images += len(indices)
 
 
 def count_classes(labels: torch.Tensor, grid: tuple[int, int], num_labels: int) -> torch.Tensor:

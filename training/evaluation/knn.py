@@ -57,23 +57,9 @@ def main(arguments: KNNArguments) -> dict[str, Any]:
             scores = compute_over_processes(accelerator, metric)
             metrics |= {f"{name}_k{k}": value for name, value in scores.items()}
     best = max(arguments.k, key=lambda k: metrics[f"accuracy_k{k}"])
-    metrics = {
-        "accuracy": metrics[f"accuracy_k{best}"],
-        "top_5_accuracy": metrics[f"top_5_accuracy_k{best}"],
-        **metrics,
-    }
-    return write_result(
-        accelerator,
-        arguments,
-        "knn",
-        arguments.validation_split,
-        metrics,
-        model,
-        meter.report(),
-        k=best,
-        num_train_images=len(train),
-        num_images=len(splits.validation),
-    )
+    metrics = {name: metrics[f"{name}_k{best}"] for name in ("accuracy", "top_5_accuracy")} | metrics
+    counts = {"num_train_images": len(train), "num_images": len(splits.validation)}
+    return write_result(meter, arguments, metrics, model, k=best, **counts)
 
 
 if __name__ == "__main__":

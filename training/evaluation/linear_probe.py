@@ -48,14 +48,10 @@ def main(arguments: LinearProbeArguments) -> dict[str, Any]:
     results = finetune.main(arguments)
     if arguments.dry_run:
         return results
-    accelerator = create_accelerator(arguments)
     model = AutoModelForImageClassification.from_pretrained(Path(str(arguments.output_dir)) / "model")
-    measured = Meter(accelerator).report() | {"images_per_second": results["images_per_second"]}
-    details = {name: results[name] for name in ("updates", "num_train_images", "num_validation_images")}
-    metrics = results["exported"]["metrics"]
-    return write_result(
-        accelerator, arguments, "linear_probe", arguments.validation_split, metrics, model, measured, **details
-    )
+    names = "images_per_second", "updates", "num_train_images", "num_validation_images"
+    meter, metrics = Meter(create_accelerator(arguments)), results["exported"]["metrics"]
+    return write_result(meter, arguments, metrics, model, **{name: results[name] for name in names})
 
 
 if __name__ == "__main__":

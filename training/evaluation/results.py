@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +23,7 @@ from training.data import load_splits
 from training.data.loading import Split
 from training.engine.arguments import console, option, public_settings
 from training.engine.distributed import create_processes
+from training.engine.resuming import program_of
 from training.engine.settings import DataArguments
 
 LIBRARIES = ("locatvit-hf", "torch", "torchvision", "transformers", "datasets", "timm", "faiss-cpu", "faiss-gpu")
@@ -67,14 +68,10 @@ def load_validation(arguments: EvaluationArguments, segmentation: bool = False) 
     return splits.validation, splits.label_names
 
 
-def tell(accelerator: Accelerator) -> Callable[[str], None]:
-    """What prints a warning, from one process."""
-
-    def print_warning(sentence: str) -> None:
-        if accelerator.is_main_process:
-            console.print(sentence, markup=False, style="yellow")
-
-    return print_warning
+def tell(accelerator: Accelerator, sentence: str) -> None:
+    """Print a warning, from one process."""
+    if accelerator.is_main_process:
+        console.print(sentence, markup=False, style="yellow")
 
 
 class Meter:
@@ -85,7 +82,7 @@ class Meter:
 
     @contextlib.contextmanager
     def measure(self) -> Iterator["Meter"]:
-        """Times this block, in which `images` is to be counted up."""
+        """Times this block, in which the images of `counted` are gone through."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.accelerator.device)
         began = time.perf_counter()
@@ -94,12 +91,18 @@ class Meter:
             torch.cuda.synchronize(self.accelerator.device)
         self.seconds += time.perf_counter() - began
 
+    def counted(self, loader: Iterable) -> Iterator[Any]:
+        """The batches of a loader, (images, labels, …); their images are counted."""
+        for batch in loader:
+            yield batch
+            self.images += len(batch[1])
+
     def report(self) -> dict[str, Any]:
         """`images_per_second`, by the slowest process, and `peak_memory_bytes`, the same in all processes.
 
         Of a CUDA device what torch allocated on it, otherwise what the process held since it started (resident).
         """
-        device = self.accelerator.device
+        device, processor = self.accelerator.device, platform.processor() or platform.machine()
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
         mine = torch.tensor([self.images, self.seconds, peak or 0], dtype=torch.float64)
         mine = mine.float() if device.type == "mps" else mine
@@ -107,7 +110,7 @@ class Meter:
         return {
             "images_per_second": (everyone[:, 0].sum() / everyone[:, 1].max().clamp(min=1e-9)).item(),
             "peak_memory_bytes": int(everyone[:, 2].max()) or None,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_processor()}",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {processor}",
             "num_processes": self.accelerator.num_processes,
         }
 
@@ -123,51 +126,41 @@ def resident_peak() -> int | None:
 
 
 def write_result(
-    accelerator: Accelerator,
-    arguments: Any,
-    task: str,
-    split: str,
-    metrics: dict[str, Any],
-    model: nn.Module,
-    measured: dict[str, Any],
-    **details: Any,
+    meter: Meter, arguments: Any, metrics: dict[str, Any], model: nn.Module, **details: Any
 ) -> dict[str, Any]:
-    """Write `TASK.json` into the output folder, atomically and from one process, print it, and return its content.
+    """Write `PROGRAM.json` into the output folder, atomically and from one process, print it, and return its content.
 
     Its entries: `task`, `dataset`, `dataset_config`, `split`, `metrics` (name to number, or to numbers by class),
     `model` (as it was named), `model_type`, `model_hash`, `parameters`, `images_per_second`, `peak_memory_bytes`,
-    `device`, `num_processes`, `settings` (all of the program), `versions`, `date` (UTC), and `details`.
-
-    Args:
-        measured: From `Meter.report`.
+    `device`, `num_processes`, `settings` (all of the program), `versions`, `date` (UTC), and `details`, which win.
 
     Raises:
         OSError: Where it cannot be written; an earlier file stays then.
     """
     result = {
-        "task": task,
+        "task": program_of(arguments),
         "dataset": hide_credentials(arguments.dataset),
         "dataset_config": arguments.dataset_config,
-        "split": split,
+        "split": arguments.validation_split,
         "metrics": metrics,
         "model": arguments.pretrained,
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
         "model_hash": model_hash(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **measured,
+        **meter.report(),
         **details,
         "settings": public_settings(arguments),
         "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    if accelerator.is_main_process:
-        path = Path(arguments.output_dir) / f"{task}.json"
+    if meter.accelerator.is_main_process:
+        path = Path(arguments.output_dir) / f"{result['task']}.json"
         write_json(path, result)
         scalars = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         console.print(", ".join(f"{name} {value:.4f}" for name, value in scalars.items()), markup=False)
-        memory = f"{(measured['peak_memory_bytes'] or 0) / 2**20:,.0f} MiB"
-        console.print(f"{measured['images_per_second']:.1f} images a second, {memory}. Result in {path}.", markup=False)
-    accelerator.wait_for_everyone()
+        memory = f"{(result['peak_memory_bytes'] or 0) / 2**20:,.0f} MiB"
+        console.print(f"{result['images_per_second']:.1f} images a second, {memory}. Result in {path}.", markup=False)
+    meter.accelerator.wait_for_everyone()
     return result
 
 
@@ -190,7 +183,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[library] = importlib.metadata.version(library)
     return found
-
-
-def _processor() -> str:
-    return platform.processor() or platform.machine()

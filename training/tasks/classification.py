@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -259,14 +259,26 @@ def collate(processor: LocAtViTImageProcessor, rows: list[tuple]) -> tuple[torch
 
 
 @torch.inference_mode()
-def evaluate(model: PreTrainedModel, loader: DataLoader, accelerator: Accelerator) -> dict[str, float]:
-    """Accuracy over all batches of all processes."""
-    metric = load_metric("accuracy")
+def evaluate(
+    model: PreTrainedModel,
+    loader: Iterable,
+    accelerator: Accelerator,
+    top_k: int = 1,
+    classes: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """Accuracy over all batches of all processes, and that of the `top_k` best classes where this is above 1.
+
+    Args:
+        loader: Batches of `collate`.
+        classes: The model's class id of every label; None where they are the same.
+    """
+    metric = load_metric("accuracy", top_k=top_k)
     model.eval()
     for pixel_values, labels in loader:
         with accelerator.autocast():
             logits = model(pixel_values=pixel_values.to(accelerator.device)).logits
-        metric.add_batch(predictions=logits.argmax(dim=-1).cpu(), references=labels)
+        predictions = logits.argmax(dim=-1) if top_k == 1 else logits.topk(top_k).indices
+        metric.add_batch(predictions=predictions.cpu(), references=labels if classes is None else classes[labels])
     return compute_over_processes(accelerator, metric)
 
 
