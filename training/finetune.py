@@ -23,7 +23,7 @@ from training.engine.arguments import option, run_program
 from training.engine.distributed import create_accelerator
 from training.engine.export import save_pretrained
 from training.engine.schedule import Schedule
-from training.engine.trainer_names import OF_TEXT, OPTIONS, translate
+from training.engine.trainer_names import AS_TYPED, OPTIONS, translate
 from training.tasks.checkpoint_loading import label_fields, load_pretrained, rebuild, without_num_labels
 from training.tasks.classification import ClassifierArguments, train_classifier
 
@@ -34,7 +34,8 @@ class FinetuneArguments(ClassifierArguments):
     """Settings of `finetune`; the defaults are our choice for a few thousand images or more."""
 
     other_names: ClassVar[dict[str, str]] = OPTIONS
-    other_names_of_text: ClassVar[tuple[str, ...]] = OF_TEXT
+    other_names_as_typed: ClassVar[tuple[str, ...]] = AS_TYPED
+    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(translate)
 
     pretrained: str | None = option(None, "Folder or Hub name of one of our models, or of a ViT of another library.")
     model: dict[str, Any] = option({}, "Fields of the configuration to change: --model.drop_path_rate 0.1.")
@@ -53,11 +54,6 @@ class FinetuneArguments(ClassifierArguments):
     batch_size: int = 128
     mixup: float | int = 0.0
     cutmix: float | int = 0.0
-
-    @classmethod
-    def translate(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Options under the names of the Trainer as ours. Raises ValueError where an option is given under both."""
-        return translate(values)
 
 
 def main(arguments: FinetuneArguments) -> dict[str, Any]:

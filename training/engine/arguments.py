@@ -87,12 +87,6 @@ NULLS = ("", "~", "null", "Null", "NULL")
 """How YAML writes that there is nothing."""
 
 
-class TextLoader(yaml.SafeLoader):
-    """YAML in which every scalar is the text that stands there."""
-
-    yaml_implicit_resolvers: dict[str, list] = {}
-
-
 class RecipeLoader(yaml.SafeLoader):
     """YAML that takes a scalar for something else than text only where nothing of the text is lost.
 
@@ -254,7 +248,7 @@ def _parse_command_line(argv: list[str], cls: type) -> dict[str, Any]:
         cls: Whose fields say what the options take.
     """
     fields, hints = {f.name for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
-    others = {name: getattr(cls, "other_names", {})[name] for name in getattr(cls, "other_names_of_text", ())}
+    others = {name: getattr(cls, "other_names", {})[name] for name in getattr(cls, "other_names_as_typed", ())}
     given: dict[str, Any] = {}
     words = list(argv)
     while words:
@@ -289,7 +283,7 @@ def _read_word(word: str, annotation: Any) -> Any:
         if type(None) in kinds and word in NULLS:
             return None
         if lists and word.lstrip().startswith("["):
-            return yaml.load(word, TextLoader)
+            return yaml.load(word, yaml.BaseLoader)  # every scalar is text
     except yaml.YAMLError:
         pass
     return word
