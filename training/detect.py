@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32, send_to_device
 from huggingface_hub.dataclasses import strict
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -132,14 +133,7 @@ def evaluate(model: Detector, loader: DataLoader, accelerator: Accelerator) -> d
     for images, references in loader:
         with accelerator.autocast():
             results = model([image.to(accelerator.device) for image in images])
-        # Numpy has no bfloat16.
-        predictions = [
-            {
-                name: (value.float() if value.is_floating_point() else value).cpu().numpy()
-                for name, value in found.items()
-            }
-            for found in results
-        ]
+        predictions = send_to_device(convert_to_fp32(results), "cpu")  # NumPy has no bfloat16
         metric.add_batch(predictions=predictions, references=references)
     scores = compute_over_processes(accelerator, metric)
     for name in [name for name in scores if name.endswith("_per_category")]:

@@ -14,6 +14,7 @@ from transformers import BaseImageProcessor
 
 from locatvit_hf.utils.io import atomic_write
 from training.engine.arguments import console
+from training.engine.finite import own_shard, tensors_in
 from training.engine.placement import Placement
 from training.engine.plotting import draw_batch
 from training.engine.schedule import Schedule
@@ -123,14 +124,7 @@ class ActivationMeter:
 
 def tensor_bytes(content: Any) -> int:
     """Bytes of all tensors in nested containers; of a sharded tensor those of its shard."""
-    if isinstance(content, torch.Tensor):
-        content = content.to_local() if hasattr(content, "to_local") else content
-        return content.numel() * content.element_size()
-    if isinstance(content, dict):
-        return sum(tensor_bytes(part) for part in content.values())
-    if isinstance(content, list | tuple):
-        return sum(tensor_bytes(part) for part in content)
-    return 0
+    return sum(tensor.numel() * tensor.element_size() for tensor in map(own_shard, tensors_in(content)))
 
 
 def model_table(model: nn.Module) -> Table:

@@ -95,13 +95,19 @@ def write_results(
         arguments: Settings of the program.
         results: The content of `all_results.json`.
         report: Called with a line for each.
+
+    Raises:
+        ValueError: Where the repository cannot be written.
     """
     folder, repository = output / "model", arguments.push_to_hub
     write_json(output / RESULTS, results)
     write_card(folder, arguments, results)
     report(f"Model in {folder}, results in {output / RESULTS}.")
     if repository is not None:
-        report(f"Pushed to {push(folder, repository)}")
+        write_checksums(folder)
+        # In one commit, replacing code that the folder no longer has.
+        pushed = upload(folder, repository, message="Upload model, processor and card", report=print)
+        report(f"Pushed to {pushed.url}")
 
 
 def open_repository(repository: str) -> None:
@@ -111,13 +117,3 @@ def open_repository(repository: str) -> None:
         ValueError: Where it cannot be written.
     """
     create_repository(repository, report=print)
-
-
-def push(folder: Path, repository: str) -> str:
-    """Upload an exported folder in one commit, replacing code that it no longer has; returns its address.
-
-    Raises:
-        ValueError: Where it cannot be written.
-    """
-    write_checksums(folder)
-    return upload(folder, repository, message="Upload model, processor and card", report=print).url

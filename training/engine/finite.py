@@ -31,7 +31,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
 
 def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether every value of the tensors is finite; of sharded ones, of the shards of this process."""
-    own = [_own(tensor) for tensor in tensors if tensor.is_floating_point()]
+    own = [own_shard(tensor) for tensor in tensors if tensor.is_floating_point()]
     own = [tensor for tensor in own if tensor.numel()]
     return not own or math.isfinite(get_total_norm(own, math.inf).item())
 
@@ -50,5 +50,6 @@ def tensors_in(content: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(part)
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def own_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that is in this process: all of it, unless it is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,8 +1,8 @@
 """DINO, self-distillation without labels: views, student and teacher, loss (Caron et al., ICCV 2021)."""
 
 import copy
+import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -204,27 +204,14 @@ class DinoNetwork(nn.Module):
 
         Views of one size that follow each other go through the encoder together.
         """
-        features = torch.cat(
-            [
-                self.backbone(pixel_values=torch.cat(group)).pooler_output.unflatten(0, (len(group), -1))
-                for group in _groups_of_one_size(crops)
-            ]
-        )
+        groups = (list(group) for _, group in itertools.groupby(crops, key=lambda crop: crop.shape))
+        pooled = [self.backbone(pixel_values=torch.cat(group)).pooler_output for group in groups]
+        features = torch.cat([part.unflatten(0, (-1, len(crops[0]))) for part in pooled])
         return features, self.head(features)
 
     def gradient_checkpointing_enable(self, *options: Any) -> None:
         """As in transformers, of the encoder."""
         self.backbone.gradient_checkpointing_enable(*options)
-
-
-def _groups_of_one_size(crops: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    group: list[torch.Tensor] = []
-    for crop in crops:
-        if group and crop.shape != group[-1].shape:
-            yield group
-            group = []
-        group.append(crop)
-    yield group
 
 
 def create_teacher(student: DinoNetwork) -> DinoNetwork:

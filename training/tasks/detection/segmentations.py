@@ -17,17 +17,6 @@ from locatvit_hf.utils.images import TURNS
 MIN_NUMBERS = 6
 """Coordinates of a polygon: three points."""
 
-# `TURNS` for points: swap the axes, then mirror left-right, then top-bottom.
-_POINT_TURNS = {
-    2: (False, True, False),
-    3: (False, True, True),
-    4: (False, False, True),
-    5: (True, False, False),
-    6: (True, True, False),
-    7: (True, True, True),
-    8: (True, False, True),
-}
-
 
 def check_segmentation(segmentation: Any, size: list[int]) -> tuple[list | dict | None, int]:
     """A segmentation without the polygons that cover nothing of the image, and the number of these.
@@ -145,12 +134,12 @@ def turn_points(points: list[float], size: list[int], orientation: int) -> list[
         size: The (width, height) of the stored pixels.
         orientation: The EXIF orientation, 2 to 8.
     """
-    swap, left_right, top_bottom = _POINT_TURNS[orientation]
     xs, ys, (width, height) = points[::2], points[1::2], size
-    if swap:
+    # As `TURNS`: swap the axes, then mirror left-right, then top-bottom.
+    if orientation >= 5:
         xs, ys, width, height = ys, xs, height, width
-    xs = [width - x for x in xs] if left_right else xs
-    ys = [height - y for y in ys] if top_bottom else ys
+    xs = [width - x for x in xs] if orientation in (2, 3, 6, 7) else xs
+    ys = [height - y for y in ys] if orientation in (3, 4, 7, 8) else ys
     return [value for point in zip(xs, ys, strict=True) for value in point]
 
 
