@@ -67,8 +67,9 @@ class LabelReader:
             raise ValueError("Give reduce_labels or label_mapping, not both: the mapping can leave label 0 out.")
         if num_labels is not None and num_labels < 2:
             raise ValueError("A segmentation tells at least two classes apart, such as a background and an object.")
-        highest = None if self.mapping is None else self.mapping.highest_class
-        if num_labels is not None and highest is not None and highest >= num_labels:
+        classes = [] if self.mapping is None else self.mapping.classes.tolist()
+        highest = max((label for label in classes if label != IGNORE_INDEX), default=-1)
+        if num_labels is not None and highest >= num_labels:
             raise ValueError(f"label_mapping names class {highest}, outside the {num_labels} classes of --label_names.")
         if num_labels is not None and num_labels > IGNORE_INDEX:
             raise ValueError(
@@ -126,11 +127,6 @@ class LabelMapping(NamedTuple):
     keys: torch.Tensor
     classes: torch.Tensor
     of_colors: bool
-
-    @property
-    def highest_class(self) -> int | None:
-        """The highest id of a class; None where all keys are left without one."""
-        return max((label for label in self.classes.tolist() if label != IGNORE_INDEX), default=None)
 
 
 def _parse_label_mapping(mapping: dict | str | None) -> LabelMapping | None:

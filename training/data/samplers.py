@@ -140,10 +140,8 @@ def reseed(*key: int) -> None:
 
 def seed_everything(*key: int) -> None:
     """Seed Python, NumPy and torch (all devices) from a tuple of numbers."""
-    seed = _fold(key)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    reseed(*key)
+    torch.manual_seed(_fold(key))
 
 
 def _fold(key: tuple[int, ...]) -> int:

@@ -28,7 +28,8 @@ This page is written by `python -m training.engine.options_page` from the classe
 
 def page() -> str:
     """The page: a table for each group of options that programs share, then one for each program."""
-    programs = {program: _settings_of(program) for program in PROGRAMS}
+    modules = {program: importlib.import_module(f"training.{program}") for program in PROGRAMS}
+    programs = {program: getattr(module, f"{program.title()}Arguments") for program, module in modules.items()}
     groups = dict.fromkeys(base for cls in programs.values() for base in cls.__mro__[1:-1] if _own(base))
     sections = [_section(_title(group), group) for group in groups]
     for program, cls in programs.items():
@@ -36,10 +37,6 @@ def page() -> str:
         shared = ", ".join(f"[{title}](#{title.lower().replace(' ', '-')})" for title in titles)
         sections.append(_section(f"training.{program}", cls, f"With the options of {shared}."))
     return "\n".join([HEAD, *sections])
-
-
-def _settings_of(program: str) -> type:
-    return getattr(importlib.import_module(f"training.{program}"), f"{program.title()}Arguments")
 
 
 def _title(cls: type) -> str:

@@ -59,9 +59,7 @@ def gather_in_order(accelerator: Accelerator, keys: torch.Tensor, *tensors: torc
     def gather(tensor: torch.Tensor) -> torch.Tensor:
         if accelerator.num_processes == 1:
             return tensor
-        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        parts = accelerator.gather(padded).split(max(sizes))
+        parts = accelerator.gather(accelerator.pad_across_processes(tensor)).split(max(sizes))
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     order = gather(keys).argsort()

@@ -127,7 +127,7 @@ class ClassificationTransform:
         self.interpolations = kinds if isinstance(kinds, list | tuple) else [kinds]
         self.augment = v2.Compose([*flip, *augment.transforms, v2.Identity()])
         self.mean, self.std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-        # Where images are mixed, `MixThenErase` erases afterwards.
+        # Where images are mixed, a rectangle is erased afterwards, see `classification_objective`.
         self.erase = _random_erasing(0.0 if mixes(arguments) else arguments.random_erasing)
 
     def __call__(self, image: Image.Image, label: int) -> tuple[torch.Tensor, int]:
@@ -159,39 +159,27 @@ def _random_erasing(probability: float, device: torch.device | str = "cpu") -> R
     return RandomErasing(probability, mode="pixel", max_count=1, device=device)
 
 
-class MixThenErase:
-    """Mixes the images of a batch, then erases a rectangle of some, as the loader of timm does.
-
-    In the other order noise would be mixed into other images, and cut with them. What is erased is drawn from Python's
-    stream of the process, and the noise from that of the device.
-
-    Args:
-        mix: (images, labels) to (images, targets), of normalized images (batch, channels, height, width).
-        random_erasing: Probability that a rectangle of an image is erased.
-    """
-
-    def __init__(self, mix: Callable[[torch.Tensor, torch.Tensor], tuple], random_erasing: float):
-        self.mix, self.random_erasing = mix, random_erasing
-
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images, targets = self.mix(images, labels)
-        return _random_erasing(self.random_erasing, images.device)(images), targets
-
-
 def classification_objective(
     arguments: ClassificationAugmentation, num_labels: int
 ) -> tuple[Callable[[torch.Tensor, torch.Tensor], tuple], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     """The mixing of a batch, (images, labels) to (images, targets), and the loss of (logits, targets) that fits it.
 
-    Mixing, and with it erasing, acts inside the batch of one process, so its outcome depends on how a global batch is
-    split.
+    Images are normalized (batch, channels, height, width). Where they are mixed, a rectangle of some is erased
+    afterwards, as the loader of timm does: in the other order noise would be mixed into other images, and cut with
+    them. What is erased is drawn from Python's stream of the process, and the noise from that of the device. Mixing,
+    and with it erasing, acts inside the batch of one process, so its outcome depends on how a global batch is split.
     """
     smoothing = arguments.label_smoothing
     binary = BinaryCrossEntropy(smoothing) if arguments.loss == "binary_cross_entropy" else None
-    if mixes(arguments):
-        mix = Mixup(arguments.mixup, arguments.cutmix, label_smoothing=smoothing, num_classes=num_labels)
-        return MixThenErase(mix, arguments.random_erasing), binary or SoftTargetCrossEntropy()
-    return lambda images, labels: (images, labels), binary or LabelSmoothingCrossEntropy(smoothing)
+    if not mixes(arguments):
+        return lambda images, labels: (images, labels), binary or LabelSmoothingCrossEntropy(smoothing)
+    mixup = Mixup(arguments.mixup, arguments.cutmix, label_smoothing=smoothing, num_classes=num_labels)
+
+    def mix_then_erase(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images, targets = mixup(images, labels)
+        return _random_erasing(arguments.random_erasing, images.device)(images), targets
+
+    return mix_then_erase, binary or SoftTargetCrossEntropy()
 
 
 def train_classifier(
@@ -210,7 +198,7 @@ def train_classifier(
     """
     columns = [arguments.image_column, arguments.label_column]
     images = schedule.images_per_pass
-    if (arguments.mixup or arguments.cutmix) and images % 2:
+    if mixes(arguments) and images % 2:
         raise ValueError(f"mixup and cutmix pair images: the {images} that a process handles at once must be even.")
     processor = LocAtViTImageProcessor.from_model_config(model.config)
     optimizer = create_optimizer(model, arguments)

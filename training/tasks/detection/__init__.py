@@ -1,11 +1,6 @@
 """What detectors learn from: annotated images, and their augmentation."""
 
-from .augmentation import (
-    DetectionAugmentation,
-    DetectionTransform,
-    EvaluationCollator,
-    collate_training,
-)
+from .augmentation import DetectionAugmentation, DetectionTransform, EvaluationCollator, collate_training
 from .coco import read_coco
 from .objects import read_objects
 from .splits import DetectionDataArguments, DetectionSplits, load_detection_splits

@@ -9,11 +9,7 @@ import pyarrow as pa
 
 from training.data.images import CorruptImageError, Header, read_header
 from training.tasks.detection.objects import Annotated, Notes, size_inside
-from training.tasks.detection.segmentations import (
-    check_segmentation,
-    turn_points,
-    turn_segmentation,
-)
+from training.tasks.detection.segmentations import check_segmentation, turn_points, turn_segmentation
 
 
 class _Frame(NamedTuple):

@@ -7,10 +7,7 @@ import datasets
 import torch
 from PIL import Image
 
-from training.tasks.detection.segmentations import (
-    are_finite,
-    run_lengths,
-)
+from training.tasks.detection.segmentations import are_finite, run_lengths
 
 NUM_NAMED = 3
 """Of what was left out, these many are named."""
