@@ -83,18 +83,10 @@ def main(arguments: DetectArguments) -> dict[str, Any]:
     )
 
     names = [category["name"] for category in splits.categories]
-    loop = TrainingLoop(
-        accelerator,
-        arguments,
-        schedule,
-        model,
-        processor,
-        optimizer,
-        samples,
-        metric="segm_ap" if arguments.masks else "bbox_ap",
-        collate=collate_training,
-        data=partial(describe_data, columns, names, training=splits.train, validation=splits.validation),
-    )
+    data = partial(describe_data, columns, names, training=splits.train, validation=splits.validation)
+    run = accelerator, arguments, schedule, model, processor, optimizer, samples
+    metric = "segm_ap" if arguments.masks else "bbox_ap"
+    loop = TrainingLoop(*run, metric=metric, collate=collate_training, data=data)
     with loop:
         for note in splits.notes:
             loop.print(note)

@@ -89,14 +89,9 @@ def main(arguments: DinoArguments) -> dict[str, Any]:
         if loop.state.step < frozen:
             student.head.prototypes.weight.grad = None
 
+    run = accelerator, arguments, schedule, student, processor, optimizer, samples
     loop = TrainingLoop(
-        accelerator,
-        arguments,
-        schedule,
-        student,
-        processor,
-        optimizer,
-        samples,
+        *run,
         metric="feature_variance",
         evaluated=teacher.backbone,
         data=partial(describe_data, columns, training=images),

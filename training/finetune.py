@@ -66,10 +66,8 @@ def main(arguments: FinetuneArguments) -> dict[str, Any]:
     if new_gaussians:
         factors = {"gaussian": arguments.new_gaussian_factor, **arguments.learning_rate_factors}
         arguments = replace(arguments, learning_rate_factors=factors)
-    if not arguments.lora:
-        return train_classifier(arguments, accelerator, schedule, splits, model)
-    adapted = add_adapters(model, arguments, new_gaussians)
-    return train_classifier(arguments, accelerator, schedule, splits, model, save=save_adapted(adapted))
+    options = {"save": save_adapted(add_adapters(model, arguments, new_gaussians))} if arguments.lora else {}
+    return train_classifier(arguments, accelerator, schedule, splits, model, **options)
 
 
 def build_model(arguments: FinetuneArguments, label_names: list[str]) -> tuple[PreTrainedModel, bool]:

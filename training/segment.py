@@ -4,7 +4,7 @@ accelerate launch -m training.segment --config training/recipes/segment/digits.y
 """
 
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -107,16 +107,10 @@ def main(arguments: SegmentArguments) -> dict[str, Any]:
     validation = create_evaluation_loader(splits.validation, columns, collator, arguments, accelerator)
 
     counts = LabelCounts("training", splits.label_names or [], arguments)
-    told: set[str] = set()
-
-    def tell_once(sentence: str) -> None:
-        if sentence not in told:
-            told.add(sentence)
-            loop.print(sentence)
-
     data = partial(describe_data, columns, splits.label_names, training=splits.train, validation=splits.validation)
     run = accelerator, arguments, schedule, model, processor, optimizer, samples
     loop = TrainingLoop(*run, metric="mean_iou", data=data)
+    tell_once = cache(loop.print)
     with loop:
         one_pass = schedule.steps_per_epoch * arguments.batch_size // accelerator.num_processes
         for images, labels, counted in loop:

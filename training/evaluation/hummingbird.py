@@ -310,11 +310,7 @@ class MemoryBank:
 
 @torch.inference_mode()
 def segment(
-    model: PreTrainedModel,
-    bank: MemoryBank,
-    pixels: torch.Tensor,
-    labels: list[torch.Tensor],
-    accelerator: Accelerator,
+    model: PreTrainedModel, bank: MemoryBank, pixels: torch.Tensor, labels: list[torch.Tensor], accelerator: Accelerator
 ) -> Iterator[torch.Tensor]:
     """Class ids (height, width) of each image, at the size of its labels."""
     with accelerator.autocast():

@@ -203,16 +203,10 @@ def train_classifier(
     processor = LocAtViTImageProcessor.from_model_config(model.config)
     optimizer = create_optimizer(model, arguments)
     mix, criterion = classification_objective(arguments, model.config.num_labels)
-    transform = ClassificationTransform(
-        arguments,
-        model.config.image_size,
-        processor.image_mean,
-        processor.image_std,
-        num_epochs=schedule.epochs(schedule.total),
-    )
+    statistics, num_epochs = (processor.image_mean, processor.image_std), schedule.epochs(schedule.total)
+    transform = ClassificationTransform(arguments, model.config.image_size, *statistics, num_epochs)
     distill = None
     if isinstance(arguments, DistillationArguments) and arguments.teacher is not None:
-        statistics = processor.image_mean, processor.image_std
         distill = Distillation(arguments, model.config.num_labels, *statistics, accelerator)
     samples = TrainingSamples(splits.train, columns, transform, arguments.seed)
     validation = create_evaluation_loader(
