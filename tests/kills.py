@@ -7,6 +7,7 @@ Signals but SIGKILL go to the whole process group, as those of schedulers do.
 """
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -34,7 +35,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MOST_KILLS_OF_A_RUN = 4
 MODEL = {**SMALLEST["locatvit"], "image_size": 32, "segmentation_hidden_size": 16}
 COMMON = {
-    "model": {**MODEL, "drop_path_rate": 0.2},
+    "model": {**MODEL, "drop_path_rate": 0.2, "hidden_dropout_prob": 0.1},
     "length": "12 steps",
     "warmup": "2 steps",
     "batch_size": 8,
@@ -82,9 +83,10 @@ def programs(folder: Path) -> dict[str, Callable[[Path], list[str]]]:
     labels = {"label_column": "segmentation", "label_names": list(map(str, range(11))), "resize": 32, "crop_size": 32}
     settings = {
         "pretrain": scenes | {"ema_decay": 0.9},
-        "pretrain with data workers": scenes | {"num_workers": 2},
+        "pretrain with data workers": scenes | {"num_workers": 2, "ema_decay": 0.9},
         "finetune": scenes | encoder | {"ignore_mismatched_sizes": True},
-        "segment": scenes | encoder | labels,
+        "segment": scenes | encoder | labels | {"ema_decay": 0.9},
+        "segment with upernet": scenes | encoder | labels | {"head": "upernet", "freeze": False, "num_workers": 2},
         "dino": scenes | views,
         "detect": boxes,
     }
@@ -109,8 +111,8 @@ def programs(folder: Path) -> dict[str, Callable[[Path], list[str]]]:
     return found
 
 
-def content(output: Path) -> dict[str, str]:
-    """Digests of what a finished run left, but for times and for places on the disk."""
+def content(output: Path) -> dict[str, object]:
+    """What a finished run left, files as their digests, but for times and for places on the disk."""
     found = {}
     for path in sorted(output.rglob("*")):
         name = str(path.relative_to(output))
@@ -122,6 +124,10 @@ def content(output: Path) -> dict[str, str]:
                 found[name] = sha256(image.tobytes())
         elif path.suffix in (".jpg", ".parquet"):
             found[name] = sha256(path)
+        elif path.name == "all_results.json":
+            results = json.loads(path.read_text())
+            losses = [point["loss"] for point in results["train_curve"]]
+            found[name] = {"losses": losses, "metrics": results["metrics"]}
     return found
 
 

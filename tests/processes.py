@@ -1,11 +1,14 @@
 """Programs in processes of their own, as users start them, forked from one process that has imported torch.
 
-What a fresh interpreter spends most of its seconds on is importing torch and torchvision. This file, started as a
-program, imports them once and forks for every request; all the rest, with what it reads from its environment
+What a fresh interpreter spends most of its seconds on is importing torch and other large libraries. This file, started
+as a program, imports them once and forks for every request; all the rest, with what it reads from its environment
 (huggingface_hub, transformers, this package), each program imports by itself.
 """
 
+import contextlib
 import functools
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -18,6 +21,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SECONDS = 1800  # after which a program is ended
+# What transformers, datasets and accelerate import, and what imports none of them.
+LIBRARIES = (
+    *("torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.elastic.multiprocessing"),
+    *("torchvision.transforms.v2", "torchao.quantization", "torchao.prototype.safetensors.safetensors_support"),
+    *("scipy.optimize", "pandas", "pyarrow.dataset", "jinja2", "yaml", "tokenizers"),
+)
 
 
 @functools.cache
@@ -73,8 +82,10 @@ def run_program(
 
 def _serve() -> dict[str, object] | None:
     """Forks for every request. Returns it in the new process, and None at the end of the input."""
-    for module in ("torch", "torch._dynamo", "torchvision", "scipy.optimize"):
-        __import__(module)
+    for module in LIBRARIES:
+        with contextlib.suppress(ImportError):  # a program that needs it says so
+            importlib.import_module(module)
+    gc.freeze()  # so that the memory stays shared
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

@@ -5,7 +5,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from locatvit_hf.conversion import convert as conversion
 from tests.conversion.layouts import run_settings, write_mixin, write_run, write_timm
 from tests.golden import load_case
+from tests.processes import run_program
 
 CASE = load_case("locatvit")
 
@@ -374,7 +374,7 @@ def test_killed_in_the_middle(tmp_path, locatvit):
         "c.convert(sys.argv[1], Path(sys.argv[2]))"
     )
     root = Path(__file__).resolve().parents[2]
-    process = subprocess.run([sys.executable, "-c", script, str(source), str(tmp_path / "out")], cwd=root)
+    process = run_program("-c", script, source, tmp_path / "out", folder=root)
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(".out.*"))) == 2
     assert locatvit("convert", source, tmp_path / "out").exit_code == 0

@@ -21,6 +21,7 @@ from locatvit_hf.hub.push import assemble, compare
 from locatvit_hf.hub.repository import LARGEST_DIFFERENCE, build_repository, verify_repository
 from locatvit_hf.utils.io import sha256
 from tests.factories import VIT
+from tests.remote.conftest import CODE, PUBLISHED
 
 TINY = {**VIT, "num_hidden_layers": 2}
 CARD = Card(
@@ -63,12 +64,7 @@ def test_the_repository_holds_what_belongs_there_and_computes_the_same(folder: P
     assemble(folder, built, "tester/tiny", "v1", lines.append)
     assert verify_repository(built) < LARGEST_DIFFERENCE
     names = {path.name for path in built.iterdir()}
-    assert names == {
-        "CHECKSUMS.sha256", "LICENSE", "README.md", "attention_locat.py", "blockwise_locat.py", "card.yaml",
-        "config.json", "configuration_locatvit.py", "configuration_utils_locat.py", "image_processing_locatvit.py",
-        "layers_locat.py", "locat.py", "model.safetensors", "modeling_locatvit.py", "modeling_utils_locat.py",
-        "preprocessor_config.json", "triton_locat.py",
-    }  # fmt: skip
+    assert names == CODE["locatvit"] | PUBLISHED
     assert lines == [f"locat.py of {folder} is not that of the installed package, which is taken instead."]
     auto_map = json.loads((built / "config.json").read_text())["auto_map"]
     assert auto_map == LocAtViTConfig().auto_map

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from locatvit_hf import triton_locat
 from locatvit_hf.modeling_locatvit import ALL_ATTENTION_FUNCTIONS
+from tests.processes import run_program
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -22,10 +23,11 @@ HAS_TRITON = triton_locat.triton is not None  # there is none for macOS
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])] if HAS_TRITON else []
 
 
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_kernel_against_float64_autograd(device):
+def test_kernel_against_float64_autograd(device, chosen):
     """In a process of its own: Triton decides once, when it is imported, whether to interpret."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", chosen]
     kernel = {"LOCATVIT_KERNEL_DEVICE": device, "TRITON_INTERPRET": "1" if device == "cpu" else "0"}
     run = subprocess.run(
         [*tests, HERE / "interpreted_triton_locat.py"],
@@ -53,7 +55,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    run = run_program("-c", program, folder=ROOT)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [
         "Triton is not installed",

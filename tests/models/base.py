@@ -31,7 +31,7 @@ from tests.tolerances import assert_same_but_for_rounding
 SIZES = [(64, 64), (40, 72), (33, 70), (97, 130), (5, 3), (1, 1)]
 TASKS = ("Model", "ForImageClassification", "ForSemanticSegmentation", "Backbone")
 # Tests with these markers run for the first variant of a family in `make test`, and for the others in `make test-all`.
-EXPENSIVE = {"compile", "export", "framework"}
+FIRST_VARIANT = {"compile", "export", "framework", "family"}
 HEADS = pytest.mark.parametrize(
     "task", ["ForImageClassification", pytest.param("ForSemanticSegmentation", marks=pytest.mark.slow)]
 )
@@ -42,7 +42,8 @@ class ModelTester:
 
     Attributes:
         family: A row of `tests/factories.py`.
-        variants: Fields of a configuration by name. The first one stands for the family in what is expensive.
+        variants: Fields of a configuration by name. The first one stands for the family in what is expensive, and in
+            what no field of a variant changes.
         implementations: Attention back-ends that must agree with sdpa, also in gradients.
         tasks_with_attention: For which to compare them; the heads of most families do not attend.
         num_merges: How often the stages 1 to 3 have halved the grid.
@@ -64,8 +65,8 @@ class ModelTester:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "variant" in metafunc.fixturenames:
-            expensive = EXPENSIVE & {mark.name for mark in metafunc.definition.iter_markers()}
-            later = [pytest.mark.slow] if expensive else []
+            once = FIRST_VARIANT & {mark.name for mark in metafunc.definition.iter_markers()}
+            later = [pytest.mark.slow] if once else []
             params = [pytest.param(name, marks=later if index else []) for index, name in enumerate(self.variants)]
             metafunc.parametrize("variant", params)
         if "refused" in metafunc.fixturenames:
@@ -193,6 +194,7 @@ class ModelTester:
         assert {f"{reference.split('.')[0]}.py" for reference in auto_map.values()} < files
         assert "preprocessor_config.json" in files
 
+    @pytest.mark.family
     def test_copies_and_pickles_answer_as_the_model(self, variant):
         """Also those of a model that has recorded outputs, by hooks that no pickle holds, and been looked into."""
         pixel_values = torch.randn(1, 3, 64, 40)
@@ -208,6 +210,7 @@ class ModelTester:
                 again = recorded_tensors(model(pixel_values, output_hidden_states=True))
             assert len(again) == len(expected) > 3
 
+    @pytest.mark.family
     def test_pipelines(self, variant):
         """From an image to answers, prepared by the processor of the configuration."""
         image = Image.effect_noise((60, 40), 64).convert("RGB")

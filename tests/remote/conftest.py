@@ -23,6 +23,24 @@ LABELS = {0: "tree", 1: "road", 2: "sky"}
 # Of the family that is checked in every respect.
 FIELDS = {"num_register_tokens": 1, "image_mean": [0.4, 0.5, 0.6]}
 
+# The files of code beside the weights of each family.
+SHARED = {"configuration_utils_locat.py", "image_processing_locatvit.py", "layers_locat.py", "modeling_utils_locat.py"}
+GAUSSIAN = {"attention_locat.py", "locat.py"}
+KERNELS = {"blockwise_locat.py", "triton_locat.py"}
+# Swin has a mask in every window, which no kernel takes, and PaCa-ViT has no Gaussian.
+CODE = {
+    family: SHARED | used | {f"configuration_{family}.py", f"modeling_{family}.py"}
+    for family, used in {
+        "locatvit": GAUSSIAN | KERNELS,
+        "locatjumbo": GAUSSIAN | KERNELS,
+        "locatswin": GAUSSIAN,
+        "pacavit": set(),
+    }.items()
+}
+# What `locatvit push` uploads besides.
+PUBLISHED = {"CHECKSUMS.sha256", "LICENSE", "README.md", "card.yaml", "config.json", "model.safetensors"}
+PUBLISHED |= {"preprocessor_config.json"}
+
 Answers = dict[str, dict[str, object]]
 AskRemoteUser = Callable[..., list[Answers]]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.factories import FAMILIES
-from tests.remote.conftest import Answers, AskRemoteUser, assert_answer, folders
+from tests.remote.conftest import CODE, Answers, AskRemoteUser, assert_answer, folders
 
 CHECKS = [
     "image_processor",
@@ -19,21 +19,6 @@ CHECKS = [
 ]
 CHECKS_OF_LOCATVIT = [*CHECKS, "config", "label_maps", "new_segmentation_head", "save_again"]
 CHECKS_OF_A_COPY = ["config", *CHECKS]
-SHARED = {
-    "configuration_utils_locat.py",
-    "image_processing_locatvit.py",
-    "layers_locat.py",
-    "modeling_utils_locat.py",
-}
-GAUSSIAN = {"attention_locat.py", "locat.py"}
-KERNELS = {"blockwise_locat.py", "triton_locat.py"}
-# Swin has a mask in every window, which no kernel takes, and PaCa-ViT has no Gaussian.
-CODE = {
-    "locatvit": SHARED | GAUSSIAN | KERNELS,
-    "locatjumbo": SHARED | GAUSSIAN | KERNELS,
-    "locatswin": SHARED | GAUSSIAN,
-    "pacavit": SHARED,
-}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +76,6 @@ def test_a_folder_holds_the_code_of_its_classes_and_no_other(
     """The Python files beside the weights are the package's own, byte by byte."""
     for folder in map(Path, folders(exported / family).values()):
         code = {path.name: path.read_bytes() for path in folder.glob("*.py")}
-        assert code.keys() == CODE[family] | {f"configuration_{family}.py", f"modeling_{family}.py"}
+        assert code.keys() == CODE[family]
         for name, content in code.items():
             assert content == (repository_root / "locatvit_hf" / name).read_bytes(), name

@@ -16,7 +16,17 @@ import pytest
 
 from locatvit_hf.hub.card import Card, Training, dump_card
 from tests.processes import start_program, wait_for
-from tests.remote.conftest import HERE, Answers, AskRemoteUser, assert_answer, environment_of, repositories, start
+from tests.remote.conftest import (
+    CODE,
+    HERE,
+    PUBLISHED,
+    Answers,
+    AskRemoteUser,
+    assert_answer,
+    environment_of,
+    repositories,
+    start,
+)
 
 CHECKS = [
     "config",
@@ -38,27 +48,7 @@ CARD = Card(
     weights_license="mit",
     training=Training(program="pretrain", version="0.1.0", updates=10, step=10, batch_size=4, processes=1),
 )
-CODE = {
-    "attention_locat.py",
-    "blockwise_locat.py",
-    "configuration_locatvit.py",
-    "configuration_utils_locat.py",
-    "image_processing_locatvit.py",
-    "layers_locat.py",
-    "locat.py",
-    "modeling_locatvit.py",
-    "modeling_utils_locat.py",
-    "triton_locat.py",
-}
-OTHERS = {
-    "CHECKSUMS.sha256",
-    "LICENSE",
-    "README.md",
-    "card.yaml",
-    "config.json",
-    "model.safetensors",
-    "preprocessor_config.json",
-}
+FILES = CODE["locatvit"] | PUBLISHED
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +95,7 @@ def test_a_remote_user_saves_and_pushes(
     assert_answer(answers["by push_to_hub"], expected["locatvit"], check)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS_OF_A_COPY)
 def test_a_repository_pushed_by_a_remote_user_works(
     check: str, answers_of_a_copy: Answers, expected: dict[str, dict[str, object]]
@@ -121,7 +112,7 @@ def test_trainer_pushes_what_a_remote_user_loads(seen: dict[str, object], answer
     found = answers["by Trainer"]
     assert_answer(found, {"classifier": seen["logits"]}, "classifier")
     assert not any("error" in value for value in found.values()), found
-    assert CODE | {"LICENSE", "README.md", "preprocessor_config.json"} <= set(seen["files of Trainer"])
+    assert CODE["locatvit"] | {"LICENSE", "README.md", "preprocessor_config.json"} <= set(seen["files of Trainer"])
     assert f"| me/photos | validation | accuracy | {100 * seen['accuracy']:.2f}" in seen["card"]
     assert "2 steps of 2 images, one process" in seen["card"]
     assert 'pipeline("image-classification", "tester/trained", revision="main"' in seen["card"]
@@ -130,13 +121,13 @@ def test_trainer_pushes_what_a_remote_user_loads(seen: dict[str, object], answer
 def test_a_dry_run_shows_the_files_and_changes_nothing(seen: dict[str, object]) -> None:
     assert seen["dry run"]["status"] == 0, seen["dry run"]
     added = {line.split()[1] for line in seen["dry run"]["text"].splitlines() if line.split()[:1] == ["added"]}
-    assert added == CODE | OTHERS
+    assert added == FILES
     assert not seen["exists after the dry run"]
 
 
 def test_a_push_leaves_all_files_in_one_commit_and_a_tag(seen: dict[str, object]) -> None:
     assert seen["push"]["status"] == 0, seen["push"]
-    assert set(seen["first"]["files"]) == CODE | OTHERS
+    assert set(seen["first"]["files"]) == FILES
     assert seen["first"]["commit"] in seen["push"]["text"]
     assert seen["v1"] == seen["first"]
     assert seen["info"]["status"] == 0, seen["info"]
@@ -146,8 +137,8 @@ def test_a_push_leaves_all_files_in_one_commit_and_a_tag(seen: dict[str, object]
 def test_a_second_push_replaces_code_and_weights_and_keeps_the_rest(seen: dict[str, object]) -> None:
     changes, second = seen["second"]["changes"], seen["second"]["files"]
     assert changes["removed"] == ["old.py", "pytorch_model.bin"]
-    assert set(second) == CODE | OTHERS | {"figure.png"}
-    assert "model.safetensors" in changes["changed"] and CODE <= set(changes["unchanged"])
+    assert set(second) == FILES | {"figure.png"}
+    assert "model.safetensors" in changes["changed"] and CODE["locatvit"] <= set(changes["unchanged"])
     assert second["model.safetensors"] != seen["first"]["files"]["model.safetensors"]
     assert seen["again"]["commit"] == seen["second"]["commit"]
     assert not any(seen["again"]["changes"][kind] for kind in ("added", "changed", "removed"))

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,18 +22,6 @@ def command(program: str, settings: dict, *options: str) -> list[str]:
     recipe = Path(settings["output_dir"]).with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(settings))
     return ["-m", f"training.{program}", "--config", str(recipe), *options]
-
-
-def start(program: str, settings: dict, *options: str, group: bool = False) -> subprocess.Popen:
-    """`python -m training.PROGRAM`, which goes on by itself; in a process group of its own where that is asked for."""
-    return subprocess.Popen(
-        [sys.executable, *command(program, settings, *options)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=group,
-    )
 
 
 def run(program: str, settings: dict, *options: str) -> subprocess.CompletedProcess:

@@ -326,47 +326,32 @@ def test_large_photographs_are_decoded(tmp_path, suffix):
     assert rows == [(12_000, 9_000), (12, 9)]
 
 
-def test_a_sample_that_does_not_fit_is_named(folders):
-    arguments = arguments_for(folders["parquet"])
-    splits = load_splits(arguments)
+@pytest.mark.parametrize("files", [False, True])
+def test_a_sample_that_does_not_fit_is_named(folders, tmp_path, files):
+    """A row of a table, or a file behind one that cannot be decoded, which is left out."""
+    if files:
+        for number in range(6):
+            (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+            (tmp_path / "ab"[number % 2] / f"{number}.png").write_bytes(b"" if number == 2 else encoded(number))
+        splits = {"train_split": "train", "validation_split": "train"}
+        arguments, row, number, name = arguments_for(tmp_path, max_corrupt_share=0.5, **splits), 4, 3, r".*/b/3\.png"
+    else:
+        arguments, row, number, name = arguments_for(folders["parquet"]), 44, 44, r"44\.png"
 
     def refuse(image, label):
-        if image.getpixel((0, 0))[0] == 44:
+        if image.getpixel((0, 0))[0] == number:
             raise ValueError("mask and image differ.")
         return (label,)
 
-    samples = TrainingSamples(splits.train, columns_of(arguments), refuse, arguments.seed)
-    with pytest.raises(ValueError, match=r"^Training sample 44 \(44\.png\): mask and image differ\.$"):
-        samples[0, 44]
-    loader = create_evaluation_loader(
-        splits.train, columns_of(arguments), lambda rows: [refuse(*row) for row in rows], arguments, ONE_PROCESS
-    )
-    with pytest.raises(ValueError, match=r"^Evaluation sample 44 \(44\.png\): mask and image differ\.$"):
-        list(loader)
-
-
-def test_a_file_that_does_not_fit_is_named(tmp_path):
-    """Also behind one that cannot be decoded, which is left out."""
-    for number in range(6):
-        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
-        Image.new("L", (4, 4), number).save(tmp_path / "ab"[number % 2] / f"{number}.png")
-    (tmp_path / "a" / "2.png").write_bytes(b"")
-    arguments = arguments_for(tmp_path, max_corrupt_share=0.5, train_split="train", validation_split="train")
-    splits = load_splits(arguments)
-
-    def refuse(image, label):
-        if image.convert("L").getpixel((0, 0)) == 3:
-            raise ValueError("mask and image differ.")
-        return (label,)
-
-    samples = TrainingSamples(splits.train, columns_of(arguments), refuse, arguments.seed)
-    with pytest.raises(ValueError, match=r"^Training sample 4 \(.*/b/3\.png\): mask and image differ\.$"):
-        samples[0, 4]
-    loader = create_evaluation_loader(
-        splits.train, columns_of(arguments), lambda rows: [refuse(*row) for row in rows], arguments, ONE_PROCESS
-    )
-    with pytest.raises(ValueError, match=r"^Evaluation sample 4 \(.*/b/3\.png\): mask and image differ\.$"):
-        list(loader)
+    splits, columns = load_splits(arguments), columns_of(arguments)
+    with pytest.raises(ValueError, match=rf"^Training sample {row} \({name}\): mask and image differ\.$"):
+        TrainingSamples(splits.train, columns, refuse, arguments.seed)[0, row]
+    with pytest.raises(ValueError, match=rf"^Evaluation sample {row} \({name}\): mask and image differ\.$"):
+        list(
+            create_evaluation_loader(
+                splits.train, columns, lambda rows: [refuse(*row) for row in rows], arguments, ONE_PROCESS
+            )
+        )
 
 
 @pytest.mark.parametrize(

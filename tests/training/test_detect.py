@@ -1,8 +1,6 @@
 import json
 import re
 import shutil
-import signal
-import time
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from locatvit_hf.detection.detector import normalize_pixels
 from locatvit_hf.hub.card import read_card
 from locatvit_hf.hub.push import assemble
 from tests.detection.detectors import CATEGORIES, ENCODERS, assert_same_objects, small_detector
-from tests.training.programs import ROOT, run, start
+from tests.training.programs import ROOT
 from tests.training.programs import train as launch
 from training.data import sample_randomness
 from training.data.images import decode_image
@@ -450,22 +448,6 @@ def test_a_checkpoint_continues_bit_identically(settings, trained, tmp_path):
     shutil.rmtree(output / "model")
     (output / "all_results.json").unlink()
     train(settings, output)
-    assert_same_run(output, trained)
-
-
-@pytest.mark.slow
-def test_a_killed_run_continues_bit_identically(settings, trained, tmp_path):
-    output = tmp_path / "run"
-    settings = {**settings, "output_dir": str(output), "num_workers": 2, "checkpoint_every": "1 steps"}
-    process = start("detect", settings)
-    while process.poll() is None and len(list_checkpoints(output / "checkpoints")) < 2:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (output / "all_results.json").exists()
-    finished = run("detect", settings)
-    assert finished.returncode == 0, finished.stderr
-    assert "Continuing at step" in finished.stdout
     assert_same_run(output, trained)
 
 

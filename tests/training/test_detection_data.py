@@ -590,58 +590,26 @@ def test_objects_of_a_folder_stand_in_its_metadata(tmp_path):
     ]
 
 
-TEXTS = List(Value("string"))
+ONE_BOX = [[1, 2, 3, 4]]
+LABELED, TEXTS, NUMBERS = (
+    {"bbox": BOXES, "label": kind} for kind in (LABELS, List(Value("string")), List(Value("int64")))
+)
 
 
 @pytest.mark.parametrize(
     ("objects", "feature", "names", "message"),
     [
-        (
-            {"bbox": [[1, 2, 3, 4]], "kind": [0]},
-            {"bbox": BOXES, "kind": LABELS},
-            None,
-            "has no 'category', only bbox, kind",
-        ),
-        (
-            {"quad": [[1, 2, 3, 4]], "label": [0]},
-            {"quad": BOXES, "label": LABELS},
-            None,
-            "has no 'bbox', only quad, label",
-        ),
-        ({"bbox": [[1, 2, 3, 4]], "label": []}, {"bbox": BOXES, "label": LABELS}, None, "1 boxes, but 0 categories"),
-        (
-            {"bbox": [[1, 2, 3]], "label": [0]},
-            {"bbox": BOXES, "label": LABELS},
-            None,
-            "Object 0 of row 0 .* has the box",
-        ),
-        ({"bbox": [None], "label": [0]}, {"bbox": BOXES, "label": LABELS}, None, "has the box None"),
-        (
-            {"bbox": [[1, 2, 3, 4]], "label": [None]},
-            {"bbox": BOXES, "label": LABELS},
-            None,
-            "category None, outside the 2",
-        ),
-        (
-            {"bbox": [[1, 2, 3, 4]], "label": [2]},
-            {"bbox": BOXES, "label": List(Value("int64"))},
-            ["a", "b"],
-            "category 2, out",
-        ),
-        (
-            {"bbox": [[1, 2, 3, 4]], "label": [0]},
-            {"bbox": BOXES, "label": List(Value("int64"))},
-            None,
-            "give --label_names",
-        ),
-        (
-            {"bbox": [[1, 2, 3, 4]], "label": ["c"]},
-            {"bbox": BOXES, "label": TEXTS},
-            ["a", "b"],
-            "'c', which is none of the 2",
-        ),
-        ({"bbox": [[1, 2, 3, 4]], "label": [0]}, {"bbox": BOXES, "label": LABELS}, ["a"], "gives 1 names"),
-        ({"bbox": [[1, 2, 3, 4]], "label": ["a"]}, {"bbox": BOXES, "label": TEXTS}, ["a", "a"], "the name 'a'"),
+        ({"bbox": ONE_BOX, "kind": [0]}, {"bbox": BOXES, "kind": LABELS}, None, "has no 'category', only bbox, kind"),
+        ({"quad": ONE_BOX, "label": [0]}, {"quad": BOXES, "label": LABELS}, None, "has no 'bbox', only quad, label"),
+        ({"bbox": ONE_BOX, "label": []}, LABELED, None, "1 boxes, but 0 categories"),
+        ({"bbox": [[1, 2, 3]], "label": [0]}, LABELED, None, "Object 0 of row 0 .* has the box"),
+        ({"bbox": [None], "label": [0]}, LABELED, None, "has the box None"),
+        ({"bbox": ONE_BOX, "label": [None]}, LABELED, None, "category None, outside the 2"),
+        ({"bbox": ONE_BOX, "label": [2]}, NUMBERS, ["a", "b"], "category 2, out"),
+        ({"bbox": ONE_BOX, "label": [0]}, NUMBERS, None, "give --label_names"),
+        ({"bbox": ONE_BOX, "label": ["c"]}, TEXTS, ["a", "b"], "'c', which is none of the 2"),
+        ({"bbox": ONE_BOX, "label": [0]}, LABELED, ["a"], "gives 1 names"),
+        ({"bbox": ONE_BOX, "label": ["a"]}, TEXTS, ["a", "a"], "the name 'a'"),
         ("[]", Value("string"), ["a"], "must hold a bbox and a category"),
     ],
 )

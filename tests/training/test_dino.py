@@ -1,8 +1,6 @@
 import json
 import math
 import shutil
-import signal
-import time
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from transformers import AutoModel, AutoModelForImageClassification
 
 from tests.tolerances import rounding
 from tests.training.conftest import PLAIN_DESCENT, SMALL_MODEL
-from tests.training.programs import ROOT, run, start
+from tests.training.programs import ROOT
 from tests.training.programs import train as launch
 from training.data import sample_randomness
 from training.dino import DinoArguments
@@ -376,22 +374,6 @@ def test_recipe(name, encoder, rates):
 
 def test_all_recipes_are_known():
     assert {path.stem for path in RECIPES.glob("*.yaml")} == {"locatvit_small", "vit_small", "digits", "tiny_imagenet"}
-
-
-@pytest.mark.slow
-def test_a_killed_run_continues_bit_identically(settings, trained, tmp_path):
-    output = tmp_path / "run"
-    settings = {**settings, "output_dir": str(output), "num_workers": 2, "checkpoint_every": "1 steps"}
-    process = start("dino", settings)
-    while process.poll() is None and len(list_checkpoints(output / "checkpoints")) < 2:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (output / "all_results.json").exists()
-    finished = run("dino", settings)
-    assert finished.returncode == 0, finished.stderr
-    assert "Continuing at step" in finished.stdout
-    assert_same_run(output, trained)
 
 
 @pytest.mark.slow

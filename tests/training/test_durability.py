@@ -7,7 +7,6 @@ import pickle
 import shutil
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 
 from locatvit_hf.utils.io import claim_folder
 from tests.power_loss import recorded, write_files
-from tests.training.programs import run, start
 from training.engine.arguments import build_arguments
 from training.engine.checkpoints import MANIFEST, find_damage, list_checkpoints, write_manifest
 from training.engine.loop import TrainingLoop
@@ -268,19 +266,3 @@ def test_overwrite_counts_once(settings, finished, tmp_path, monkeypatch, capsys
     assert_same_weights(tmp_path / "run", finished)
     train(again, tmp_path / "run")  # it has ended, so this begins anew
     assert "Continuing" not in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_to_the_whole_group_leaves_a_checkpoint(settings, finished, tmp_path, number):
-    output = tmp_path / "run"
-    slowly = {**settings, "output_dir": str(output), "num_workers": 2}
-    process = start("pretrain", slowly, group=True)
-    while process.poll() is None and not list_checkpoints(output / "checkpoints"):
-        time.sleep(0.02)
-    os.killpg(process.pid, number)
-    process.communicate()
-    assert process.returncode in (128 + number, 0)
-    again = run("pretrain", slowly)
-    assert again.returncode == 0, again.stderr
-    assert_same_weights(output, finished)

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +28,9 @@ from locatvit_hf.inference import Segmenter
 from tests.factories import FAMILIES, SMALLEST, model_class, tiny_config
 from tests.tolerances import assert_same_but_for_rounding, assert_same_labels
 from tests.training.conftest import PLAIN_DESCENT
-from tests.training.programs import run, start, train
+from tests.training.programs import train
 from training.data import load_splits
 from training.engine.arguments import build_arguments
-from training.engine.checkpoints import list_checkpoints
 from training.engine.optimization import create_optimizer
 from training.segment import LabelReader, SegmentArguments, build_model, build_processor, heads_of, main
 from training.tasks.segmentation.evaluation import SegmentationCollator, draw_examples
@@ -477,36 +474,3 @@ def test_two_processes_train_as_one(unlabelled, tmp_path, sharded):
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("head", "freeze"), [("probe", True), ("upernet", False)])
-def test_a_killed_run_continues_bit_identically(settings, tmp_path, head, freeze):
-    """With workers, augmentation, drop path and averaged weights; killed in the middle of an epoch of six updates."""
-    settings |= {"freeze": freeze, "head": head, "length": "14 steps", "num_workers": 2, "ema_decay": 0.9, "seed": 5}
-    settings |= {"checkpoint_every": "1 steps", "evaluate_every": "7 steps"}
-    settings["model"] = {**settings["model"], "hidden_dropout_prob": 0.1}
-    outputs = [tmp_path / "whole", tmp_path / "killed"]
-    assert run("segment", {**settings, "output_dir": str(outputs[0])}).returncode == 0
-    settings["output_dir"] = str(outputs[1])
-    process = start("segment", settings)
-    reached, kill_after = 0, np.random.default_rng().integers(1, 6)
-    while process.poll() is None and reached < kill_after:
-        time.sleep(0.01)
-        reached = max(
-            (int(path.name.split("_")[1]) for path in list_checkpoints(outputs[1] / "checkpoints")), default=0
-        )
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (outputs[1] / "all_results.json").exists()
-
-    finished = run("segment", settings)
-    assert finished.returncode == 0, finished.stderr
-    assert "Continuing at step" in finished.stdout
-    results = [json.loads((output / "all_results.json").read_text()) for output in outputs]
-    losses = [[point["loss"] for point in result["train_curve"]] for result in results]
-    assert len(losses[0]) == 14 and losses[0] == losses[1]
-    assert results[0]["metrics"] == results[1]["metrics"]
-    weights = [load_file(output / "model" / "model.safetensors") for output in outputs]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
