@@ -33,7 +33,10 @@ MARKERS = {
 
 
 # Few tests that take long: begun first, so that no worker ends with one while the others wait.
-LONGEST = ("test_hub", "test_triton_locat", "test_readme", "test_extend", "test_push", "test_gpu_check", "test_layouts")
+LONGEST = (
+    *("test_hub", "test_triton_locat", "test_layouts", "test_readme", "test_extend", "test_push", "test_gpu_check"),
+    *("test_docs", "test_evaluation", "test_distributed"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -33,7 +33,7 @@ from tests.processes import run_program, start_program, wait_for
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MOST_KILLS_OF_A_RUN = 4
-MODEL = {**SMALLEST["locatvit"], "image_size": 32, "segmentation_hidden_size": 16}
+MODEL = {**SMALLEST["locatvit"], "image_size": 32, "num_hidden_layers": 4, "segmentation_hidden_size": 16}
 COMMON = {
     "model": {**MODEL, "drop_path_rate": 0.2, "hidden_dropout_prob": 0.1},
     "length": "12 steps",

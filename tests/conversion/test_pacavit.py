@@ -101,8 +101,9 @@ def test_classifiers_of_every_variant(convert, variant):
     assert "arXiv 2203.11987" in card and "LocAt" not in card and "Gaussian" not in card
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "state_dict_ema"])
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"), [(None, ""), ("state_dict", ""), ("model", "module."), ("state_dict_ema", "module.")]
+)
 def test_wrappers_and_prefixes(convert, wrapper, prefix):
     model = randomized(PaCaViTForImageClassification(config(**VARIANTS["teacher"])))
     state = {prefix + name: tensor for name, tensor in reference_state(model).items()}

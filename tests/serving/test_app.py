@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -28,6 +26,7 @@ from locatvit_hf.serving.predictor import Predictor
 from locatvit_hf.serving.sample_images import draw_sample_images
 from locatvit_hf.utils.colors import label_colors
 from tests.large_images import png_bomb
+from tests.processes import run_program
 
 
 def test_predictor_says_what_the_model_says(checkpoints, images):
@@ -170,7 +169,7 @@ def test_examples_are_drawn_or_taken_from_a_folder(checkpoints, images, tmp_path
 def test_drawn_examples_go_with_the_process(checkpoints, tmp_path):
     code = "import sys; from locatvit_hf.serving import build_app; build_app(sys.argv[1:])"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code, str(checkpoints / "classifier")], env=environment, check=True)
+    assert run_program("-c", code, checkpoints / "classifier", environment=environment).returncode == 0
     assert not list(tmp_path.glob("locatvit-*"))
 
 
