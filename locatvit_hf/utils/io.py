@@ -152,9 +152,11 @@ def durable_rename(source: Path, target: Path) -> None:
     """
     for folder, _, files in os.walk(source):
         for name in files:
-            _flush(Path(folder, name))
+            if not os.path.islink(os.path.join(folder, name)):
+                _flush(Path(folder, name))
         _flush(Path(folder))
-    replaced = _hidden_name(target, "replaced")
+    # Beside a partial folder that another process must not take for a leftover, see `_remove_leftovers`.
+    replaced = source.with_name(f"{source.name.removesuffix('.partial')}.replaced")
     if not source.is_dir():
         _flush(source)
         os.replace(source, target)
@@ -189,12 +191,17 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _flush(path: Path) -> None:
     """Have a file, or the list of the files of a folder, reach the disk."""
-    if os.name == "nt" and path.is_dir():
+    is_folder, windows = path.is_dir(), os.name == "nt"
+    if is_folder and windows:
         return  # Windows opens no folders, and writes their lists by itself
-    # Windows flushes only what is open for writing.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | getattr(os, "O_BINARY", 0))
+    # Windows flushes only what is open for writing; elsewhere files may be for reading alone.
+    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0) if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems flush no folders: they write their lists when the files are flushed.
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -227,30 +234,30 @@ def claim_folder(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
     """
     make_folder(folder)
     lock, note = FileLock(folder / ".lock", is_singleton=True), folder / ".writer"
-    deadline = time.monotonic() + ORPHANS_END
-    while True:
+    deadline, locked = time.monotonic() + ORPHANS_END, False
+    while not locked:
         try:
             lock.acquire(timeout=0)
-            break
+            locked = True
         except Timeout:
             host, number = _read_writer(note)
             # What a killed process started, such as a process that loads data, ends some seconds after it.
             if host != socket.gethostname() or _is_alive(number) or time.monotonic() > deadline:
+                writer = f"process {number} on {host}" if number else "another process"
                 raise ValueError(
-                    f"{folder} is being written by process {number} on {host}: wait until it ends, or choose another "
-                    "folder."
+                    f"{folder} is being written by {writer}: wait until it ends, or choose another folder."
                 ) from None
             time.sleep(0.2)
         except NotImplementedError:
             report(f"The file system of {folder} knows no locks: see to it that nothing else writes there.")
-            yield
-            return
+            break
     try:
         note.write_text(f"{socket.gethostname()}\n{os.getpid()}\n", encoding="utf-8")
         yield
     finally:
         note.unlink(missing_ok=True)
-        lock.release()
+        if locked:
+            lock.release()
 
 
 def _read_writer(note: Path) -> tuple[str, int]:
@@ -259,7 +266,7 @@ def _read_writer(note: Path) -> tuple[str, int]:
         host, number = note.read_text(encoding="utf-8").split()
         return host, int(number)
     except (OSError, ValueError):
-        return "an unknown host", 0
+        return "", 0
 
 
 def _is_alive(process: int) -> bool:

@@ -250,6 +250,16 @@ def test_one_run_writes_a_folder(settings, finished, tmp_path):
     assert_same_weights(tmp_path / "run", finished)
 
 
+def test_a_model_that_is_gone_is_not_said_to_be_there(settings, finished, tmp_path, capsys):
+    """It was exported before the run was stopped, and deleted before it went on."""
+    unfinished(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(ValueError, match=r"the model that was exported at step 3 is not in .*/run/model any more"):
+        train(settings, tmp_path / "run")
+    assert "Model in" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["updates"] == 6
+
+
 def test_overwrite_counts_once(settings, finished, tmp_path, monkeypatch, capsys):
     """The command that a scheduler repeats goes on with the run that it began."""
     shutil.copytree(finished, tmp_path / "run")

@@ -1,6 +1,9 @@
 """Text files as people's systems write them; files and folders whole or as before; errors on a line."""
 
+import errno
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from locatvit_hf.utils.console import hide_credentials
 from locatvit_hf.utils.io import (
     atomic_directory,
     atomic_write,
+    claim_folder,
     fitting_name,
     one_line,
     read_json,
@@ -154,3 +158,44 @@ def test_credentials_stay_where_they_are():
     assert hide_credentials({"a": [f"read {address!r}."], "b": 3}) == {"a": [f"read '{shown}#part'."], "b": 3}
     for harmless in ("hf://datasets/a/b@main/x.tar", "s3://bucket/{000..099}.tar", "me@home", "a/b?c", "owner/name"):
         assert hide_credentials(harmless) == harmless
+
+
+def test_files_that_are_for_reading_alone_and_links_go_with_their_folder(tmp_path, monkeypatch):
+    """As copies of such files are; only a super-user could open them for writing."""
+    opened, open_file = [], os.open
+
+    def watched(path, flags, *arguments, **options):
+        opened.append(flags)
+        return open_file(path, flags, *arguments, **options)
+
+    with atomic_directory(tmp_path / "model") as unfinished:
+        (unfinished / "license").write_text("MIT")
+        (unfinished / "license").chmod(0o444)
+        (unfinished / "dangling").symlink_to("nowhere")
+        monkeypatch.setattr("os.open", watched)
+    assert (tmp_path / "model" / "license").read_text() == "MIT" and (tmp_path / "model" / "dangling").is_symlink()
+    assert opened and not any(flags & (os.O_WRONLY | os.O_RDWR) for flags in opened)
+
+
+def test_a_file_system_that_flushes_no_folders_is_written_to(tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr("os.fsync", refuse_folders)
+    write_json(tmp_path / "new" / "a.json", {"a": 1})
+    assert read_json(tmp_path / "new" / "a.json") == {"a": 1}
+
+
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch):
+    def refuse(self, *arguments, **options):
+        raise NotImplementedError("no locks")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    said = []
+    with pytest.raises(KeyError) as caught, claim_folder(tmp_path / "out", said.append):
+        raise KeyError("of the work")
+    assert caught.value.__context__ is None and len(said) == 1 and "knows no locks" in said[0]

@@ -97,11 +97,16 @@ def write_results(
         report: Called with a line for each.
 
     Raises:
-        ValueError: Where the repository cannot be written.
+        ValueError: The exported model is not there, or the repository cannot be written.
     """
     folder, repository = output / "model", arguments.push_to_hub
     write_json(output / RESULTS, results)
     write_card(folder, arguments, results)
+    if not folder.is_dir():
+        raise ValueError(
+            f"Results in {output / RESULTS}, but the model that was exported at step {results['exported']['step']} "
+            f"is not in {folder} any more: --overwrite the run to train it again."
+        )
     report(f"Model in {folder}, results in {output / RESULTS}.")
     if repository is not None:
         write_checksums(folder)

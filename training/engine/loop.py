@@ -158,7 +158,8 @@ class TrainingLoop:
                 began = time.perf_counter()
                 batch = next(batches)
                 self.state.waited += time.perf_counter() - began
-                report_ended_loaders_late()
+                if self.arguments.num_workers:
+                    report_ended_loaders_late()
                 self._batches.append(batch)
                 with self.accelerator.accumulate(self.model):
                     yield self._to_device(batch)
