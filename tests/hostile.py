@@ -93,7 +93,7 @@ def prepare(folder: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(place / f"{number}.png")
     small = {"length": "1 steps", "warmup": "0 steps", "batch_size": 2, "output_dir": str(folder / "run")}
-    recipe = {**small, "dataset": str(folder / "photos"), "dry_run": True}
+    recipe = {**small, "dataset": str(folder / "photos"), "dry_run": True, "model": SMALLEST["locatvit"]}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     (folder / "coco" / "annotations").mkdir(parents=True)
     for split in ("train", "val"):
