@@ -81,12 +81,14 @@ def programs(folder: Path) -> dict[str, Callable[[Path], list[str]]]:
     boxes |= {"longest_side": 48, "crop": 0.0, "milestones": [], "max_detections": 10}
     boxes |= {"dataset": str(folder / "coco"), "model": SMALLEST["pacavit"], "batch_size": 4}
     labels = {"label_column": "segmentation", "label_names": list(map(str, range(11))), "resize": 32, "crop_size": 32}
+    frameworks = {"head": "upernet", "freeze": False, "num_workers": 2}
+    frameworks |= {"upernet": {"hidden_size": 8, "auxiliary_channels": 8}}
     settings = {
         "pretrain": scenes | {"ema_decay": 0.9},
         "pretrain with data workers": scenes | {"num_workers": 2, "ema_decay": 0.9},
         "finetune": scenes | encoder | {"ignore_mismatched_sizes": True},
         "segment": scenes | encoder | labels | {"ema_decay": 0.9},
-        "segment with upernet": scenes | encoder | labels | {"head": "upernet", "freeze": False, "num_workers": 2},
+        "segment with upernet": scenes | encoder | labels | frameworks,
         "dino": scenes | views,
         "detect": boxes,
     }
