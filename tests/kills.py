@@ -79,7 +79,8 @@ def programs(folder: Path) -> dict[str, Callable[[Path], list[str]]]:
     views |= {"head_bottleneck_size": 8, "freeze_last_layer": "2 steps"}
     boxes = {"pyramid_channels": 8, "anchor_scale": 4, "shortest_sides": [32], "test_shortest_side": 32}
     boxes |= {"longest_side": 48, "crop": 0.0, "milestones": [], "max_detections": 10}
-    boxes |= {"dataset": str(folder / "coco"), "model": SMALLEST["pacavit"], "batch_size": 4}
+    boxes |= {"dataset": str(folder / "coco"), "train_split": "train", "validation_split": "validation"}
+    boxes |= {"model": SMALLEST["pacavit"], "batch_size": 4}
     labels = {"label_column": "segmentation", "label_names": list(map(str, range(11))), "resize": 32, "crop_size": 32}
     frameworks = {"head": "upernet", "freeze": False, "num_workers": 2}
     frameworks |= {"upernet": {"hidden_size": 8, "auxiliary_channels": 8}}
